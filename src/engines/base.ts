@@ -1,0 +1,74 @@
+import type { DynamoError } from "../errors/index.ts";
+import type { KvEvent, LoadSnapshot, PreprocessedRequest } from "../protocol/index.ts";
+
+/**
+ * The engine contract: what a worker hosts. The embedded llama engine, the echo engine and every later engine pass
+ * `engine.battery.ts`. An engine runs many streams at once and reports what one step did for all of them in one batch:
+ * no promise, timer or object per token leaves it.
+ *
+ * Threading: all methods are called from the worker's event loop; sink calls come on that loop too, never inside a
+ * method call, never after `stop` resolved. Every accepted stream gets exactly one final entry.
+ */
+export interface EngineInfo {
+  /** `llama`, `echo`, ... */
+  readonly engine: string;
+  /** Library or server version, for `dynamo status`. */
+  readonly engineVersion: string;
+  readonly contextLength: number;
+  readonly blockSizeTokens: number;
+  /** KV blocks of the device cache. */
+  readonly totalBlocks: number;
+  readonly maxSequences: number;
+  readonly maxBatchedTokens: number;
+  readonly dataParallelSize: number;
+  readonly vocabularySize: number;
+  /** Bytes of one exported block, 0 when the engine cannot export. */
+  readonly blockBytes: number;
+}
+
+export interface EngineSink {
+  /** One engine step: packed entries, written with `StepWriter` (protocol/engine-output.ts). Valid during the call only. */
+  onStep(step: Uint8Array): void;
+  /** Blocks that came into or left the engine's cache, in order. Called before the `onStep` that used them is possible. */
+  onKvEvents(events: readonly KvEvent[]): void;
+  /** The engine is dead: every running stream was ended with `engine-stopped` before this call. */
+  onFatal(error: DynamoError): void;
+}
+
+/** KV blocks outside the engine: `data` holds `sequenceHashes.length / 2` blocks of `blockBytes` each, in order. */
+export interface ExportedBlocks {
+  /** (lo, hi) pairs, the leading blocks that were present; may be fewer than asked for. */
+  readonly sequenceHashes: Uint32Array;
+  readonly blockBytes: number;
+  readonly data: Uint8Array;
+}
+
+/** What a block holds, for import: the tokens are needed so that the engine can register it under its hash. */
+export interface ImportedBlocks extends ExportedBlocks {
+  /** Tokens of all blocks from the start of the sequence on; length = blocks x block size. */
+  readonly tokenIds: Uint32Array;
+}
+
+export interface Engine {
+  /** Loads the model. Throws `model-file-invalid`, `library-unavailable`; after a failure `stop` must still be called. */
+  start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo>;
+  /**
+   * Queues a request under a caller-chosen id (unique among live streams, under 2^32). Takes ownership of the request.
+   * Never throws for capacity or content: such a stream ends with an error entry (`worker-full`, `context-length`, ...).
+   */
+  submit(streamId: number, request: PreprocessedRequest): void;
+  /** Stops work on a stream within one step. Its final entry has finish `cancelled`. Unknown ids are ignored. */
+  abort(streamId: number): void;
+  /** The newest known load; cheap. */
+  load(): LoadSnapshot;
+  /** The leading blocks of the chain that are in the cache, copied out. Throws `unsupported-operation`. */
+  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks>;
+  /** Puts blocks into the cache as if computed here; returns how many were taken. Throws `unsupported-operation`. */
+  importBlocks(blocks: ImportedBlocks): Promise<number>;
+  /** Drops every cached block that no running stream uses; returns how many. */
+  clearBlocks(): Promise<number>;
+  /** Resolves when no stream is running or waiting. New submissions are refused with `draining`. */
+  drain(): Promise<void>;
+  /** Ends everything with `engine-stopped` and frees all memory and threads. Idempotent. */
+  stop(): Promise<void>;
+}

@@ -1,0 +1,47 @@
+/** What a frontend needs to know; `cli/` fills it from flags, environment and file. */
+export type RouterMode = "round-robin" | "random" | "least-loaded";
+
+export interface FrontendConfig {
+  readonly namespace: string;
+  readonly httpHost: string;
+  /** 0 = any free port. */
+  readonly httpPort: number;
+  readonly routerMode: RouterMode;
+  readonly limits: FrontendLimits;
+  readonly drainTimeoutMs: number;
+}
+
+/** Bounds on everything a client can send; the reasons stand beside the defaults in `cli/options.ts`. */
+export interface FrontendLimits {
+  readonly bodyBytes: number;
+  readonly headersTimeoutMs: number;
+  readonly bodyTimeoutMs: number;
+  readonly messages: number;
+  readonly n: number;
+  readonly stopStrings: number;
+  readonly prompts: number;
+  /** Requests served at once. */
+  readonly concurrentRequests: number;
+  /** Requests that wait for a place; then 529. */
+  readonly queuedRequests: number;
+  /** Whole request. */
+  readonly requestTimeoutMs: number;
+  /** Bytes a client may leave unread before its stream is closed. */
+  readonly responseBufferBytes: number;
+  readonly connections: number;
+}
+
+export const DEFAULT_LIMITS: FrontendLimits = {
+  bodyBytes: 16 * 1024 * 1024,
+  headersTimeoutMs: 10_000,
+  bodyTimeoutMs: 60_000,
+  messages: 2_048,
+  n: 16,
+  stopStrings: 16,
+  prompts: 256,
+  concurrentRequests: 1_024,
+  queuedRequests: 1_024,
+  requestTimeoutMs: 600_000,
+  responseBufferBytes: 1024 * 1024,
+  connections: 16_384,
+};

@@ -1,0 +1,3 @@
+export * from "./log.ts";
+export * from "./metric-names.ts";
+export * from "./metrics.ts";

@@ -1,0 +1,202 @@
+/**
+ * Every metric of this project, in one place: name (Dynamo's where Dynamo has one, so that its dashboards work), type,
+ * labels in order, help. `docs/metrics.md` lists the same; a test compares both. Rules: seconds and bytes as base units,
+ * `_total` on counters, no prompt, key or request id in a label.
+ */
+interface MetricEntry {
+  readonly type: "counter" | "gauge" | "histogram";
+  readonly labels: readonly string[];
+  readonly help: string;
+  /** Histograms only. @default seconds */
+  readonly buckets?: "seconds" | "tokens" | "milliseconds";
+}
+
+const REQUEST = ["model", "endpoint", "request_type"] as const;
+const COMPONENT = ["dynamo_namespace", "dynamo_component", "dynamo_endpoint", "worker_id", "model"] as const;
+
+export const METRICS = {
+  // Frontend: requests.
+  dynamo_frontend_requests_total: {
+    type: "counter",
+    labels: [...REQUEST, "status", "error_type"],
+    help: "Requests ended, by outcome.",
+  },
+  dynamo_frontend_request_duration_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time from request to its end.",
+  },
+  dynamo_frontend_active_requests: { type: "gauge", labels: ["model"], help: "Requests being served." },
+  dynamo_frontend_inflight_requests: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Same as active_requests; Dynamo's older name.",
+  },
+  dynamo_frontend_queued_requests: {
+    type: "gauge",
+    labels: [],
+    help: "Requests that wait for a place in the frontend.",
+  },
+  dynamo_frontend_stage_requests: {
+    type: "gauge",
+    labels: ["stage", "phase"],
+    help: "Requests in a stage of the walk.",
+  },
+  dynamo_frontend_disconnected_clients: {
+    type: "counter",
+    labels: ["model"],
+    help: "Clients that left before their answer was complete.",
+  },
+  dynamo_frontend_model_cancellation_total: {
+    type: "counter",
+    labels: REQUEST,
+    help: "Requests cancelled, by the client or by a limit.",
+  },
+  dynamo_frontend_model_rejection_total: {
+    type: "counter",
+    labels: ["model", "endpoint"],
+    help: "Requests refused for capacity.",
+  },
+  dynamo_frontend_admission_rejection_total: {
+    type: "counter",
+    labels: ["gate", "model"],
+    help: "Refusals per admission gate.",
+  },
+  // Frontend: tokens and latency.
+  dynamo_frontend_input_sequence_tokens: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "tokens",
+    help: "Prompt tokens per request.",
+  },
+  dynamo_frontend_output_sequence_tokens: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "tokens",
+    help: "Generated tokens per request.",
+  },
+  dynamo_frontend_output_tokens_total: { type: "counter", labels: ["model"], help: "Generated tokens." },
+  dynamo_frontend_cached_tokens: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "tokens",
+    help: "Prompt tokens per request that came from the KV cache.",
+  },
+  dynamo_frontend_time_to_first_token_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time from request to its first token.",
+  },
+  dynamo_frontend_inter_token_latency_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time between tokens of a stream.",
+  },
+  dynamo_frontend_stage_duration_seconds: {
+    type: "histogram",
+    labels: ["stage"],
+    help: "Time a request spent in a stage of the walk.",
+  },
+  dynamo_frontend_tokenize_seconds: { type: "histogram", labels: ["model"], help: "Time to tokenize a prompt." },
+  dynamo_frontend_template_seconds: { type: "histogram", labels: ["model"], help: "Time to render a chat template." },
+  dynamo_frontend_event_loop_delay_seconds: {
+    type: "gauge",
+    labels: ["quantile"],
+    help: "Event loop delay since the last scrape.",
+  },
+  // Frontend: models.
+  dynamo_frontend_model_ready: { type: "gauge", labels: ["model"], help: "1 when the model is listed and served." },
+  dynamo_frontend_model_total_kv_blocks: { type: "gauge", labels: ["model"], help: "KV blocks of one worker." },
+  dynamo_frontend_model_max_num_seqs: { type: "gauge", labels: ["model"], help: "Sequences one worker runs at once." },
+  dynamo_frontend_model_max_num_batched_tokens: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Tokens one engine step takes.",
+  },
+  dynamo_frontend_model_context_length: { type: "gauge", labels: ["model"], help: "Longest sequence." },
+  dynamo_frontend_model_kv_cache_block_size: { type: "gauge", labels: ["model"], help: "Tokens per KV block." },
+  // Frontend: its view of each worker.
+  dynamo_frontend_worker_active_decode_blocks: {
+    type: "gauge",
+    labels: ["worker_id", "dp_rank", "worker_type"],
+    help: "KV blocks the worker's running requests use.",
+  },
+  dynamo_frontend_worker_active_prefill_tokens: {
+    type: "gauge",
+    labels: ["worker_id", "dp_rank", "worker_type"],
+    help: "Prompt tokens waiting on the worker.",
+  },
+  dynamo_frontend_worker_last_time_to_first_token_seconds: {
+    type: "gauge",
+    labels: ["worker_id", "dp_rank", "worker_type"],
+    help: "Of the worker's newest request.",
+  },
+  dynamo_frontend_worker_last_input_sequence_tokens: {
+    type: "gauge",
+    labels: ["worker_id", "dp_rank", "worker_type"],
+    help: "Of the worker's newest request.",
+  },
+  dynamo_frontend_router_workers: { type: "gauge", labels: ["model"], help: "Workers the router can choose from." },
+  // Router.
+  dynamo_component_router_requests_total: {
+    type: "counter",
+    labels: ["model", "mode", "outcome"],
+    help: "Routing decisions.",
+  },
+  dynamo_router_overhead_total: {
+    type: "histogram",
+    labels: ["router_id"],
+    buckets: "milliseconds",
+    help: "Time of one routing decision, ms.",
+  },
+  // Worker.
+  dynamo_component_requests_total: { type: "counter", labels: COMPONENT, help: "Requests the worker ended." },
+  dynamo_component_request_duration_seconds: {
+    type: "histogram",
+    labels: COMPONENT,
+    help: "Time from arrival at the worker to the end.",
+  },
+  dynamo_component_inflight_requests: { type: "gauge", labels: COMPONENT, help: "Requests on the worker." },
+  dynamo_component_request_bytes_total: { type: "counter", labels: COMPONENT, help: "Bytes of requests." },
+  dynamo_component_response_bytes_total: { type: "counter", labels: COMPONENT, help: "Bytes of answers." },
+  dynamo_component_errors_total: {
+    type: "counter",
+    labels: [...COMPONENT, "error_type"],
+    help: "Requests that ended in an error.",
+  },
+  dynamo_component_cancellation_total: { type: "counter", labels: COMPONENT, help: "Requests the caller cancelled." },
+  dynamo_component_time_to_first_response_seconds: {
+    type: "histogram",
+    labels: COMPONENT,
+    help: "Time from arrival to the first answer.",
+  },
+  dynamo_component_uptime_seconds: { type: "gauge", labels: COMPONENT, help: "Time since the worker registered." },
+  dynamo_component_total_blocks: { type: "gauge", labels: COMPONENT, help: "KV blocks of the engine." },
+  dynamo_component_gpu_cache_usage_percent: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "Part of the KV blocks that running requests use, 0 to 1.",
+  },
+  dynamo_component_model_load_time_seconds: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "Time the engine took to start.",
+  },
+  dynamo_component_kv_publisher_engines_dropped_events_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "KV events that could not be published.",
+  },
+  // Request plane.
+  dynamo_request_plane_inflight: { type: "gauge", labels: [], help: "Streams this process has open to others." },
+  dynamo_transport_tcp_bytes_sent_total: { type: "counter", labels: ["side"], help: "Request-plane bytes written." },
+  dynamo_transport_tcp_bytes_received_total: { type: "counter", labels: ["side"], help: "Request-plane bytes read." },
+  dynamo_transport_tcp_errors_total: {
+    type: "counter",
+    labels: ["side", "kind"],
+    help: "Broken, refused or malformed request-plane connections.",
+  },
+  dynamo_transport_tcp_pool_active: { type: "gauge", labels: ["side"], help: "Open request-plane connections." },
+} as const satisfies Record<string, MetricEntry>;
+
+export type MetricName = keyof typeof METRICS;

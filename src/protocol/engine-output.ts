@@ -1,0 +1,255 @@
+import { DynamoError, errorFromWire } from "../errors/index.ts";
+import { ByteReader, ByteWriter } from "../std/index.ts";
+
+/**
+ * What an engine step says about its streams, as bytes, from the engine's thread to the frontend's stream without being
+ * decoded on the way. A step is a row of entries `[u32 stream id][u32 payload bytes][payload]`; the worker cuts them and
+ * passes each payload on as one request-plane item. A payload is a row of tagged sections:
+ *
+ *   TOKENS    u16 count, count x u32 token id
+ *   FIRST     u32 prompt tokens, u32 of them from the cache, f32 ms in the engine's queue, f32 ms of prefill
+ *   LOGPROBS  u16 count, per generated token of this payload: one logprob record
+ *   PROMPT    u32 count, per prompt token from the second on: one logprob record
+ *   FINISH    u8 reason, f32 ms of decode
+ *   ERROR     reason, message, diagnostic as texts
+ *
+ *   logprob record: f32 logprob of the token, u8 n, n x (u32 token id, f32 logprob), best first
+ *
+ * A stop token is not among the tokens. The final payload of a stream has FINISH or ERROR, exactly once.
+ */
+export type FinishReason = "stop" | "length" | "cancelled" | "error";
+
+const TOKENS = 1;
+const FIRST = 2;
+const LOGPROBS = 3;
+const PROMPT = 4;
+const FINISH = 5;
+const ERROR = 6;
+const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
+const MAX_TEXT_BYTES = 64 * 1024;
+/** OpenAI allows 20 alternatives. */
+export const MAX_TOP_LOGPROBS = 20;
+
+/** One token's logprob with its alternatives, best first. */
+export interface TokenLogprob {
+  readonly logprob: number;
+  readonly topIds: readonly number[];
+  readonly topLogprobs: readonly number[];
+}
+
+/** Builds a step. Reused for every step: `reset`, entries, `view`. */
+export class StepWriter {
+  readonly #writer = new ByteWriter(64 * 1024);
+  #entryStart = -1;
+  entryCount = 0;
+
+  reset(): void {
+    this.#writer.reset();
+    this.#entryStart = -1;
+    this.entryCount = 0;
+  }
+
+  beginEntry(streamId: number): void {
+    this.#writer.u32(streamId);
+    this.#entryStart = this.#writer.length;
+    this.#writer.u32(0);
+    this.entryCount++;
+  }
+
+  endEntry(): void {
+    this.#writer.patchU32(this.#entryStart, this.#writer.length - this.#entryStart - 4);
+    this.#entryStart = -1;
+  }
+
+  /** At most 65,535 tokens. */
+  tokens(tokenIds: ArrayLike<number>, count = tokenIds.length): void {
+    this.#writer.u8(TOKENS);
+    this.#writer.u16(count);
+    this.#writer.u32s(tokenIds, count);
+  }
+
+  /** The usual case, one token, without an array. */
+  token(tokenId: number): void {
+    this.#writer.u8(TOKENS);
+    this.#writer.u16(1);
+    this.#writer.u32(tokenId);
+  }
+
+  first(info: { promptTokens: number; cachedTokens: number; queueMs: number; prefillMs: number }): void {
+    this.#writer.u8(FIRST);
+    this.#writer.u32(info.promptTokens);
+    this.#writer.u32(info.cachedTokens);
+    this.#writer.f32(info.queueMs);
+    this.#writer.f32(info.prefillMs);
+  }
+
+  logprobs(records: readonly TokenLogprob[]): void {
+    this.#writer.u8(LOGPROBS);
+    this.#writer.u16(records.length);
+    for (const record of records) this.#logprob(record);
+  }
+
+  promptLogprobs(records: readonly TokenLogprob[]): void {
+    this.#writer.u8(PROMPT);
+    this.#writer.u32(records.length);
+    for (const record of records) this.#logprob(record);
+  }
+
+  #logprob(record: TokenLogprob): void {
+    this.#writer.f32(record.logprob);
+    this.#writer.u8(record.topIds.length);
+    for (let i = 0; i < record.topIds.length; i++) {
+      this.#writer.u32(record.topIds[i]!);
+      this.#writer.f32(record.topLogprobs[i]!);
+    }
+  }
+
+  finish(reason: Exclude<FinishReason, "error">, decodeMs: number): void {
+    this.#writer.u8(FINISH);
+    this.#writer.u8(FINISH_REASONS.indexOf(reason));
+    this.#writer.f32(decodeMs);
+  }
+
+  error(error: DynamoError): void {
+    this.#writer.u8(ERROR);
+    this.#writer.text(error.reason);
+    this.#writer.text(error.publicMessage.slice(0, 2000));
+    this.#writer.text((error.diagnostic ?? "").slice(0, 8000));
+  }
+
+  /** A whole entry that only ends a stream with an error. */
+  errorEntry(streamId: number, error: DynamoError): void {
+    this.beginEntry(streamId);
+    this.error(error);
+    this.endEntry();
+  }
+
+  /** The step so far, valid until the next call on this writer. */
+  view(): Buffer {
+    return this.#writer.view();
+  }
+}
+
+/** Calls `visit` for each entry of a step; the payload is `step[start, end)`. Trusts the engine in the same process. */
+export function forEachStepEntry(
+  step: Uint8Array,
+  visit: (streamId: number, start: number, end: number) => void,
+): void {
+  const view = new DataView(step.buffer, step.byteOffset, step.byteLength);
+  let at = 0;
+  while (at < step.length) {
+    const start = at + 8;
+    const end = start + view.getUint32(at + 4, true);
+    visit(view.getUint32(at, true), start, end);
+    at = end;
+  }
+}
+
+/**
+ * One decoded payload; a flyweight that the reader reuses (`decodeEngineOutput` overwrites all of it). The token array
+ * is longer than `tokenCount`: only its head counts.
+ */
+export class EngineOutput {
+  tokenIds: Uint32Array = new Uint32Array(64);
+  tokenCount = 0;
+  /** Set with the first generated token (or the end, when there was none). */
+  hasFirst = false;
+  promptTokens = 0;
+  cachedTokens = 0;
+  queueMs = 0;
+  prefillMs = 0;
+  logprobs: TokenLogprob[] | undefined = undefined;
+  promptLogprobs: TokenLogprob[] | undefined = undefined;
+  finish: FinishReason | undefined = undefined;
+  decodeMs = 0;
+  error: DynamoError | undefined = undefined;
+}
+
+/** Throws `malformed-frame`. Cost: about 50 ns for a one-token payload. */
+export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number, target: EngineOutput): void {
+  target.tokenCount = 0;
+  target.hasFirst = false;
+  target.logprobs = undefined;
+  target.promptLogprobs = undefined;
+  target.finish = undefined;
+  target.error = undefined;
+  // The usual payload, one token and nothing else, needs no reader object.
+  if (end - start === 7 && bytes[start] === TOKENS && bytes[start + 1] === 1 && bytes[start + 2] === 0) {
+    target.tokenIds[0] =
+      (bytes[start + 3]! | (bytes[start + 4]! << 8) | (bytes[start + 5]! << 16) | (bytes[start + 6]! << 24)) >>> 0;
+    target.tokenCount = 1;
+    return;
+  }
+  try {
+    const reader = new ByteReader(bytes, start, end);
+    while (reader.remaining > 0) decodeSection(reader, target);
+  } catch (cause) {
+    if (cause instanceof DynamoError) throw cause;
+    throw new DynamoError("malformed-frame", "engine output could not be decoded", {
+      diagnostic: String(cause),
+      cause,
+    });
+  }
+}
+
+function decodeSection(reader: ByteReader, target: EngineOutput): void {
+  const tag = reader.u8();
+  switch (tag) {
+    case TOKENS: {
+      const count = reader.u16();
+      const needed = target.tokenCount + count;
+      if (needed > target.tokenIds.length) {
+        const grown = new Uint32Array(Math.max(needed, target.tokenIds.length * 2));
+        grown.set(target.tokenIds);
+        target.tokenIds = grown;
+      }
+      for (let i = 0; i < count; i++) target.tokenIds[target.tokenCount++] = reader.u32();
+      return;
+    }
+    case FIRST:
+      target.hasFirst = true;
+      target.promptTokens = reader.u32();
+      target.cachedTokens = reader.u32();
+      target.queueMs = reader.f32();
+      target.prefillMs = reader.f32();
+      return;
+    case LOGPROBS:
+      target.logprobs = decodeLogprobs(reader, reader.u16());
+      return;
+    case PROMPT:
+      target.promptLogprobs = decodeLogprobs(reader, reader.u32());
+      return;
+    case FINISH:
+      target.finish = FINISH_REASONS[reader.u8()];
+      if (target.finish === undefined) throw new Error("unknown finish reason");
+      target.decodeMs = reader.f32();
+      return;
+    case ERROR: {
+      target.finish = "error";
+      const reason = reader.text(MAX_TEXT_BYTES);
+      const message = reader.text(MAX_TEXT_BYTES);
+      target.error = errorFromWire(reason, message, reader.text(MAX_TEXT_BYTES));
+      return;
+    }
+    default:
+      throw new Error(`unknown section tag ${tag}`);
+  }
+}
+
+function decodeLogprobs(reader: ByteReader, count: number): TokenLogprob[] {
+  if (count * 5 > reader.remaining)
+    throw new Error(`${count} logprob records do not fit into ${reader.remaining} bytes`);
+  const records: TokenLogprob[] = [];
+  for (let i = 0; i < count; i++) {
+    const logprob = reader.f32();
+    const alternatives = reader.u8();
+    const topIds: number[] = [];
+    const topLogprobs: number[] = [];
+    for (let k = 0; k < alternatives; k++) {
+      topIds.push(reader.u32());
+      topLogprobs.push(reader.f32());
+    }
+    records.push({ logprob, topIds, topLogprobs });
+  }
+  return records;
+}

@@ -1,0 +1,5 @@
+export * from "./engine-output.ts";
+export * from "./kv-event.ts";
+export * from "./load.ts";
+export * from "./model-card.ts";
+export * from "./request.ts";

@@ -1,0 +1,42 @@
+/** Load of one worker, as the engine sees it; published on the event plane about four times a second and on change. */
+export interface LoadSnapshot {
+  /** Streams that are decoding or prefilling. */
+  readonly runningRequests: number;
+  /** Streams accepted but not started. */
+  readonly waitingRequests: number;
+  /** KV blocks that running streams use. */
+  readonly activeBlocks: number;
+  /** KV blocks kept only because they may be reused. */
+  readonly cachedBlocks: number;
+  readonly totalBlocks: number;
+  /** Prompt tokens accepted but not yet computed. */
+  readonly pendingPrefillTokens: number;
+  /** Engine steps since start. */
+  readonly steps: number;
+  readonly generatedTokens: number;
+  readonly promptTokens: number;
+  /** Prompt tokens that came from the cache. */
+  readonly cachedPromptTokens: number;
+  readonly preemptions: number;
+}
+
+export const EMPTY_LOAD: LoadSnapshot = Object.freeze({
+  runningRequests: 0,
+  waitingRequests: 0,
+  activeBlocks: 0,
+  cachedBlocks: 0,
+  totalBlocks: 0,
+  pendingPrefillTokens: 0,
+  steps: 0,
+  generatedTokens: 0,
+  promptTokens: 0,
+  cachedPromptTokens: 0,
+  preemptions: 0,
+});
+
+/** What a worker publishes on the `load` topic. */
+export interface LoadReport {
+  /** 16 hex digits. */
+  readonly instanceId: string;
+  readonly load: LoadSnapshot;
+}
