@@ -1,6 +1,8 @@
-/** What a frontend needs to know; `cli/` fills it from flags, environment and file. */
-export type RouterMode = "round-robin" | "random" | "least-loaded";
+import type { RouterMode } from "../router/index.ts";
 
+export type { RouterMode };
+
+/** What a frontend needs to know; `cli/` fills it from flags, environment and file. */
 export interface FrontendConfig {
   readonly namespace: string;
   readonly httpHost: string;

@@ -3,8 +3,9 @@ import { ByteReader, ByteWriter } from "../std/index.ts";
 
 /**
  * What an engine step says about its streams, as bytes, from the engine's thread to the frontend's stream without being
- * decoded on the way. A step is a row of entries `[u32 stream id][u32 payload bytes][payload]`; the worker cuts them and
- * passes each payload on as one request-plane item. A payload is a row of tagged sections:
+ * decoded on the way. A step is a row of entries `[u32 stream id][u32 payload bytes, top bit: final][payload]`; the worker
+ * cuts them, passes each payload on as one request-plane item, and ends the stream after a final one. A payload is a row
+ * of tagged sections:
  *
  *   TOKENS    u16 count, count x u32 token id
  *   FIRST     u32 prompt tokens, u32 of them from the cache, f32 ms in the engine's queue, f32 ms of prefill
@@ -26,6 +27,7 @@ const PROMPT = 4;
 const FINISH = 5;
 const ERROR = 6;
 const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
+const FINAL_BIT = 0x80000000;
 const MAX_TEXT_BYTES = 64 * 1024;
 /** OpenAI allows 20 alternatives. */
 export const MAX_TOP_LOGPROBS = 20;
@@ -41,6 +43,7 @@ export interface TokenLogprob {
 export class StepWriter {
   readonly #writer = new ByteWriter(64 * 1024);
   #entryStart = -1;
+  #final = 0;
   entryCount = 0;
 
   reset(): void {
@@ -52,12 +55,13 @@ export class StepWriter {
   beginEntry(streamId: number): void {
     this.#writer.u32(streamId);
     this.#entryStart = this.#writer.length;
+    this.#final = 0;
     this.#writer.u32(0);
     this.entryCount++;
   }
 
   endEntry(): void {
-    this.#writer.patchU32(this.#entryStart, this.#writer.length - this.#entryStart - 4);
+    this.#writer.patchU32(this.#entryStart, (this.#writer.length - this.#entryStart - 4) | this.#final);
     this.#entryStart = -1;
   }
 
@@ -105,12 +109,14 @@ export class StepWriter {
   }
 
   finish(reason: Exclude<FinishReason, "error">, decodeMs: number): void {
+    this.#final = FINAL_BIT;
     this.#writer.u8(FINISH);
     this.#writer.u8(FINISH_REASONS.indexOf(reason));
     this.#writer.f32(decodeMs);
   }
 
   error(error: DynamoError): void {
+    this.#final = FINAL_BIT;
     this.#writer.u8(ERROR);
     this.#writer.text(error.reason);
     this.#writer.text(error.publicMessage.slice(0, 2000));
@@ -133,14 +139,15 @@ export class StepWriter {
 /** Calls `visit` for each entry of a step; the payload is `step[start, end)`. Trusts the engine in the same process. */
 export function forEachStepEntry(
   step: Uint8Array,
-  visit: (streamId: number, start: number, end: number) => void,
+  visit: (streamId: number, start: number, end: number, final: boolean) => void,
 ): void {
   const view = new DataView(step.buffer, step.byteOffset, step.byteLength);
   let at = 0;
   while (at < step.length) {
     const start = at + 8;
-    const end = start + view.getUint32(at + 4, true);
-    visit(view.getUint32(at, true), start, end);
+    const length = view.getUint32(at + 4, true);
+    const end = start + (length & ~FINAL_BIT);
+    visit(view.getUint32(at, true), start, end, length >= FINAL_BIT);
     at = end;
   }
 }

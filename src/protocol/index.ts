@@ -1,3 +1,5 @@
+export * from "./byte-range.ts";
+export * from "./endpoints.ts";
 export * from "./engine-output.ts";
 export * from "./kv-event.ts";
 export * from "./load.ts";

@@ -40,3 +40,18 @@ export interface LoadReport {
   readonly instanceId: string;
   readonly load: LoadSnapshot;
 }
+
+/** Reads a report from foreign bytes; undefined when it is not one. */
+export function parseLoadReport(payload: Uint8Array): LoadReport | undefined {
+  try {
+    const value = JSON.parse(Buffer.from(payload.buffer, payload.byteOffset, payload.byteLength).toString("utf8")) as unknown;
+    if (typeof value !== "object" || value === null) return undefined;
+    const { instanceId, load } = value as Record<string, unknown>;
+    if (typeof instanceId !== "string" || typeof load !== "object" || load === null) return undefined;
+    const numbers = load as Record<string, unknown>;
+    for (const field of Object.keys(EMPTY_LOAD)) if (typeof numbers[field] !== "number") return undefined;
+    return { instanceId, load: load as LoadSnapshot };
+  } catch {
+    return undefined;
+  }
+}

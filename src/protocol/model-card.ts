@@ -25,3 +25,28 @@ export interface ModelCard {
   /** Unix seconds, for `GET /v1/models`. */
   readonly created: number;
 }
+
+const NUMBERS = [
+  "contextLength",
+  "blockSizeTokens",
+  "totalBlocks",
+  "maxSequences",
+  "maxBatchedTokens",
+  "dataParallelSize",
+  "vocabularySize",
+  "tokenizerBytes",
+  "created",
+] as const satisfies readonly (keyof ModelCard)[];
+
+/** Checks a card that came from discovery: every field there and of its type, numbers whole and not negative. */
+export function isModelCard(value: unknown): value is ModelCard {
+  if (typeof value !== "object" || value === null) return false;
+  const card = value as Record<string, unknown>;
+  return (
+    card["version"] === 1 &&
+    ["name", "engine", "engineVersion", "tokenizerSha256"].every((field) => typeof card[field] === "string") &&
+    card["name"] !== "" &&
+    NUMBERS.every((field) => Number.isSafeInteger(card[field]) && (card[field] as number) >= 0) &&
+    Array.isArray(card["types"])
+  );
+}

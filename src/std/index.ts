@@ -2,3 +2,4 @@ export * from "./byte-reader.ts";
 export * from "./byte-writer.ts";
 export * from "./clock.ts";
 export * from "./random.ts";
+export * from "./timer-wheel.ts";

@@ -9,6 +9,8 @@ export interface WorkerConfig {
   /** Streams a worker takes before it answers `worker-full`. */
   readonly maxQueuedRequests: number;
   readonly drainTimeoutMs: number;
+  /** Where `/health`, `/live` and `/metrics` of this worker are served on loopback; 0 = any free port, undefined = nowhere. */
+  readonly systemPort: number | undefined;
 }
 
 export type EngineConfig = LlamaEngineConfig | EchoEngineConfig;

@@ -1,0 +1,108 @@
+import type { SamplingOptions, TokenLogprob } from "../../protocol/index.ts";
+import { SeededRandom } from "../../std/index.ts";
+import { argmax, drawFiltered, drawFromAll, maximum, tokenLogprob } from "./logit-kernels.ts";
+
+/**
+ * Turns a row of logits into the next token of one stream. The order of the steps is that of vLLM's V1 sampler up to the
+ * temperature, and that of Hugging Face Transformers' warpers after it:
+ *
+ *   suppressed ids -> logit bias -> repetition penalty (prompt and output) -> frequency and presence penalty (output)
+ *   -> greedy when the temperature is 0, else temperature -> top-k -> top-p -> min-p -> one draw
+ *
+ * Equal logits: the lower id counts as better. A row without any usable logit gives token 0; nothing throws or hangs.
+ * The same seed over the same logits gives the same tokens, with exactly one random number per token unless greedy.
+ * `naive-sampler.ts` says the same in the plainest way; a test compares them.
+ *
+ * Memory: nothing for plain requests; with bias or penalties one entry per distinct token concerned. Owned by its stream.
+ * Cost per token for 49,152 logits: greedy 25 us, temperature 130 us, top-k 60 us; bias or penalties add a copy (10 us).
+ */
+export interface SamplerOptions {
+  /** Length of every `logits`. */
+  readonly vocabularySize: number;
+  /** Read once, for the repetition penalty; ids outside the vocabulary are ignored. */
+  readonly promptTokenIds: Uint32Array;
+  /** u32. */
+  readonly seed: number;
+}
+
+/** The row with bias and penalties in it; shared, because it lives for one call only. */
+let adjustedLogits = new Float32Array(0);
+
+export class Sampler {
+  readonly #sampling: SamplingOptions;
+  readonly #vocabularySize: number;
+  readonly #random: SeededRandom;
+  readonly #hasPenalty: boolean;
+  readonly #isFiltered: boolean;
+  /** Tokens that penalties concern, with how often each was generated; prompt tokens start at 0. */
+  readonly #generatedCounts = new Map<number, number>();
+
+  constructor(sampling: SamplingOptions, options: SamplerOptions) {
+    this.#sampling = sampling;
+    this.#vocabularySize = options.vocabularySize;
+    this.#random = new SeededRandom(options.seed);
+    this.#hasPenalty =
+      sampling.repetitionPenalty !== 1 || sampling.frequencyPenalty !== 0 || sampling.presencePenalty !== 0;
+    this.#isFiltered = sampling.topK > 0 || sampling.topP < 1 || sampling.minP > 0;
+    if (sampling.repetitionPenalty !== 1) {
+      for (const id of options.promptTokenIds) if (id < this.#vocabularySize) this.#generatedCounts.set(id, 0);
+    }
+  }
+
+  /** The next token; ids in `suppress` cannot come. `logits` has `vocabularySize` entries and is only read. */
+  sample(logits: Float32Array, suppress?: readonly number[]): number {
+    const row = this.#adjust(logits, suppress);
+    if (this.#sampling.temperature === 0) return argmax(row);
+    const uniform = this.#random.nextFloat();
+    const max = maximum(row);
+    // One token that outweighs all others, or none at all.
+    if (!Number.isFinite(max)) return argmax(row);
+    // A temperature so small that its inverse overflows is greedy.
+    const perTemperature = 1 / this.#sampling.temperature;
+    if (!Number.isFinite(perTemperature)) return argmax(row);
+    if (!this.#isFiltered) return drawFromAll(row, max, perTemperature, uniform);
+    return drawFiltered(row, max, perTemperature, uniform, this.#sampling);
+  }
+
+  /** Tells the penalties that the token is part of the output from now on. */
+  accept(tokenId: number): void {
+    if (!this.#hasPenalty) return;
+    this.#generatedCounts.set(tokenId, (this.#generatedCounts.get(tokenId) ?? 0) + 1);
+  }
+
+  /**
+   * The logprob of a generated token and of the `top` best ones, best first. Of the model's own distribution, before
+   * bias, penalties and temperature, as vLLM V1 reports it by default (`raw_logprobs`).
+   */
+  logprobs(logits: Float32Array, tokenId: number, top: number): TokenLogprob {
+    return tokenLogprob(logits, tokenId, top);
+  }
+
+  /** The row to sample from: `logits` itself when nothing has to be changed. */
+  #adjust(logits: Float32Array, suppress: readonly number[] | undefined): Float32Array {
+    const { logitBias } = this.#sampling;
+    const hasBias = logitBias !== undefined && logitBias.length > 0;
+    const hasSuppressed = suppress !== undefined && suppress.length > 0;
+    if (!hasBias && !hasSuppressed && this.#generatedCounts.size === 0) return logits;
+    if (adjustedLogits.length !== logits.length) adjustedLogits = new Float32Array(logits.length);
+    const row = adjustedLogits;
+    row.set(logits);
+    if (hasSuppressed) for (const id of suppress) if (id < row.length) row[id] = -Infinity;
+    if (hasBias) for (const [id, bias] of logitBias) if (id < row.length) row[id] = row[id]! + bias;
+    if (this.#generatedCounts.size > 0) this.#penalise(row);
+    return row;
+  }
+
+  #penalise(row: Float32Array): void {
+    const { repetitionPenalty, frequencyPenalty, presencePenalty } = this.#sampling;
+    for (const [id, count] of this.#generatedCounts) {
+      let logit = row[id]!;
+      logit = logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty;
+      if (count > 0) logit -= frequencyPenalty * count + presencePenalty;
+      row[id] = logit;
+    }
+  }
+}
+
+/** As `Sampler.logprobs`, for a token of the prompt under the row that predicted it. */
+export const promptLogprob = tokenLogprob;

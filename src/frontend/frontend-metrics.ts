@@ -1,0 +1,99 @@
+import type { CounterChild, GaugeChild, HistogramChild, Metrics } from "../observability/index.ts";
+import type { ModelCard } from "../protocol/index.ts";
+
+export type Endpoint = "chat_completions" | "completions";
+export type RequestType = "stream" | "unary";
+const STAGES = ["preprocess", "route", "dispatch"] as const;
+export type Stage = (typeof STAGES)[number];
+
+/** Children of the frontend's per-model metrics, resolved once per model; labels follow metric-names.ts. */
+export class ModelMetrics {
+  readonly #metrics: Metrics;
+  readonly #model: string;
+  readonly duration: HistogramChild;
+  readonly active: GaugeChild;
+  readonly inflight: GaugeChild;
+  readonly inputTokens: HistogramChild;
+  readonly outputTokens: HistogramChild;
+  readonly outputTokensTotal: CounterChild;
+  readonly cachedTokens: HistogramChild;
+  readonly timeToFirstToken: HistogramChild;
+  readonly interTokenLatency: HistogramChild;
+  readonly tokenize: HistogramChild;
+  readonly template: HistogramChild;
+  readonly disconnected: CounterChild;
+
+  constructor(metrics: Metrics, model: string) {
+    this.#metrics = metrics;
+    this.#model = model;
+    this.duration = metrics.histogram("dynamo_frontend_request_duration_seconds").labels(model);
+    this.active = metrics.gauge("dynamo_frontend_active_requests").labels(model);
+    this.inflight = metrics.gauge("dynamo_frontend_inflight_requests").labels(model);
+    this.inputTokens = metrics.histogram("dynamo_frontend_input_sequence_tokens").labels(model);
+    this.outputTokens = metrics.histogram("dynamo_frontend_output_sequence_tokens").labels(model);
+    this.outputTokensTotal = metrics.counter("dynamo_frontend_output_tokens_total").labels(model);
+    this.cachedTokens = metrics.histogram("dynamo_frontend_cached_tokens").labels(model);
+    this.timeToFirstToken = metrics.histogram("dynamo_frontend_time_to_first_token_seconds").labels(model);
+    this.interTokenLatency = metrics.histogram("dynamo_frontend_inter_token_latency_seconds").labels(model);
+    this.tokenize = metrics.histogram("dynamo_frontend_tokenize_seconds").labels(model);
+    this.template = metrics.histogram("dynamo_frontend_template_seconds").labels(model);
+    this.disconnected = metrics.counter("dynamo_frontend_disconnected_clients").labels(model);
+  }
+
+  setCard(card: ModelCard): void {
+    const set = (name: Parameters<Metrics["gauge"]>[0], value: number): void =>
+      this.#metrics.gauge(name).labels(this.#model).set(value);
+    set("dynamo_frontend_model_total_kv_blocks", card.totalBlocks);
+    set("dynamo_frontend_model_max_num_seqs", card.maxSequences);
+    set("dynamo_frontend_model_max_num_batched_tokens", card.maxBatchedTokens);
+    set("dynamo_frontend_model_context_length", card.contextLength);
+    set("dynamo_frontend_model_kv_cache_block_size", card.blockSizeTokens);
+  }
+
+  setReady(ready: boolean): void {
+    this.#metrics.gauge("dynamo_frontend_model_ready").labels(this.#model).set(ready ? 1 : 0);
+  }
+
+  cancelled(endpoint: Endpoint, type: RequestType): void {
+    this.#metrics.counter("dynamo_frontend_model_cancellation_total").labels(this.#model, endpoint, type).add();
+  }
+
+  rejected(endpoint: Endpoint): void {
+    this.#metrics.counter("dynamo_frontend_model_rejection_total").labels(this.#model, endpoint).add();
+  }
+}
+
+/** Counts a request that ended; `model` is `unknown` for names that are not served, so that labels stay bounded. */
+export function countRequest(
+  metrics: Metrics,
+  labels: { model: string; endpoint: Endpoint; type: RequestType; status: "success" | "error"; errorType: string },
+): void {
+  metrics
+    .counter("dynamo_frontend_requests_total")
+    .labels(labels.model, labels.endpoint, labels.type, labels.status, labels.errorType)
+    .add();
+}
+
+/** How many requests are in each stage of the walk, and how long they stay there. */
+export class StageMetrics {
+  readonly #counts: Record<Stage, GaugeChild>;
+  readonly #durations: Record<Stage, HistogramChild>;
+
+  constructor(metrics: Metrics) {
+    const counts = metrics.gauge("dynamo_frontend_stage_requests");
+    const durations = metrics.histogram("dynamo_frontend_stage_duration_seconds");
+    const make = <T>(child: (stage: Stage) => T): Record<Stage, T> =>
+      Object.fromEntries(STAGES.map((stage) => [stage, child(stage)])) as Record<Stage, T>;
+    this.#counts = make((stage) => counts.labels(stage, "aggregated"));
+    this.#durations = make((stage) => durations.labels(stage));
+  }
+
+  enter(stage: Stage): void {
+    this.#counts[stage].add(1);
+  }
+
+  leave(stage: Stage, durationMs: number): void {
+    this.#counts[stage].add(-1);
+    this.#durations[stage].observe(durationMs / 1_000);
+  }
+}

@@ -1,0 +1,132 @@
+import { monitorEventLoopDelay } from "node:perf_hooks";
+import { DynamoError, toDynamoError } from "../errors/index.ts";
+import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
+import type { FrontendConfig } from "./config.ts";
+import { HttpServer, type Exchange, type Route } from "./http/index.ts";
+import { ModelRegistry } from "./model-registry.ts";
+import { openApiDocument } from "./openai/index.ts";
+import { Pipeline } from "./pipeline.ts";
+
+export interface RunningFrontend extends RunningRole {
+  /** The port it listens on; differs from the configured one when that was 0. */
+  readonly port: number;
+}
+
+/**
+ * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Serves as soon as it listens;
+ * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`.
+ */
+export async function startFrontend(config: FrontendConfig, planes: Planes, signal: AbortSignal): Promise<RunningFrontend> {
+  const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
+  try {
+    const models = new ModelRegistry(planes, { namespace: config.namespace, routerMode: config.routerMode });
+    const pipeline = new Pipeline(planes, config, models);
+    let draining = false;
+    const server = new HttpServer({
+      host: config.httpHost,
+      port: config.httpPort,
+      limits: config.limits,
+      routes: routes({ planes, models, pipeline, isDraining: () => draining }),
+      logger: planes.logger,
+      clock: planes.clock,
+      metrics: planes.metrics,
+    });
+    const { port } = await server.listen();
+    lifecycle.defer("http server", () => server.close({ graceMs: 1_000 }));
+    await models.start();
+    lifecycle.defer("model registry", () => models.close());
+    lifecycle.defer("event loop monitor", watchEventLoop(planes));
+    lifecycle.onDrain(async () => {
+      draining = true;
+      pipeline.beginDrain();
+      await pipeline.idle();
+    });
+    lifecycle.defer("running requests", () => pipeline.failAll(new DynamoError("draining", "the server is shutting down")));
+    lifecycle.ready(signal);
+    return Object.assign(lifecycle.role(), { port });
+  } catch (thrown) {
+    await lifecycle.stop();
+    throw toDynamoError(thrown);
+  }
+}
+
+interface RouteContext {
+  readonly planes: Planes;
+  readonly models: ModelRegistry;
+  readonly pipeline: Pipeline;
+  readonly isDraining: () => boolean;
+}
+
+function routes(context: RouteContext): Route[] {
+  const { models, pipeline, planes } = context;
+  return [
+    { method: "POST", path: "/v1/chat/completions", family: "openai", body: "json", handle: (exchange) => pipeline.chat(exchange) },
+    { method: "POST", path: "/v1/completions", family: "openai", body: "json", handle: (exchange) => pipeline.completions(exchange) },
+    { method: "GET", path: "/v1/models", family: "openai", handle: (exchange) => exchange.json(200, modelList(models)) },
+    { method: "GET", path: "/v1/models/*", family: "openai", handle: (exchange) => sendModel(exchange, models) },
+    { method: "GET", path: "/health", family: "plain", handle: (exchange) => sendHealth(exchange, context) },
+    { method: "GET", path: "/live", family: "plain", handle: (exchange) => exchange.json(200, { status: "live" }) },
+    {
+      method: "GET",
+      path: "/metrics",
+      family: "plain",
+      handle: async (exchange) => exchange.text(200, await planes.metrics.render(), "text/plain; version=0.0.4; charset=utf-8"),
+    },
+    { method: "GET", path: "/openapi.json", family: "plain", handle: (exchange) => exchange.json(200, openApiDocument()) },
+  ];
+}
+
+function modelObject(model: ReturnType<ModelRegistry["list"]>[number]): Record<string, unknown> {
+  return {
+    id: model.name,
+    object: "model",
+    created: model.card.created,
+    owned_by: "dynamo",
+    max_model_len: model.card.contextLength,
+  };
+}
+
+function modelList(models: ModelRegistry): Record<string, unknown> {
+  return { object: "list", data: models.list().map(modelObject) };
+}
+
+function sendModel(exchange: Exchange, models: ModelRegistry): void {
+  const name = decodeURIComponent(exchange.path.slice("/v1/models/".length));
+  const model = models.list().find((candidate) => candidate.name === name);
+  if (model === undefined) exchange.sendError(new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" }));
+  else exchange.json(200, modelObject(model));
+}
+
+/** Dynamo's shape: `unhealthy` without workers is still a 200; 503 only while draining. */
+function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteContext): void {
+  const instances = models.instances();
+  const serving = instances.filter(({ problem }) => problem === undefined);
+  const discovery = planes.discovery.health();
+  exchange.json(isDraining() ? 503 : 200, {
+    status: isDraining() ? "draining" : serving.length > 0 ? "healthy" : "unhealthy",
+    endpoints: [...new Set(serving.map(({ instance }) => formatDynAddress(instance)))],
+    instances: instances.map(({ instance, problem }) => ({
+      namespace: instance.namespace,
+      component: instance.component,
+      endpoint: instance.endpoint,
+      instance_id: instance.instanceId,
+      transport: { address: instance.address },
+      ...(problem === undefined ? {} : { problem }),
+    })),
+    discovery: discovery.healthy ? "ok" : `degraded: ${discovery.detail ?? "unknown"}`,
+  });
+}
+
+/** Event loop delay since the last scrape, as gauges. */
+function watchEventLoop(planes: Planes): () => void {
+  const delay = monitorEventLoopDelay({ resolution: 20 });
+  delay.enable();
+  const gauge = planes.metrics.gauge("dynamo_frontend_event_loop_delay_seconds");
+  planes.metrics.onCollect(() => {
+    gauge.labels("0.5").set(delay.percentile(50) / 1e9);
+    gauge.labels("0.99").set(delay.percentile(99) / 1e9);
+    gauge.labels("1").set(delay.max / 1e9);
+    delay.reset();
+  });
+  return () => delay.disable();
+}

@@ -1,0 +1,216 @@
+import { DynamoError, toDynamoError } from "../errors/index.ts";
+import type { Metrics } from "../observability/index.ts";
+import type { PreprocessedRequest } from "../protocol/index.ts";
+import type { ChatRequest, CompletionRequest, GenerationOptions } from "../protocol/openai/index.ts";
+import type { Planes } from "../runtime/component/index.ts";
+import { AdmissionGate, type Permit } from "./admission.ts";
+import type { FrontendConfig } from "./config.ts";
+import { StageMetrics, countRequest, type Endpoint, type RequestType } from "./frontend-metrics.ts";
+import { GenerationRun, type GenerationPlan, type PlannedPrompt } from "./generation-run.ts";
+import type { Exchange } from "./http/index.ts";
+import type { ModelRegistry, ServedModel } from "./model-registry.ts";
+import { createChatWriter, createCompletionWriter, validateChat, validateCompletion } from "./openai/index.ts";
+import type { ResponseWriter } from "./response-writer.ts";
+
+/**
+ * The walk of one request, one call per arrow: HTTP -> validate -> template + tokenize -> route -> decode ->
+ * detokenize + stop -> SSE. docs/walk.md tells it with the error, metric and way back of each arrow; a test compares the
+ * step marks here and in choice-stream.ts with that page.
+ */
+export class Pipeline {
+  readonly #planes: Planes;
+  readonly #config: FrontendConfig;
+  readonly #models: ModelRegistry;
+  readonly #stages: StageMetrics;
+  readonly #gate: AdmissionGate;
+  readonly #runs = new Set<GenerationRun>();
+  #draining = false;
+
+  constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry) {
+    this.#planes = planes;
+    this.#config = config;
+    this.#models = models;
+    this.#stages = new StageMetrics(planes.metrics);
+    this.#gate = new AdmissionGate({
+      limit: config.limits.concurrentRequests,
+      queueLimit: config.limits.queuedRequests,
+      clock: planes.clock,
+      queuedGauge: planes.metrics.gauge("dynamo_frontend_queued_requests").labels(),
+    });
+  }
+
+  /** Requests in any step of the walk. */
+  get activeRequestCount(): number {
+    return this.#gate.activeCount + this.#gate.queuedCount;
+  }
+
+  /** From now on new requests get `draining`. */
+  beginDrain(): void {
+    this.#draining = true;
+  }
+
+  // Step 1: HTTP.
+  chat(exchange: Exchange): Promise<void> {
+    return this.#serve(exchange, "chat_completions", (body) => {
+      // Step 2: validate.
+      const request = validateChat(body, this.#config.limits);
+      return {
+        options: request.options,
+        model: request.model,
+        plan: (model) => Promise.resolve(this.#planChat(model, request, exchange.requestId)),
+        writer: (model) => createChatWriter(exchange, { model: model.name, options: request.options }),
+      };
+    });
+  }
+
+  completions(exchange: Exchange): Promise<void> {
+    return this.#serve(exchange, "completions", (body) => {
+      const request = validateCompletion(body, this.#config.limits);
+      return {
+        options: request.options,
+        model: request.model,
+        plan: (model) => this.#planCompletion(model, request, exchange.requestId),
+        writer: (model) => createCompletionWriter(exchange, { model: model.name, options: request.options }),
+      };
+    });
+  }
+
+  async #serve(exchange: Exchange, endpoint: Endpoint, read: (body: unknown) => FamilyRequest): Promise<void> {
+    let permit: Permit | undefined;
+    let type: RequestType = "unary";
+    let served: ServedModel | undefined;
+    try {
+      if (this.#draining) throw new DynamoError("draining", "the server is shutting down");
+      const request = read(exchange.body);
+      type = request.options.stream ? "stream" : "unary";
+      served = this.#find(request.model, endpoint);
+      permit = this.#gate.tryEnter() ?? (await this.#gate.enter((leave) => (exchange.onGone = leave)));
+      const admittedMs = this.#planes.clock.monotonicMs();
+      this.#stages.enter("preprocess");
+      let prompts: readonly PlannedPrompt[];
+      try {
+        // Step 3: template + tokenize.
+        prompts = await request.plan(served);
+      } finally {
+        this.#stages.leave("preprocess", this.#planes.clock.monotonicMs() - admittedMs);
+      }
+      if (exchange.gone) throw new DynamoError("client-gone", "the client left before its request was sent on");
+      const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts };
+      this.#run(exchange, plan, permit, admittedMs, request.writer(served));
+    } catch (thrown) {
+      permit?.release();
+      this.#refuse(exchange, toDynamoError(thrown), endpoint, type, served);
+    }
+  }
+
+  #run(exchange: Exchange, plan: GenerationPlan, permit: Permit, admittedMs: number, writer: ResponseWriter): void {
+    const held: Permit = {
+      release: () => {
+        this.#runs.delete(run);
+        permit.release();
+      },
+    };
+    const run = new GenerationRun(plan, {
+      planes: this.#planes,
+      stages: this.#stages,
+      requestId: exchange.requestId,
+      traceparent: exchange.header("traceparent") ?? "",
+      arrivalMs: exchange.arrivalMs,
+      admittedMs,
+      deadlineMs: exchange.arrivalMs + this.#config.limits.requestTimeoutMs,
+      permit: held,
+      writer,
+    });
+    this.#runs.add(run);
+    exchange.onGone = (error) => run.abandon(error);
+    // Steps 4 to 7 happen per choice, in choice-stream.ts.
+    run.start();
+  }
+
+  #find(name: string, endpoint: Endpoint): ServedModel {
+    const model = this.#models.find(name);
+    if (model === undefined) {
+      throw new DynamoError("model-not-found", `The model \`${name.slice(0, 200)}\` does not exist`, { param: "model" });
+    }
+    if (endpoint === "chat_completions" && !model.card.types.includes("chat")) {
+      throw new DynamoError("unsupported-field", `The model \`${name}\` has no chat template; use /v1/completions`, { param: "model" });
+    }
+    return model;
+  }
+
+  #planChat(model: ServedModel, request: ChatRequest, requestId: string): PlannedPrompt[] {
+    const { preprocessor } = model;
+    const { tokenIds, templateMs, tokenizeMs } = preprocessor.chat(request);
+    model.metrics.template.observe(templateMs / 1_000);
+    model.metrics.tokenize.observe(tokenizeMs / 1_000);
+    return [{ request: this.#engineRequest(model, request.options, tokenIds, requestId, true), echoText: "" }];
+  }
+
+  async #planCompletion(model: ServedModel, request: CompletionRequest, requestId: string): Promise<PlannedPrompt[]> {
+    const planned: PlannedPrompt[] = [];
+    for (const [index, prompt] of request.prompts.entries()) {
+      const startMs = this.#planes.clock.monotonicMs();
+      const tokenIds = await model.preprocessor.encodePrompt(prompt);
+      model.metrics.tokenize.observe((this.#planes.clock.monotonicMs() - startMs) / 1_000);
+      const id = index === 0 ? requestId : `${requestId}-p${index}`;
+      const engineRequest = this.#engineRequest(model, request.options, tokenIds, id, false);
+      const wantsPromptLogprobs = request.echo && request.options.topLogprobs >= 0;
+      const output = { ...engineRequest.output, promptLogprobs: wantsPromptLogprobs };
+      let echoText = "";
+      if (request.echo) echoText = typeof prompt === "string" ? prompt : model.preprocessor.decode(prompt);
+      planned.push({ request: { ...engineRequest, output }, echoText });
+    }
+    return planned;
+  }
+
+  #engineRequest(
+    model: ServedModel,
+    options: GenerationOptions,
+    tokenIds: Uint32Array,
+    requestId: string,
+    isChat: boolean,
+  ): PreprocessedRequest {
+    const { preprocessor } = model;
+    return {
+      requestId,
+      model: model.name,
+      tokenIds,
+      sampling: options.sampling,
+      stop: {
+        maxTokens: preprocessor.resolveMaxTokens(tokenIds.length, options.maxTokens, isChat),
+        minTokens: options.minTokens,
+        stopTokenIds: preprocessor.stopTokenIds(options),
+        ignoreEos: options.ignoreEos,
+      },
+      output: { topLogprobs: options.topLogprobs, promptLogprobs: false },
+      priority: 0,
+      cacheNamespace: "",
+    };
+  }
+
+  /** A request that ended before it had a run: answered, counted, logged. */
+  #refuse(exchange: Exchange, error: DynamoError, endpoint: Endpoint, type: RequestType, model: ServedModel | undefined): void {
+    const { metrics, logger } = this.#planes;
+    exchange.sendError(error);
+    if (error.class === "capacity-exhausted") {
+      model?.metrics.rejected(endpoint);
+      countAdmissionRejection(metrics, model?.name ?? "unknown");
+    }
+    countRequest(metrics, { model: model?.name ?? "unknown", endpoint, type, status: "error", errorType: error.class });
+    const line = { x_request_id: exchange.requestId, reason: error.reason, error: error.publicMessage, diagnostic: error.diagnostic };
+    if (error.class === "internal") logger.error(line, "request refused");
+    else logger.info(line, "request refused");
+  }
+}
+
+/** What validation makes of a body, whichever API family it belongs to. */
+interface FamilyRequest {
+  readonly model: string;
+  readonly options: GenerationOptions;
+  plan(model: ServedModel): Promise<readonly PlannedPrompt[]>;
+  writer(model: ServedModel): ResponseWriter;
+}
+
+function countAdmissionRejection(metrics: Metrics, model: string): void {
+  metrics.counter("dynamo_frontend_admission_rejection_total").labels("request_concurrency", model).add();
+}

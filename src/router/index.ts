@@ -1,0 +1,2 @@
+export * from "./policies/index.ts";
+export * from "./router.ts";

@@ -1,0 +1,71 @@
+import type { Logger } from "../../observability/index.ts";
+import type { DiscoveryChange, Watch } from "./base.ts";
+import { entriesUnder, sameEntry, type StoredEntry } from "./store-key.ts";
+
+interface ChangeFeedOptions {
+  readonly prefix: string;
+  readonly listener: (change: DiscoveryChange) => void;
+  readonly logger: Logger;
+  readonly onClose: (feed: ChangeFeed) => void;
+}
+
+/**
+ * One watcher's side of a store, the same for every back end: keeps what its listener was told, drops what is no news,
+ * and calls the listener one change at a time, never from inside another of its calls and never after `close`.
+ * The store tells it of every change; it filters by prefix. Owned by its store; costs one map of references.
+ */
+export class ChangeFeed implements Watch {
+  readonly #options: ChangeFeedOptions;
+  /** What the listener knows, by key. */
+  readonly #told = new Map<string, StoredEntry>();
+  #pending: { key: string; stored: StoredEntry | undefined }[] = [];
+  #scheduled = false;
+  #closed = false;
+
+  constructor(options: ChangeFeedOptions) {
+    this.#options = options;
+  }
+
+  /** Tells the listener the first set, before it returns. */
+  start(table: ReadonlyMap<string, StoredEntry>): void {
+    for (const stored of entriesUnder(this.#options.prefix, table)) this.#pending.push({ key: stored.entry.key, stored });
+    this.#scheduled = true;
+    this.#drain();
+  }
+
+  /** The key now has this entry, or none. Told in a later microtask: a caller's `put` never runs listeners inside it. */
+  changed(key: string, stored: StoredEntry | undefined): void {
+    if (this.#closed || !key.startsWith(this.#options.prefix)) return;
+    this.#pending.push({ key, stored });
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    queueMicrotask(() => this.#drain());
+  }
+
+  #drain(): void {
+    // What a listener causes while it runs lands in #pending and is told after it, by this loop.
+    for (let i = 0; i < this.#pending.length && !this.#closed; i++) {
+      const { key, stored } = this.#pending[i]!;
+      if (sameEntry(this.#told.get(key), stored)) continue;
+      if (stored === undefined) this.#told.delete(key);
+      else this.#told.set(key, stored);
+      try {
+        this.#options.listener(stored === undefined ? { type: "delete", key } : { type: "put", entry: stored.entry });
+      } catch (error) {
+        // The contract forbids it; the other watchers must not suffer for it.
+        this.#options.logger.error({ err: error, prefix: this.#options.prefix }, "a discovery listener threw");
+      }
+    }
+    this.#pending = [];
+    this.#scheduled = false;
+  }
+
+  close(): Promise<void> {
+    if (!this.#closed) {
+      this.#closed = true;
+      this.#told.clear();
+      this.#options.onClose(this);
+    }
+    return Promise.resolve();
+  }
+}

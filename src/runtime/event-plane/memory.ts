@@ -1,0 +1,342 @@
+import { randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { silentLogger, type Logger } from "../../observability/index.ts";
+import type { EventHandler, EventPlane, EventPublisher, EventSubscription, PublisherOptions } from "./base.ts";
+import { EventRing } from "./event-ring.ts";
+import {
+  DEFAULT_QUEUE_EVENTS,
+  DEFAULT_RING_EVENTS,
+  REPLAY_BYTES,
+  REPLAY_EVENTS,
+  RING_BYTES,
+  checkPayload,
+  checkTopic,
+  planeClosed,
+  publisherIdOf,
+} from "./limits.ts";
+import { PublisherSource, type SourceContext, type SourceLink } from "./publisher-source.ts";
+import { newStatistics, type EventPlaneStatistics } from "./statistics.ts";
+
+/**
+ * The event plane inside one process: the twin of `zmq`, and what a cluster in one process runs on. Events go through a
+ * bounded queue per subscription and are handed over in a later turn (`schedule`), so that a publisher never runs a
+ * handler. Rings, gaps, replays and restarts are the same code as over the network. All planes of one bus see each other.
+ *
+ * Cost: one copy of the payload per event, whatever the number of subscriptions; one scheduled turn per batch.
+ */
+export interface MemoryEventBusOptions {
+  /** Events that wait for one subscription's handler; above that the newest are dropped (replay, else gap). @default 100,000 */
+  readonly queueEvents?: number;
+  /** Loses a message when it returns true: for tests and the simulator. */
+  readonly drop?: (kind: "event" | "beacon" | "replay", topic: string, publisherId: string, sequence: number) => boolean;
+}
+
+interface Topic {
+  readonly publishers: Map<string, MemoryPublisher>;
+  readonly subscriptions: Set<MemorySubscription>;
+}
+
+export class MemoryEventBus {
+  readonly queueEvents: number;
+  readonly drop: NonNullable<MemoryEventBusOptions["drop"]>;
+  readonly #topics = new Map<string, Topic>();
+
+  constructor(options: MemoryEventBusOptions = {}) {
+    this.queueEvents = options.queueEvents ?? DEFAULT_QUEUE_EVENTS;
+    this.drop = options.drop ?? (() => false);
+  }
+
+  /** Number of topics anybody uses: 0 after everything was closed. */
+  get topicCount(): number {
+    return this.#topics.size;
+  }
+
+  topic(name: string): Topic {
+    let topic = this.#topics.get(name);
+    if (topic === undefined) {
+      topic = { publishers: new Map(), subscriptions: new Set() };
+      this.#topics.set(name, topic);
+    }
+    return topic;
+  }
+
+  releaseTopic(name: string): void {
+    const topic = this.#topics.get(name);
+    if (topic !== undefined && topic.publishers.size === 0 && topic.subscriptions.size === 0) this.#topics.delete(name);
+  }
+}
+
+export interface MemoryEventPlaneOptions {
+  readonly bus: MemoryEventBus;
+  readonly clock?: Clock;
+  /** Runs the delivery of a batch later, never at once. @default setImmediate */
+  readonly schedule?: (run: () => void) => void;
+  readonly logger?: Logger;
+}
+
+export class MemoryEventPlane implements EventPlane {
+  readonly statistics: EventPlaneStatistics = newStatistics();
+  readonly #bus: MemoryEventBus;
+  readonly #context: SourceContext;
+  readonly #schedule: (run: () => void) => void;
+  readonly #open = new Set<MemoryPublisher | MemorySubscription>();
+  #isClosed = false;
+
+  constructor(options: MemoryEventPlaneOptions) {
+    this.#bus = options.bus;
+    this.#schedule = options.schedule ?? setImmediate;
+    this.#context = {
+      clock: options.clock ?? systemClock,
+      logger: options.logger ?? silentLogger,
+      statistics: this.statistics,
+    };
+  }
+
+  // oxlint-disable-next-line require-await -- a contract of promises; this back end has nothing to wait for
+  async publish(topic: string, options: PublisherOptions = {}): Promise<EventPublisher> {
+    checkTopic(topic);
+    if (this.#isClosed) throw planeClosed();
+    const publisher = new MemoryPublisher(
+      this.#bus,
+      topic,
+      publisherIdOf(options.publisherId),
+      options.ringSize ?? DEFAULT_RING_EVENTS,
+      this.statistics,
+      () => this.#open.delete(publisher),
+    );
+    this.#open.add(publisher);
+    return publisher;
+  }
+
+  async subscribe(
+    topic: string,
+    handler: EventHandler,
+    options: { readonly replay?: boolean } = {},
+  ): Promise<EventSubscription> {
+    checkTopic(topic);
+    if (this.#isClosed) throw planeClosed();
+    const subscription = new MemorySubscription(
+      this.#bus,
+      topic,
+      handler,
+      this.#context,
+      this.#schedule,
+      options.replay ?? false,
+      () => this.#open.delete(subscription),
+    );
+    this.#open.add(subscription);
+    return subscription;
+  }
+
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await Promise.all([...this.#open].map((opened) => opened.close()));
+  }
+}
+
+class MemoryPublisher implements EventPublisher {
+  readonly publisherId: string;
+  readonly epoch = randomId64().toString(16);
+  readonly ring: EventRing;
+  readonly #bus: MemoryEventBus;
+  readonly #topicName: string;
+  readonly #topic: Topic;
+  readonly #statistics: EventPlaneStatistics;
+  readonly #onClose: () => void;
+  #isClosed = false;
+
+  constructor(
+    bus: MemoryEventBus,
+    topicName: string,
+    publisherId: string,
+    ringSize: number,
+    statistics: EventPlaneStatistics,
+    onClose: () => void,
+  ) {
+    this.publisherId = publisherId;
+    this.ring = new EventRing(ringSize, RING_BYTES);
+    this.#bus = bus;
+    this.#topicName = topicName;
+    this.#topic = bus.topic(topicName);
+    this.#statistics = statistics;
+    this.#onClose = onClose;
+    // An older publisher of the same id is replaced, as a newer record replaces an older one in discovery.
+    this.#topic.publishers.set(publisherId, this);
+    for (const subscription of this.#topic.subscriptions) subscription.publisherCame(this);
+  }
+
+  publish(payload: Uint8Array): number {
+    checkPayload(payload);
+    const copy = Uint8Array.prototype.slice.call(payload);
+    const sequence = this.ring.push(copy);
+    if (this.#isClosed || this.#topic.publishers.get(this.publisherId) !== this) return sequence;
+    this.#statistics.published++;
+    for (const subscription of this.#topic.subscriptions) {
+      if (!this.#bus.drop("event", this.#topicName, this.publisherId, sequence)) {
+        subscription.enqueue(this, sequence, copy);
+      }
+    }
+    return sequence;
+  }
+
+  close(): Promise<void> {
+    if (this.#isClosed) return Promise.resolve();
+    this.#isClosed = true;
+    if (this.#topic.publishers.get(this.publisherId) === this) {
+      this.#topic.publishers.delete(this.publisherId);
+      for (const subscription of this.#topic.subscriptions) subscription.publisherLeft(this);
+      this.#bus.releaseTopic(this.#topicName);
+    }
+    this.#onClose();
+    return Promise.resolve();
+  }
+}
+
+/** What waits for a subscription: an event, or (sequence 0) something to do in its order among the events. */
+interface Waiting {
+  readonly publisher: MemoryPublisher;
+  readonly sequence: number;
+  readonly payload: Uint8Array;
+  readonly run: (() => void) | undefined;
+}
+
+const NO_BYTES = new Uint8Array(0);
+
+class MemorySubscription implements EventSubscription, SourceLink {
+  readonly #bus: MemoryEventBus;
+  readonly #topicName: string;
+  readonly #topic: Topic;
+  readonly #handler: EventHandler;
+  readonly #context: SourceContext;
+  readonly #schedule: (run: () => void) => void;
+  readonly #onClose: () => void;
+  readonly #sources = new Map<MemoryPublisher, PublisherSource>();
+  readonly #publisherOf = new Map<PublisherSource, MemoryPublisher>();
+  #queue: Waiting[] = [];
+  #queuedEvents = 0;
+  /** Publishers that lost an event to the full queue: they send a beacon when there is room again. */
+  readonly #overflowed = new Set<MemoryPublisher>();
+  #isScheduled = false;
+  #isClosed = false;
+
+  constructor(
+    bus: MemoryEventBus,
+    topicName: string,
+    handler: EventHandler,
+    context: SourceContext,
+    schedule: (run: () => void) => void,
+    replay: boolean,
+    onClose: () => void,
+  ) {
+    this.#bus = bus;
+    this.#topicName = topicName;
+    this.#topic = bus.topic(topicName);
+    this.#handler = handler;
+    this.#context = context;
+    this.#schedule = schedule;
+    this.#onClose = onClose;
+    this.#topic.subscriptions.add(this);
+    for (const publisher of this.#topic.publishers.values()) this.#join(publisher, replay ? "earliest" : "latest");
+  }
+
+  enqueue(publisher: MemoryPublisher, sequence: number, payload: Uint8Array): void {
+    if (this.#queuedEvents >= this.#bus.queueEvents) {
+      this.#context.statistics.overflows++;
+      this.#overflowed.add(publisher);
+      return;
+    }
+    this.#queuedEvents++;
+    this.#push({ publisher, sequence, payload, run: undefined });
+  }
+
+  publisherCame(publisher: MemoryPublisher): void {
+    for (const known of this.#sources.keys()) {
+      if (known.publisherId === publisher.publisherId) this.publisherLeft(known);
+    }
+    this.#join(publisher, "earliest");
+  }
+
+  publisherLeft(publisher: MemoryPublisher): void {
+    this.#do(publisher, () => {
+      const source = this.#sources.get(publisher);
+      if (source === undefined) return;
+      this.#sources.delete(publisher);
+      this.#publisherOf.delete(source);
+      // The process is ours: unlike over the network, what the full queue or a test lost is still there to be replayed.
+      source.gone();
+    });
+  }
+
+  close(): Promise<void> {
+    if (this.#isClosed) return Promise.resolve();
+    this.#isClosed = true;
+    for (const source of this.#sources.values()) source.close();
+    this.#sources.clear();
+    this.#publisherOf.clear();
+    this.#queue = [];
+    this.#topic.subscriptions.delete(this);
+    this.#bus.releaseTopic(this.#topicName);
+    this.#onClose();
+    return Promise.resolve();
+  }
+
+  // SourceLink.
+
+  ask(source: PublisherSource, askNumber: number, from: number, to: number): void {
+    const publisher = this.#publisherOf.get(source)!;
+    if (this.#bus.drop("replay", this.#topicName, source.publisherId, from)) return;
+    this.#do(publisher, () => {
+      const { first, payloads } = publisher.ring.page(from, to, REPLAY_EVENTS, REPLAY_BYTES);
+      source.replayed(askNumber, publisher.epoch, first, publisher.ring.newest, payloads);
+    });
+  }
+
+  doubt(source: PublisherSource): void {
+    this.#beacon(this.#publisherOf.get(source)!);
+  }
+
+  #join(publisher: MemoryPublisher, start: "earliest" | "latest"): void {
+    const source = new PublisherSource({
+      topic: this.#topicName,
+      publisherId: publisher.publisherId,
+      start,
+      handler: this.#handler,
+      context: this.#context,
+      link: this,
+    });
+    this.#sources.set(publisher, source);
+    this.#publisherOf.set(source, publisher);
+    this.#beacon(publisher);
+  }
+
+  #beacon(publisher: MemoryPublisher): void {
+    const newest = publisher.ring.newest;
+    if (this.#bus.drop("beacon", this.#topicName, publisher.publisherId, newest)) return;
+    this.#do(publisher, () => this.#sources.get(publisher)?.beacon(publisher.epoch, newest));
+  }
+
+  #do(publisher: MemoryPublisher, run: () => void): void {
+    this.#push({ publisher, sequence: 0, payload: NO_BYTES, run });
+  }
+
+  #push(waiting: Waiting): void {
+    if (this.#isClosed) return;
+    this.#queue.push(waiting);
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
+    this.#schedule(() => this.#drain());
+  }
+
+  #drain(): void {
+    this.#isScheduled = false;
+    const queue = this.#queue;
+    this.#queue = [];
+    this.#queuedEvents = 0;
+    for (const { publisher, sequence, payload, run } of queue) {
+      if (this.#isClosed) return;
+      if (run !== undefined) run();
+      else this.#sources.get(publisher)?.live(sequence, payload);
+    }
+    for (const publisher of this.#overflowed) this.#beacon(publisher);
+    this.#overflowed.clear();
+  }
+}

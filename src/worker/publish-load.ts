@@ -1,0 +1,40 @@
+import type { Engine } from "../engines/index.ts";
+import type { LoadReport } from "../protocol/index.ts";
+import type { EventPublisher } from "../runtime/event-plane/index.ts";
+import type { Clock, TimerHandle } from "../std/index.ts";
+import type { WorkerMetrics } from "./worker-metrics.ts";
+
+/** Fast enough that a burst is seen before it is over, slow enough to cost nothing. */
+const INTERVAL_MS = 250;
+/** An unchanged load is repeated so that a late subscriber learns it. */
+const REPEAT_MS = 2_000;
+
+/** Publishes the engine's load four times a second when it changed, and keeps the load gauges. Returns its stop. */
+export function publishLoad(
+  publisher: EventPublisher,
+  engine: Engine,
+  instanceId: string,
+  clock: Clock,
+  metrics: WorkerMetrics,
+): () => void {
+  const startedMs = clock.monotonicMs();
+  let lastText = "";
+  let lastMs = -Infinity;
+  let timer: TimerHandle;
+  const tick = (): void => {
+    const nowMs = clock.monotonicMs();
+    const load = engine.load();
+    metrics.uptime.set((nowMs - startedMs) / 1_000);
+    metrics.totalBlocks.set(load.totalBlocks);
+    metrics.cacheUsage.set(load.totalBlocks === 0 ? 0 : load.activeBlocks / load.totalBlocks);
+    const text = JSON.stringify({ instanceId, load } satisfies LoadReport);
+    if (text !== lastText || nowMs - lastMs >= REPEAT_MS) {
+      publisher.publish(Buffer.from(text));
+      lastText = text;
+      lastMs = nowMs;
+    }
+    timer = clock.setTimer(INTERVAL_MS, tick);
+  };
+  tick();
+  return () => timer.cancel();
+}

@@ -1,0 +1,108 @@
+import type { Engine } from "../engines/index.ts";
+import { DynamoError, toDynamoError } from "../errors/index.ts";
+import type { Logger } from "../observability/index.ts";
+import { decodeRequest, forEachStepEntry } from "../protocol/index.ts";
+import type {
+  EndpointHandler,
+  RequestPlaneServer,
+  ServerStream,
+  ServerStreamHandler,
+} from "../runtime/request-plane/index.ts";
+import type { Clock } from "../std/index.ts";
+import type { WorkerMetrics } from "./worker-metrics.ts";
+
+/**
+ * The bridge between the request plane and the engine: a stream in becomes a submission, a step out becomes one item per
+ * touched stream and one flush. Payloads pass through as bytes. Owns the map from engine stream id to plane stream;
+ * every stream leaves it exactly once, with the engine's final entry, also when its caller went away before.
+ */
+interface ActiveStream {
+  readonly stream: ServerStream;
+  readonly startMs: number;
+  sawOutput: boolean;
+}
+
+export interface GenerateServiceOptions {
+  readonly engine: Engine;
+  readonly server: RequestPlaneServer;
+  readonly metrics: WorkerMetrics;
+  readonly clock: Clock;
+  readonly logger: Logger;
+  /** Streams taken at once, running and waiting; above it `worker-full`. */
+  readonly maxStreams: number;
+}
+
+export class GenerateService {
+  readonly #options: GenerateServiceOptions;
+  readonly #active = new Map<number, ActiveStream>();
+  #nextId = 1;
+
+  constructor(options: GenerateServiceOptions) {
+    this.#options = options;
+  }
+
+  get activeStreamCount(): number {
+    return this.#active.size;
+  }
+
+  readonly handle: EndpointHandler = (stream, payload): ServerStreamHandler => {
+    const { engine, metrics, clock, maxStreams, logger } = this.#options;
+    metrics.requestBytes.add(payload.length);
+    if (this.#active.size >= maxStreams) {
+      metrics.failed("worker-full");
+      throw new DynamoError("worker-full", `the worker already has ${this.#active.size} requests`, { retryAfterMs: 1_000 });
+    }
+    const request = decodeRequest(payload);
+    const id = this.#takeId();
+    this.#active.set(id, { stream, startMs: clock.monotonicMs(), sawOutput: false });
+    metrics.inflight.add(1);
+    logger.debug({ x_request_id: stream.requestId, prompt_tokens: request.tokenIds.length }, "request accepted");
+    engine.submit(id, request);
+    return {
+      onCancel: (error) => {
+        metrics.cancellations.add();
+        logger.debug({ x_request_id: stream.requestId, reason: error.reason }, "request cancelled");
+        engine.abort(id);
+      },
+    };
+  };
+
+  /** One engine step: an item per entry, then one flush. */
+  onStep(step: Uint8Array): void {
+    forEachStepEntry(step, (id, start, end, final) => {
+      const active = this.#active.get(id);
+      if (active === undefined) return;
+      const { metrics, clock } = this.#options;
+      active.stream.write(step.subarray(start, end));
+      metrics.responseBytes.add(end - start);
+      if (!active.sawOutput) {
+        active.sawOutput = true;
+        metrics.firstResponse.observe((clock.monotonicMs() - active.startMs) / 1_000);
+      }
+      if (final) {
+        this.#active.delete(id);
+        metrics.inflight.add(-1);
+        metrics.requests.add();
+        metrics.duration.observe((clock.monotonicMs() - active.startMs) / 1_000);
+        active.stream.end();
+      }
+    });
+    this.#options.server.flush();
+  }
+
+  /** The engine died without ending its streams: end them here. */
+  failAll(thrown: unknown): void {
+    const error = toDynamoError(thrown, "engine-stopped");
+    for (const { stream } of this.#active.values()) stream.end(error);
+    this.#options.metrics.inflight.add(-this.#active.size);
+    this.#active.clear();
+    this.#options.server.flush();
+  }
+
+  #takeId(): number {
+    while (this.#active.has(this.#nextId)) this.#nextId = (this.#nextId % 0x7fffffff) + 1;
+    const id = this.#nextId;
+    this.#nextId = (id % 0x7fffffff) + 1;
+    return id;
+  }
+}

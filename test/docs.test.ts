@@ -1,0 +1,82 @@
+import assert from "node:assert/strict";
+import { existsSync, readFileSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { test } from "node:test";
+import { REASONS } from "../src/errors/index.ts";
+import { METRICS } from "../src/observability/index.ts";
+
+/** The lists in docs/ against the code, in both directions. `UPDATE_DOCS=1` rewrites the tables. */
+const ROOT = resolve(import.meta.dirname, "..");
+
+function pageRows(path: string): string[] {
+  return readFileSync(join(ROOT, path), "utf8")
+    .split("\n")
+    .filter((line) => line.startsWith("| `"));
+}
+
+test("docs: errors.md lists every reason with its class and when it happens", () => {
+  const expected = Object.entries(REASONS).map(([reason, entry]) => `| \`${reason}\` | ${entry.class} | ${entry.when} |`);
+  assert.deepEqual(pageRows("docs/errors.md"), expected);
+});
+
+test("docs: metrics.md lists every metric with its type, labels and help", () => {
+  const expected = Object.entries(METRICS).map(
+    ([name, entry]) => `| \`${name}\` | ${entry.type} | ${entry.labels.join(", ")} | ${entry.help} |`,
+  );
+  assert.deepEqual(pageRows("docs/metrics.md"), expected);
+});
+
+test("docs: every metric is used somewhere in the product", async () => {
+  const { readdirSync } = await import("node:fs");
+  const text = readdirSync(join(ROOT, "src"), { recursive: true, encoding: "utf8" })
+    .filter((file) => file.endsWith(".ts") && !file.endsWith("metric-names.ts") && !file.endsWith(".test.ts"))
+    .map((file) => readFileSync(join(ROOT, "src", file), "utf8"))
+    .join("\n");
+  const unused = Object.keys(METRICS).filter((name) => !text.includes(name));
+  assert.deepEqual(unused, []);
+});
+
+test("docs: every reason of the catalogue is used somewhere in the product", async () => {
+  const { readdirSync } = await import("node:fs");
+  const text = readdirSync(join(ROOT, "src"), { recursive: true, encoding: "utf8" })
+    .filter((file) => file.endsWith(".ts") && !file.endsWith("catalogue.ts") && !file.endsWith(".test.ts"))
+    .map((file) => readFileSync(join(ROOT, "src", file), "utf8"))
+    .join("\n");
+  const unused = Object.keys(REASONS).filter((reason) => !text.includes(`"${reason}"`));
+  assert.deepEqual(unused, []);
+});
+
+test("docs: every file and every symbol that walk.md names exists, and every arrow of the walk is there", () => {
+  const page = readFileSync(join(ROOT, "docs/walk.md"), "utf8");
+  const files = [...page.matchAll(/`((?:src|bin|test)\/[\w./-]+\.(?:ts|mjs))(?:#(\w+))?`/g)];
+  assert.ok(files.length >= 12, "the walk names its files");
+  for (const [, file, symbol] of files) {
+    assert.ok(existsSync(join(ROOT, file!)), `${file} of docs/walk.md does not exist`);
+    if (symbol === undefined) continue;
+    assert.ok(new RegExp(`\\b${symbol}\\b`).test(readFileSync(join(ROOT, file!), "utf8")), `${file} has no ${symbol}`);
+  }
+  for (const reason of [...page.matchAll(/`reason:([\w-]+)`/g)].map((match) => match[1]!)) {
+    assert.ok(Object.hasOwn(REASONS, reason), `walk.md names the unknown reason ${reason}`);
+  }
+  for (const metric of [...page.matchAll(/`(dynamo_\w+)`/g)].map((match) => match[1]!)) {
+    assert.ok(Object.hasOwn(METRICS, metric), `walk.md names the unknown metric ${metric}`);
+  }
+});
+
+test("docs: the steps of walk.md are the steps of the pipeline, in order", () => {
+  const page = readFileSync(join(ROOT, "docs/walk.md"), "utf8");
+  const steps = [...page.matchAll(/^## \d+\. (.+?) ·/gm)].map((match) => match[1]);
+  const pipeline = readFileSync(join(ROOT, "src/frontend/pipeline.ts"), "utf8");
+  const marked = [...pipeline.matchAll(/\/\/ Step \d+: ([\w +]+?)\.?$/gm)].map((match) => match[1]);
+  assert.deepEqual(marked, steps);
+});
+
+test("docs: every link between pages of this repository leads somewhere", () => {
+  const pages = ["README.md", "CONTRIBUTING.md", "docs/walk.md", "docs/errors.md", "docs/metrics.md", "docs/dependencies.md", "docs/environment.md", "benchmarks/README.md"];
+  for (const page of pages) {
+    const text = readFileSync(join(ROOT, page), "utf8");
+    for (const [, target] of text.matchAll(/\]\((?!https?:)([^)#]+)[^)]*\)/g)) {
+      assert.ok(existsSync(resolve(ROOT, page, "..", target!)), `${page} links to ${target}, which does not exist`);
+    }
+  }
+});
