@@ -240,7 +240,7 @@ export class ChoiceStream implements ClientStreamHandler {
     const count = this.#turnCount;
     if (this.firstTokenMs < 0) {
       this.firstTokenMs = nowMs;
-      this.#run.onFirstToken(nowMs);
+      this.#run.onFirstToken(nowMs, this.instanceId, this.#request.tokenIds.length);
     } else metrics.interTokenLatency.observe((nowMs - this.#lastTokenMs) / 1_000 / count, count);
     this.#lastTokenMs = nowMs;
     metrics.outputTokensTotal.add(count);

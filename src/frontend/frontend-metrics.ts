@@ -97,3 +97,34 @@ export class StageMetrics {
     this.#durations[stage].observe(durationMs / 1_000);
   }
 }
+
+/** What this frontend knows of one worker, as gauges; removed when the worker leaves. */
+export class WorkerGauges {
+  readonly #metrics: Metrics;
+  readonly #labels: readonly [string, string, string];
+  readonly activeBlocks: GaugeChild;
+  readonly prefillTokens: GaugeChild;
+  readonly lastTimeToFirstToken: GaugeChild;
+  readonly lastInputTokens: GaugeChild;
+
+  constructor(metrics: Metrics, instanceId: string) {
+    this.#metrics = metrics;
+    this.#labels = [instanceId, "0", "aggregated"];
+    const child = (name: (typeof WORKER_GAUGES)[number]): GaugeChild => metrics.gauge(name).labels(...this.#labels);
+    this.activeBlocks = child(WORKER_GAUGES[0]);
+    this.prefillTokens = child(WORKER_GAUGES[1]);
+    this.lastTimeToFirstToken = child(WORKER_GAUGES[2]);
+    this.lastInputTokens = child(WORKER_GAUGES[3]);
+  }
+
+  remove(): void {
+    for (const name of WORKER_GAUGES) this.#metrics.gauge(name).remove(...this.#labels);
+  }
+}
+
+const WORKER_GAUGES = [
+  "dynamo_frontend_worker_active_decode_blocks",
+  "dynamo_frontend_worker_active_prefill_tokens",
+  "dynamo_frontend_worker_last_time_to_first_token_seconds",
+  "dynamo_frontend_worker_last_input_sequence_tokens",
+] as const;

@@ -70,7 +70,8 @@ function routes(context: RouteContext): Route[] {
       method: "GET",
       path: "/metrics",
       family: "plain",
-      handle: async (exchange) => exchange.text(200, await planes.metrics.render(), "text/plain; version=0.0.4; charset=utf-8"),
+      handle: async (exchange) => 
+        exchange.text(200, await planes.metrics.render(), { "content-type": "text/plain; version=0.0.4; charset=utf-8" }),
     },
     { method: "GET", path: "/openapi.json", family: "plain", handle: (exchange) => exchange.json(200, openApiDocument()) },
   ];

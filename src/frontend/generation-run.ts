@@ -103,7 +103,10 @@ export class GenerationRun {
     this.#end("error", error);
   }
 
-  onFirstToken(nowMs: number): void {
+  onFirstToken(nowMs: number, instanceId: string, promptTokens: number): void {
+    const gauges = this.model.workerGauges.get(instanceId);
+    gauges?.lastTimeToFirstToken.set((nowMs - this.#dispatchedMs) / 1_000);
+    gauges?.lastInputTokens.set(promptTokens);
     if (this.#firstTokenMs >= 0) return;
     this.#firstTokenMs = nowMs;
     this.stages.leave("dispatch", nowMs - this.#dispatchedMs);
@@ -122,9 +125,13 @@ export class GenerationRun {
   }
 
   choiceFailed(_choice: ChoiceStream, thrown: unknown): void {
+    this.fail(toDynamoError(thrown));
+  }
+
+  /** Ends the whole request with an error that the client sees. */
+  fail(error: DynamoError): void {
     if (this.#ended) return;
-    const error = toDynamoError(thrown);
-    this.#cancelChoices(new DynamoError("cancelled", "another choice of the request failed"));
+    this.#cancelChoices(new DynamoError("cancelled", "the request failed"));
     if (error.class === "capacity-exhausted") this.model.metrics.rejected(this.#plan.endpoint);
     this.writer.fail(error);
     this.#end("error", error);

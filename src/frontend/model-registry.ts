@@ -8,7 +8,7 @@ import type { EventSubscription } from "../runtime/event-plane/index.ts";
 import type { Watch } from "../runtime/discovery/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
-import { ModelMetrics } from "./frontend-metrics.ts";
+import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
 import { Preprocessor } from "./preprocess/index.ts";
 
 /**
@@ -25,6 +25,8 @@ export interface ServedModel {
   readonly preprocessor: Preprocessor;
   readonly router: Router;
   readonly metrics: ModelMetrics;
+  /** By instance id, of the workers that joined. */
+  readonly workerGauges: Map<string, WorkerGauges>;
 }
 
 /** Model names come from workers, which are trusted, but a bound costs nothing: the oldest without workers goes first. */
@@ -135,6 +137,8 @@ export class ModelRegistry {
     delete record[part];
     if (record.joined !== undefined) {
       record.joined.router.removeWorker(instanceId);
+      record.joined.workerGauges.get(instanceId)?.remove();
+      record.joined.workerGauges.delete(instanceId);
       this.#logger.info({ instance: instanceId, model: record.joined.name, left: record.joined.router.workers.length }, "worker left");
       record.joined.metrics.setReady(record.joined.router.workers.length > 0);
       delete record.joined;
@@ -145,7 +149,12 @@ export class ModelRegistry {
   #onLoad(payload: Uint8Array): void {
     const report = parseLoadReport(payload);
     if (report === undefined) return;
-    this.#workers.get(report.instanceId)?.joined?.router.updateLoad(report.instanceId, report.load);
+    const model = this.#workers.get(report.instanceId)?.joined;
+    if (model === undefined) return;
+    model.router.updateLoad(report.instanceId, report.load);
+    const gauges = model.workerGauges.get(report.instanceId);
+    gauges?.activeBlocks.set(report.load.activeBlocks);
+    gauges?.prefillTokens.set(report.load.pendingPrefillTokens);
   }
 
   #join(instanceId: string): void {
@@ -198,6 +207,7 @@ export class ModelRegistry {
       return;
     }
     model.router.addWorker(instanceId, instance.address);
+    model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
     model.metrics.setReady(true);
@@ -222,6 +232,7 @@ export class ModelRegistry {
       preprocessor,
       router: new Router({ model: card.name, policy, clock, random, metrics }),
       metrics: new ModelMetrics(metrics, card.name),
+      workerGauges: new Map(),
     };
     model.metrics.setCard(card);
     this.#evictIdle();

@@ -24,6 +24,7 @@ export class Pipeline {
   readonly #stages: StageMetrics;
   readonly #gate: AdmissionGate;
   readonly #runs = new Set<GenerationRun>();
+  #idleWaiters: (() => void)[] = [];
   #draining = false;
 
   constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry) {
@@ -47,6 +48,20 @@ export class Pipeline {
   /** From now on new requests get `draining`. */
   beginDrain(): void {
     this.#draining = true;
+  }
+
+  /** Resolves when no request is in any step of the walk. */
+  async idle(): Promise<void> {
+    while (this.activeRequestCount > 0) {
+      const { promise, resolve } = Promise.withResolvers<void>();
+      this.#idleWaiters.push(resolve);
+      await promise;
+    }
+  }
+
+  /** Ends every running request with `error`. */
+  failAll(error: DynamoError): void {
+    for (const run of this.#runs) run.fail(error);
   }
 
   // Step 1: HTTP.
@@ -98,7 +113,7 @@ export class Pipeline {
       const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts };
       this.#run(exchange, plan, permit, admittedMs, request.writer(served));
     } catch (thrown) {
-      permit?.release();
+      if (permit !== undefined) this.#release(permit);
       this.#refuse(exchange, toDynamoError(thrown), endpoint, type, served);
     }
   }
@@ -107,7 +122,7 @@ export class Pipeline {
     const held: Permit = {
       release: () => {
         this.#runs.delete(run);
-        permit.release();
+        this.#release(permit);
       },
     };
     const run = new GenerationRun(plan, {
@@ -122,9 +137,17 @@ export class Pipeline {
       writer,
     });
     this.#runs.add(run);
-    exchange.onGone = (error) => run.abandon(error);
+    exchange.onGone = (reason) => run.abandon(new DynamoError(reason, GONE[reason]));
     // Steps 4 to 7 happen per choice, in choice-stream.ts.
     run.start();
+  }
+
+  #release(permit: Permit): void {
+    permit.release();
+    if (this.activeRequestCount > 0) return;
+    const waiters = this.#idleWaiters;
+    this.#idleWaiters = [];
+    for (const resolve of waiters) resolve();
   }
 
   #find(name: string, endpoint: Endpoint): ServedModel {
@@ -202,6 +225,11 @@ export class Pipeline {
     else logger.info(line, "request refused");
   }
 }
+
+const GONE = {
+  "client-gone": "the client closed the connection before its answer was complete",
+  "slow-reader": "the client left too many bytes unread and was cut off",
+} as const;
 
 /** What validation makes of a body, whichever API family it belongs to. */
 interface FamilyRequest {

@@ -183,7 +183,7 @@ class GgufReader {
 
   read(): Gguf {
     const magicAt = this.#take(4);
-    if (this.#window.latin1Slice(magicAt, magicAt + 4) !== "GGUF") {
+    if (this.#window.toString("latin1", magicAt, magicAt + 4) !== "GGUF") {
       throw this.#invalid("not a GGUF file: it does not start with GGUF");
     }
     const version = this.#u32();
@@ -304,7 +304,7 @@ class GgufReader {
   #text(maxBytes: number, what: string): string {
     const byteLength = this.#count(`${what} length`, maxBytes);
     const at = this.#take(byteLength);
-    return this.#window.utf8Slice(at, at + byteLength);
+    return this.#window.toString("utf8", at, at + byteLength);
   }
 
   get #left(): number {

@@ -140,7 +140,7 @@ export class TimerWheel {
     const passed = Math.min(nowTick - this.#tick, this.#slots.length);
     for (let i = 1; i <= passed; i++) {
       const head = this.#slots[(this.#tick + i) & this.#mask]!;
-      for (let timer = head.next!; timer !== head; ) {
+      for (let timer = head.next!; timer !== head;) {
         const following = timer.next!;
         if (timer.dueTick <= nowTick) {
           unlink(timer);

@@ -100,7 +100,6 @@ export class SseWriter {
     this.#onEnd();
     this.#response.end();
     socket.uncork();
-    this.#watch(socket);
   }
 
   /** The client is gone or another answer was given: drops what is pending. */
@@ -156,8 +155,8 @@ export class SseWriter {
   #written(): void {
     this.#watching = false;
     const socket = this.#socket;
-    if (socket === undefined || socket.destroyed) return;
+    if (socket === undefined || socket.destroyed || this.#ended) return;
     if (socket.writableLength > 0) this.#watch(socket);
-    else if (!this.#ended) this.onDrained?.();
+    else this.onDrained?.();
   }
 }

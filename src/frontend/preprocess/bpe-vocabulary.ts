@@ -214,17 +214,18 @@ function textsById(
   model: HfBpeModel,
   addedTokens: readonly HfAddedToken[],
 ): { texts: (string | undefined)[]; plain: Uint8Array } {
-  let size = 0;
-  // for-in: no array of 150k pairs is made. A checked vocabulary is a plain object.
-  for (const text in model.vocab) size = Math.max(size, (model.vocab[text] as number) + 1);
+  const names = Object.keys(model.vocab);
+  let size = names.length;
   for (const token of addedTokens) size = Math.max(size, token.id + 1);
   const texts = new Array<string | undefined>(size).fill(undefined);
-  const plain = new Uint8Array(size);
-  for (const text in model.vocab) {
-    const id = model.vocab[text] as number;
-    texts[id] = text;
-    plain[id] = 1;
+  for (const name of names) {
+    const id = model.vocab[name] as number;
+    // Ids have few holes or none; still the array never becomes sparse.
+    while (texts.length <= id) texts.push(undefined);
+    texts[id] = name;
   }
+  const plain = new Uint8Array(texts.length);
+  for (let id = 0; id < texts.length; id++) plain[id] = texts[id] === undefined ? 0 : 1;
   for (const token of addedTokens) {
     // A token that is in both keeps its place among the merges if it is spelled the same in both alphabets.
     if (texts[token.id] !== token.content || !/^[!-~]*$/.test(token.content)) plain[token.id] = 0;

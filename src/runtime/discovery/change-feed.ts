@@ -28,7 +28,8 @@ export class ChangeFeed implements Watch {
 
   /** Tells the listener the first set, before it returns. */
   start(table: ReadonlyMap<string, StoredEntry>): void {
-    for (const stored of entriesUnder(this.#options.prefix, table)) this.#pending.push({ key: stored.entry.key, stored });
+    for (const stored of entriesUnder(this.#options.prefix, table))
+      this.#pending.push({ key: stored.entry.key, stored });
     this.#scheduled = true;
     this.#drain();
   }

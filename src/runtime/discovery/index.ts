@@ -1,1 +1,3 @@
 export * from "./base.ts";
+export { FileDiscovery, type FileDiscoveryOptions } from "./file.ts";
+export { MemoryDiscovery, MemoryStore, type MemoryDiscoveryOptions } from "./memory.ts";

@@ -1,15 +1,7 @@
 import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
 import { randomId64, systemClock, type Clock } from "../../std/index.ts";
-import type {
-  Discovery,
-  DiscoveryChange,
-  DiscoveryEntry,
-  DiscoveryHealth,
-  JsonValue,
-  Lease,
-  Watch,
-} from "./base.ts";
+import type { Discovery, DiscoveryChange, DiscoveryEntry, DiscoveryHealth, JsonValue, Lease, Watch } from "./base.ts";
 import { ChangeFeed } from "./change-feed.ts";
 import {
   checkKey,
@@ -96,11 +88,13 @@ class MemoryLease implements Lease {
   readonly lost: Promise<void>;
   readonly #store: MemoryStore;
   readonly #settleLost: () => void;
+  readonly #onEnd: (lease: MemoryLease) => void;
   #open = true;
 
-  constructor(store: MemoryStore, ttlMs: number) {
+  constructor(store: MemoryStore, ttlMs: number, onEnd: (lease: MemoryLease) => void) {
     this.#store = store;
     this.ttlMs = ttlMs;
+    this.#onEnd = onEnd;
     const { promise, resolve } = Promise.withResolvers<void>();
     this.lost = promise;
     this.#settleLost = resolve;
@@ -124,16 +118,20 @@ class MemoryLease implements Lease {
   }
 
   close(): Promise<void> {
-    this.#open = false;
-    this.#store.removeLease(this.id);
+    this.#end();
     return Promise.resolve();
   }
 
   expire(): void {
     if (!this.#open) return;
+    this.#end();
+    this.#settleLost();
+  }
+
+  #end(): void {
     this.#open = false;
     this.#store.removeLease(this.id);
-    this.#settleLost();
+    this.#onEnd(this);
   }
 }
 
@@ -163,7 +161,7 @@ export class MemoryDiscovery implements Discovery {
       const ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
       checkTtl(ttlMs);
       this.#requireOpen();
-      const lease = new MemoryLease(this.#store, ttlMs);
+      const lease = new MemoryLease(this.#store, ttlMs, (ended) => this.#leases.delete(ended));
       this.#leases.add(lease);
       return lease;
     });
@@ -203,13 +201,12 @@ export class MemoryDiscovery implements Discovery {
   async close(): Promise<void> {
     this.#open = false;
     await Promise.all([...this.#leases, ...this.#feeds].map((part) => part.close()));
-    this.#leases.clear();
   }
 
   /** As if this process was killed: its watchers fall silent, nothing is closed, its keys vanish when their leases expire. */
   abandon(): void {
     this.#open = false;
-    for (const feed of [...this.#feeds]) void feed.close();
+    for (const feed of this.#feeds) void feed.close();
     for (const lease of this.#leases) this.#clock.setTimer(lease.ttlMs, () => lease.expire());
     this.#leases.clear();
   }

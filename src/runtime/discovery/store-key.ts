@@ -62,11 +62,15 @@ export function encodeValue(key: string, value: JsonValue): string {
   } catch (cause) {
     throw new DynamoError("invalid-config", `value of ${key}: expected JSON`, { cause });
   }
-  if (encoded === undefined) throw new DynamoError("invalid-config", `value of ${key}: expected JSON, got ${typeof value}`);
+  if (encoded === undefined)
+    throw new DynamoError("invalid-config", `value of ${key}: expected JSON, got ${typeof value}`);
   // A UTF-16 unit takes at most three bytes: most values are cleared without counting.
   const byteLength = encoded.length * 3 <= MAX_VALUE_BYTES ? 0 : Buffer.byteLength(encoded);
   if (byteLength > MAX_VALUE_BYTES) {
-    throw new DynamoError("invalid-config", `value of ${key}: expected at most ${MAX_VALUE_BYTES} bytes, got ${byteLength}`);
+    throw new DynamoError(
+      "invalid-config",
+      `value of ${key}: expected at most ${MAX_VALUE_BYTES} bytes, got ${byteLength}`,
+    );
   }
   return encoded;
 }

@@ -1,1 +1,5 @@
 export * from "./base.ts";
+export { MapDirectory } from "./map-directory.ts";
+export { MemoryEventBus, MemoryEventPlane, type MemoryEventBusOptions, type MemoryEventPlaneOptions } from "./memory.ts";
+export type { EventPlaneStatistics } from "./statistics.ts";
+export { ZmqEventPlane, type ZmqEventPlaneOptions } from "./zmq.ts";

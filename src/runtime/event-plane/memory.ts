@@ -91,7 +91,6 @@ export class MemoryEventPlane implements EventPlane {
     };
   }
 
-  // oxlint-disable-next-line require-await -- a contract of promises; this back end has nothing to wait for
   async publish(topic: string, options: PublisherOptions = {}): Promise<EventPublisher> {
     checkTopic(topic);
     if (this.#isClosed) throw planeClosed();
@@ -166,14 +165,13 @@ class MemoryPublisher implements EventPublisher {
 
   publish(payload: Uint8Array): number {
     checkPayload(payload);
-    const copy = Uint8Array.prototype.slice.call(payload);
+    const copy = new Uint8Array(payload);
     const sequence = this.ring.push(copy);
     if (this.#isClosed || this.#topic.publishers.get(this.publisherId) !== this) return sequence;
     this.#statistics.published++;
     for (const subscription of this.#topic.subscriptions) {
-      if (!this.#bus.drop("event", this.#topicName, this.publisherId, sequence)) {
-        subscription.enqueue(this, sequence, copy);
-      }
+      if (this.#bus.drop("event", this.#topicName, this.publisherId, sequence)) subscription.missed(this);
+      else subscription.enqueue(this, sequence, copy);
     }
     return sequence;
   }
@@ -213,8 +211,8 @@ class MemorySubscription implements EventSubscription, SourceLink {
   readonly #publisherOf = new Map<PublisherSource, MemoryPublisher>();
   #queue: Waiting[] = [];
   #queuedEvents = 0;
-  /** Publishers that lost an event to the full queue: they send a beacon when there is room again. */
-  readonly #overflowed = new Set<MemoryPublisher>();
+  /** Publishers that lost an event to the full queue: their beacon follows when there is room again. */
+  readonly #missed = new Set<MemoryPublisher>();
   #isScheduled = false;
   #isClosed = false;
 
@@ -241,11 +239,17 @@ class MemorySubscription implements EventSubscription, SourceLink {
   enqueue(publisher: MemoryPublisher, sequence: number, payload: Uint8Array): void {
     if (this.#queuedEvents >= this.#bus.queueEvents) {
       this.#context.statistics.overflows++;
-      this.#overflowed.add(publisher);
+      this.missed(publisher);
       return;
     }
     this.#queuedEvents++;
     this.#push({ publisher, sequence, payload, run: undefined });
+  }
+
+  /** An event was lost on the way: without a beacon nobody would know if it was the last one. */
+  missed(publisher: MemoryPublisher): void {
+    this.#missed.add(publisher);
+    this.#wake();
   }
 
   publisherCame(publisher: MemoryPublisher): void {
@@ -261,7 +265,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
       if (source === undefined) return;
       this.#sources.delete(publisher);
       this.#publisherOf.delete(source);
-      // The process is ours: unlike over the network, what the full queue or a test lost is still there to be replayed.
+      source.beacon(publisher.epoch, publisher.ring.newest);
       source.gone();
     });
   }
@@ -321,7 +325,11 @@ class MemorySubscription implements EventSubscription, SourceLink {
   #push(waiting: Waiting): void {
     if (this.#isClosed) return;
     this.#queue.push(waiting);
-    if (this.#isScheduled) return;
+    this.#wake();
+  }
+
+  #wake(): void {
+    if (this.#isClosed || this.#isScheduled) return;
     this.#isScheduled = true;
     this.#schedule(() => this.#drain());
   }
@@ -336,7 +344,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
       if (run !== undefined) run();
       else this.#sources.get(publisher)?.live(sequence, payload);
     }
-    for (const publisher of this.#overflowed) this.#beacon(publisher);
-    this.#overflowed.clear();
+    for (const publisher of this.#missed) this.#beacon(publisher);
+    this.#missed.clear();
   }
 }

@@ -35,7 +35,10 @@ export class PublisherSource implements SequenceSink {
   #deadline: TimerHandle | undefined;
   #askNumber = 0;
   #isClosed = false;
+  /** A beacon was asked for and has not come yet. */
+  #isInDoubt = false;
   #hasLoggedHandler = false;
+  #hasLoggedReplay = false;
 
   constructor(options: {
     readonly topic: string;
@@ -62,7 +65,9 @@ export class PublisherSource implements SequenceSink {
   }
 
   beacon(epoch: string, newest: number): void {
-    if (!this.#isClosed) this.#tracker.beacon(epoch, newest);
+    if (this.#isClosed) return;
+    this.#isInDoubt = false;
+    this.#tracker.beacon(epoch, newest);
   }
 
   /** Answers to an ask that is no longer waited for are dropped. */
@@ -74,10 +79,13 @@ export class PublisherSource implements SequenceSink {
   replayFailed(askNumber: number): void {
     if (!this.#endAsk(askNumber)) return;
     this.#context.statistics.replaysFailed++;
-    this.#context.logger.warn(
-      { topic: this.topic, publisher_id: this.publisherId },
-      "event plane: replay was not answered, events are lost",
-    );
+    if (!this.#hasLoggedReplay) {
+      this.#hasLoggedReplay = true;
+      this.#context.logger.warn(
+        { topic: this.topic, publisher_id: this.publisherId },
+        "event plane: a replay was not answered, its events are lost; further ones of this publisher are only counted",
+      );
+    }
     this.#tracker.replayFailed();
   }
 
@@ -132,7 +140,9 @@ export class PublisherSource implements SequenceSink {
   }
 
   doubt(): void {
-    if (!this.#isClosed) this.#link.doubt(this);
+    if (this.#isClosed || this.#isInDoubt) return;
+    this.#isInDoubt = true;
+    this.#link.doubt(this);
   }
 
   restarted(): void {

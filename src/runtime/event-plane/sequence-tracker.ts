@@ -97,7 +97,7 @@ export class SequenceTracker {
 
   /** The publisher says that `newest` (0: nothing yet) is its newest sequence; all up to it was sent on the live path. */
   beacon(epoch: string, newest: number): void {
-    this.#enterEpoch(epoch);
+    this.#enterEpoch(epoch, newest);
     if (this.#next === 0) this.#next = newest + 1;
     if (newest > this.#newest) this.#newest = newest;
     this.#advance();
@@ -111,7 +111,7 @@ export class SequenceTracker {
     const to = this.#askedTo;
     if (to === 0) return;
     this.#askedTo = 0;
-    if (this.#enterEpoch(epoch)) {
+    if (this.#enterEpoch(epoch, newest)) {
       if (newest > this.#newest) this.#newest = newest;
       this.#advance();
       return;
@@ -143,9 +143,10 @@ export class SequenceTracker {
   }
 
   /** True when this is another publisher than before; the state then starts anew at 1. */
-  #enterEpoch(epoch: string): boolean {
+  #enterEpoch(epoch: string, newest: number): boolean {
     if (epoch === this.#epoch) return false;
-    const isRestart = this.#epoch !== "";
+    // The first epoch heard of is the one we were in already, unless its publisher is behind what we have.
+    const isRestart = this.#epoch !== "" || newest + 1 < this.#next;
     this.#epoch = epoch;
     if (!isRestart) return false;
     // What is held back may be of either publisher; of the new one it comes again by replay.

@@ -153,9 +153,9 @@ export function decodeOpen(bytes: Buffer, start: number, end: number): OpenFrame
     wireId,
     timeoutMs: u32At(bytes, start + 4),
     windowBytes: u32At(bytes, start + 8),
-    endpoint: bytes.utf8Slice(endpointAt, requestIdAt),
-    requestId: bytes.utf8Slice(requestIdAt, traceparentAt),
-    traceparent: bytes.utf8Slice(traceparentAt, payloadStart),
+    endpoint: bytes.toString("utf8", endpointAt, requestIdAt),
+    requestId: bytes.toString("utf8", requestIdAt, traceparentAt),
+    traceparent: bytes.toString("utf8", traceparentAt, payloadStart),
     payloadStart,
   };
 }
@@ -191,9 +191,9 @@ export function decodeError(bytes: Buffer, start: number, end: number): DynamoEr
   if (diagnosticLengthAt + 2 > end) throw malformed("error shorter than its message");
   if (diagnosticLengthAt + 2 + u16At(bytes, diagnosticLengthAt) !== end) throw malformed("error of a wrong length");
   return errorFromWire(
-    bytes.utf8Slice(start + 1, messageLengthAt),
-    bytes.utf8Slice(messageLengthAt + 2, diagnosticLengthAt),
-    bytes.utf8Slice(diagnosticLengthAt + 2, end),
+    bytes.toString("utf8", start + 1, messageLengthAt),
+    bytes.toString("utf8", messageLengthAt + 2, diagnosticLengthAt),
+    bytes.toString("utf8", diagnosticLengthAt + 2, end),
   );
 }
 

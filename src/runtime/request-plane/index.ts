@@ -1,1 +1,9 @@
 export * from "./base.ts";
+export { DEFAULT_LIMITS, type RequestPlaneLimits } from "./limits.ts";
+export {
+  MemoryNetwork,
+  MemoryRequestPlane,
+  type MemoryNetworkOptions,
+  type MemoryRequestPlaneOptions,
+} from "./memory.ts";
+export { TcpRequestPlane, type TcpRequestPlaneOptions } from "./tcp.ts";

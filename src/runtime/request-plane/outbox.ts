@@ -1,20 +1,6 @@
 import type { DynamoError } from "../../errors/index.ts";
-import {
-  END_BIT,
-  FRAME,
-  HEAD_BYTES,
-  MAX_STREAM_ID,
-  OPEN_HEAD_BYTES,
-  encodeError,
-  putU16,
-  putU32,
-} from "./frame.ts";
-import {
-  BATCH_CUT_BYTES,
-  MAX_ENDPOINT_BYTES,
-  MAX_REQUEST_ID_BYTES,
-  MAX_TRACEPARENT_BYTES,
-} from "./limits.ts";
+import { END_BIT, FRAME, HEAD_BYTES, MAX_STREAM_ID, OPEN_HEAD_BYTES, encodeError, putU16, putU32 } from "./frame.ts";
+import { BATCH_CUT_BYTES, MAX_ENDPOINT_BYTES, MAX_REQUEST_ID_BYTES, MAX_TRACEPARENT_BYTES } from "./limits.ts";
 
 /**
  * What a connection sends with its next flush: one slab into which all streams write their frames directly. Items and
@@ -92,13 +78,13 @@ export class Outbox {
     putU32(slab, at + 4, fields.timeoutMs);
     putU32(slab, at + 8, fields.windowBytes);
     let end = at + OPEN_HEAD_BYTES;
-    const endpointBytes = slab.utf8Write(fields.endpoint, end, MAX_ENDPOINT_BYTES);
+    const endpointBytes = slab.write(fields.endpoint, end, MAX_ENDPOINT_BYTES);
     putU16(slab, at + 12, endpointBytes);
     end += endpointBytes;
-    const requestIdBytes = slab.utf8Write(fields.requestId, end, MAX_REQUEST_ID_BYTES);
+    const requestIdBytes = slab.write(fields.requestId, end, MAX_REQUEST_ID_BYTES);
     putU16(slab, at + 14, requestIdBytes);
     end += requestIdBytes;
-    const traceparentBytes = slab.utf8Write(fields.traceparent, end, MAX_TRACEPARENT_BYTES);
+    const traceparentBytes = slab.write(fields.traceparent, end, MAX_TRACEPARENT_BYTES);
     putU16(slab, at + 16, traceparentBytes);
     end += traceparentBytes;
     slab.set(payload, end);

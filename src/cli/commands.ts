@@ -1,0 +1,70 @@
+import type { CommandName } from "./options.ts";
+
+/** What `dynamo` can do. The modules are loaded only when their command runs: `dynamo --help` must start in no time. */
+export interface CommandContext {
+  readonly argv: readonly string[];
+  readonly env: NodeJS.ProcessEnv;
+  /** Results go to stdout, everything else to stderr. */
+  readonly out: (text: string) => void;
+  readonly err: (text: string) => void;
+}
+
+/** Resolves with the exit code: 0 done, 1 failed; configuration errors are thrown and end with 2. */
+export type CommandRun = (context: CommandContext) => Promise<number>;
+
+export interface Command {
+  readonly summary: string;
+  readonly usage: string;
+  readonly example: string;
+  /** More than the summary, for its own help page. */
+  readonly about: string;
+  readonly load: () => Promise<{ run: CommandRun }>;
+}
+
+export const COMMANDS: Readonly<Record<CommandName, Command>> = {
+  local: {
+    summary: "serve a model on this machine: one frontend and several workers",
+    usage: "dynamo local [options]",
+    example: "dynamo local --model smollm2 --workers 2 --http-port 8000",
+    about:
+      "Pulls the model if it is not there, starts one frontend and the workers as processes of their own, restarts what\n" +
+      "crashes, and ends them all on Ctrl-C. Any number of local clusters run side by side on different ports.",
+    load: () => import("./local.ts"),
+  },
+  frontend: {
+    summary: "run the OpenAI HTTP frontend and router",
+    usage: "dynamo frontend [options]",
+    example: "dynamo frontend --http-port 8000 --router-mode least-loaded --file-kv /tmp/cluster",
+    about: "Serves every model that workers register in the same namespace; they may come and go at any time.",
+    load: () => import("./frontend.ts"),
+  },
+  worker: {
+    summary: "run one worker that hosts an engine",
+    usage: "dynamo worker [options]",
+    example: "dynamo worker --model smollm2 --threads 2 --file-kv /tmp/cluster",
+    about: "Loads the model, checks itself with a short request, registers, and serves until SIGTERM drains it.",
+    load: () => import("./worker.ts"),
+  },
+  model: {
+    summary: "pull, list and remove model files",
+    usage: "dynamo model pull NAME | list | rm NAME",
+    example: "dynamo model pull smollm2",
+    about:
+      "NAME is a known model (`dynamo model list` shows them) or hf:owner/repository/file.gguf. A broken-off pull is resumed.",
+    load: () => import("./model.ts"),
+  },
+  status: {
+    summary: "show instances, models and load of a running cluster",
+    usage: "dynamo status [options]",
+    example: "dynamo status --file-kv /tmp/cluster --once",
+    about: "Reads discovery and the load events. `dynamo local` prints the --file-kv of its cluster when it starts.",
+    load: () => import("./status.ts"),
+  },
+  doctor: {
+    summary: "check this machine and say how to fix what is wrong",
+    usage: "dynamo doctor [options]",
+    example: "dynamo doctor --workers 2 --http-port 8000",
+    about: "Checks Node, the llama library, CPU threads, the port, disk space, the model file and the discovery folder.",
+    load: () => import("./doctor.ts"),
+  },
+};

@@ -1,0 +1,589 @@
+import { tmpdir, userInfo } from "node:os";
+import { join } from "node:path";
+
+/**
+ * Every option of every command, in one table: the command line (`--flag`), the environment (`DYN_...`), the key of a
+ * configuration file (the flag without dashes), type, bounds, default, and what it is for. `--help` and
+ * `docs/environment.md` come from this table; tests compare them. Names are Dynamo's where it has the option.
+ *
+ * Limits are bounds on what clients can send; the reason for each number stands beside it.
+ */
+export const COMMAND_NAMES = ["local", "frontend", "worker", "model", "status", "doctor"] as const;
+export type CommandName = (typeof COMMAND_NAMES)[number];
+
+interface OptionBase {
+  readonly env: string;
+  readonly help: string;
+  readonly group: OptionGroup;
+  readonly commands: readonly CommandName[];
+  /** Other spellings that mean the same, as a flag and, if it has one, as a variable. Accepted silently. */
+  readonly also?: readonly { readonly flag: string; readonly env?: string }[];
+  /** Shown when the default is not a plain value. */
+  readonly defaultText?: string;
+}
+
+interface TextOption extends OptionBase {
+  readonly type: "text";
+  readonly default: string | undefined;
+  /** Never printed, and refused on the command line, where other users of the machine could read it. */
+  readonly secret?: boolean;
+}
+
+interface ChoiceOption extends OptionBase {
+  readonly type: "choice";
+  readonly choices: readonly string[];
+  readonly default: string;
+  /** Other words for a choice. */
+  readonly synonyms?: Readonly<Record<string, string>>;
+}
+
+interface NumberOption extends OptionBase {
+  readonly type: "integer" | "number";
+  readonly default: number | undefined;
+  readonly min: number;
+  readonly max: number;
+}
+
+interface SwitchOption extends OptionBase {
+  readonly type: "switch";
+  readonly default: boolean;
+}
+
+export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
+export type OptionGroup = "Model and engine" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
+
+const ROLES = ["local", "frontend", "worker"] as const;
+const FRONTENDS = ["local", "frontend"] as const;
+const WORKERS = ["local", "worker"] as const;
+
+/** Per user, so that two users of one machine neither meet nor get in each other's way. */
+export function defaultDiscoveryFolder(): string {
+  return join(tmpdir(), `dynamo-ts-${userInfo().uid}`);
+}
+
+export const OPTIONS = {
+  // ---- Model and engine ----
+  model: {
+    type: "text",
+    default: undefined,
+    defaultText: "SmolLM2-135M-Instruct; with --engine echo: none, bytes are tokens",
+    env: "DYN_MODEL",
+    also: [{ flag: "model-path", env: "DYN_MODEL_PATH" }],
+    group: "Model and engine",
+    commands: ["local", "worker", "doctor"],
+    help: "Model to serve: a name of `dynamo model list`, hf:owner/repository/file.gguf, or the path of a GGUF file.",
+  },
+  "model-name": {
+    type: "text",
+    default: undefined,
+    defaultText: "the model's own name",
+    env: "DYN_MODEL_NAME",
+    also: [{ flag: "served-model-name", env: "DYN_SERVED_MODEL_NAME" }],
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "The name clients use.",
+  },
+  engine: {
+    type: "choice",
+    choices: ["llama", "echo"],
+    default: "llama",
+    env: "DYN_ENGINE",
+    group: "Model and engine",
+    commands: ["local", "worker", "doctor"],
+    help: "llama runs the model on this machine's CPU; echo answers with the prompt at once, for measuring and testing.",
+  },
+  workers: {
+    type: "integer",
+    default: 2,
+    min: 1,
+    max: 64,
+    env: "DYN_WORKERS",
+    group: "Model and engine",
+    commands: ["local", "doctor"],
+    help: "Worker processes.",
+  },
+  "disaggregation-mode": {
+    type: "choice",
+    choices: ["agg"],
+    synonyms: { pd: "agg" },
+    default: "agg",
+    env: "DYN_DISAGGREGATION_MODE",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "agg: each worker does prefill and decode. Separate prefill and decode workers are not there yet.",
+  },
+  "context-length": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    max: 16_777_216,
+    defaultText: "0 = what the model was trained for; 8192 with --engine echo",
+    env: "DYN_CONTEXT_LENGTH",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Longest sequence, prompt and answer together, in tokens.",
+  },
+  "kv-cache-tokens": {
+    type: "integer",
+    // 377 MB for SmolLM2-135M (23,040 bytes a token): 16 conversations of 1,000 tokens side by side.
+    default: 16_384,
+    min: 256,
+    max: 1_073_741_824,
+    env: "DYN_KV_CACHE_TOKENS",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Tokens the KV cache of one worker holds for all its sequences together.",
+  },
+  "max-num-seqs": {
+    type: "integer",
+    default: 64,
+    min: 1,
+    // libllama's own bound on sequences of one context is 256; some are kept for cached prefixes.
+    max: 256,
+    env: "DYN_MAX_NUM_SEQS",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Sequences one worker runs at once.",
+  },
+  "max-num-batched-tokens": {
+    type: "integer",
+    // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
+    default: 512,
+    min: 16,
+    max: 65_536,
+    env: "DYN_MAX_NUM_BATCHED_TOKENS",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Tokens one engine step takes.",
+  },
+  "kv-cache-block-size": {
+    type: "integer",
+    default: 16,
+    min: 1,
+    max: 1_024,
+    env: "DYN_KV_CACHE_BLOCK_SIZE",
+    also: [{ flag: "block-size" }],
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Tokens per KV block.",
+  },
+  threads: {
+    type: "integer",
+    default: 0,
+    defaultText: "0 = this machine's cores divided by --workers",
+    min: 0,
+    max: 1_024,
+    env: "DYN_THREADS",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Compute threads of one worker. More than there are cores makes decoding many times slower.",
+  },
+  "engine-request-limit": {
+    type: "integer",
+    // Four times the sequences that run: a queue longer than that only makes clients wait instead of going elsewhere.
+    default: 256,
+    min: 1,
+    max: 1_000_000,
+    env: "DYN_ENGINE_REQUEST_LIMIT",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Requests a worker holds, running and waiting, before it refuses more.",
+  },
+  "echo-step-ms": {
+    type: "number",
+    default: 0,
+    min: 0,
+    max: 60_000,
+    env: "DYN_ECHO_STEP_MS",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "Pause between two steps of the echo engine.",
+  },
+  component: {
+    type: "text",
+    default: "backend",
+    env: "DYN_COMPONENT",
+    group: "Model and engine",
+    commands: ["worker"],
+    help: "Component name of the worker in discovery.",
+  },
+  "system-port": {
+    type: "integer",
+    default: undefined,
+    defaultText: "not served",
+    min: 0,
+    max: 65_535,
+    env: "DYN_SYSTEM_PORT",
+    group: "Model and engine",
+    commands: ["worker"],
+    help: "Port for this worker's own /health, /live and /metrics on loopback; 0 = any free port.",
+  },
+  // ---- HTTP ----
+  "http-host": {
+    type: "text",
+    // Loopback until the operator says otherwise: there are no keys yet.
+    default: "127.0.0.1",
+    env: "DYN_HTTP_HOST",
+    group: "HTTP",
+    commands: [...FRONTENDS, "doctor"],
+    help: "Address to listen on. 0.0.0.0 opens the API to the network, without authentication.",
+  },
+  "http-port": {
+    type: "integer",
+    default: 8000,
+    min: 0,
+    max: 65_535,
+    env: "DYN_HTTP_PORT",
+    group: "HTTP",
+    commands: [...FRONTENDS, "doctor"],
+    help: "Port of the OpenAI API; 0 = any free port.",
+  },
+  "graceful-shutdown-timeout-secs": {
+    type: "number",
+    default: 10,
+    min: 0,
+    max: 86_400,
+    env: "DYN_GRACEFUL_SHUTDOWN_TIMEOUT_SECS",
+    also: [{ flag: "http-graceful-shutdown-timeout-secs", env: "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS" }],
+    group: "HTTP",
+    commands: ROLES,
+    help: "How long running requests may finish after SIGTERM or Ctrl-C.",
+  },
+  // ---- Limits ----
+  "http-body-limit-mb": {
+    type: "integer",
+    // A million tokens of text are about 5 MB.
+    default: 16,
+    min: 1,
+    max: 1_024,
+    env: "DYN_HTTP_BODY_LIMIT_MB",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Largest request body, MiB.",
+  },
+  "http-headers-timeout-secs": {
+    type: "number",
+    // Slow networks need a second or two; a connection that sends a byte a second is an attack.
+    default: 10,
+    min: 0.1,
+    max: 600,
+    env: "DYN_HTTP_HEADERS_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Time a client has to send its headers.",
+  },
+  "http-body-timeout-secs": {
+    type: "number",
+    // 16 MiB at 2 Mbit/s.
+    default: 60,
+    min: 0.1,
+    max: 3_600,
+    env: "DYN_HTTP_BODY_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Time a client has to send its body.",
+  },
+  "http-connections": {
+    type: "integer",
+    // Below the usual limit of 20,000 file descriptors.
+    default: 16_384,
+    min: 1,
+    max: 1_000_000,
+    env: "DYN_HTTP_CONNECTIONS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Open client connections.",
+  },
+  "max-messages": {
+    type: "integer",
+    // The longest agent sessions have several hundred.
+    default: 2_048,
+    min: 1,
+    max: 1_000_000,
+    env: "DYN_MAX_MESSAGES",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Messages of one chat request.",
+  },
+  "max-choices": {
+    type: "integer",
+    default: 16,
+    min: 1,
+    max: 1_024,
+    env: "DYN_MAX_CHOICES",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Largest `n`.",
+  },
+  "max-stop-strings": {
+    type: "integer",
+    // The API documents 4; others allow 16.
+    default: 16,
+    min: 0,
+    max: 1_024,
+    env: "DYN_MAX_STOP_STRINGS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Stop strings of one request.",
+  },
+  "max-prompts": {
+    type: "integer",
+    default: 256,
+    min: 1,
+    max: 65_536,
+    env: "DYN_MAX_PROMPTS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Prompts of one completion request.",
+  },
+  "max-concurrent-requests": {
+    type: "integer",
+    // Sixteen workers of 64 sequences; each request holds about 30 kB in the frontend.
+    default: 1_024,
+    min: 1,
+    max: 1_000_000,
+    env: "DYN_MAX_CONCURRENT_REQUESTS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Requests the frontend serves at once.",
+  },
+  "max-queued-requests": {
+    type: "integer",
+    default: 1_024,
+    min: 0,
+    max: 1_000_000,
+    env: "DYN_MAX_QUEUED_REQUESTS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Requests that wait for a place in the frontend; more get status 529.",
+  },
+  "request-timeout-secs": {
+    type: "number",
+    // 4,000 tokens at 7 tokens a second.
+    default: 600,
+    min: 0.1,
+    max: 86_400,
+    env: "DYN_REQUEST_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Longest time of a whole request.",
+  },
+  "response-buffer-kb": {
+    type: "integer",
+    // About 5,000 streamed tokens that a client has not read.
+    default: 1_024,
+    min: 16,
+    max: 1_048_576,
+    env: "DYN_RESPONSE_BUFFER_KB",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "KiB a client may leave unread before its stream is closed.",
+  },
+  // ---- Routing ----
+  "router-mode": {
+    type: "choice",
+    choices: ["round-robin", "random", "least-loaded"],
+    default: "round-robin",
+    env: "DYN_ROUTER_MODE",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "How a worker is chosen for a request.",
+  },
+  "router-kv-events": {
+    type: "switch",
+    default: true,
+    env: "DYN_ROUTER_USE_KV_EVENTS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Whether KV-aware routing follows the workers' KV events. The modes above do not use them.",
+  },
+  // ---- Planes ----
+  namespace: {
+    type: "text",
+    default: "dynamo",
+    env: "DYN_NAMESPACE",
+    group: "Planes",
+    commands: [...ROLES, "status"],
+    help: "Frontends and workers meet when they have the same namespace and the same planes.",
+  },
+  "discovery-backend": {
+    type: "choice",
+    choices: ["file", "memory"],
+    synonyms: { mem: "memory" },
+    default: "file",
+    env: "DYN_DISCOVERY_BACKEND",
+    group: "Planes",
+    commands: ["frontend", "worker", "status"],
+    help: "How processes find each other. memory is for one process alone.",
+  },
+  "file-kv": {
+    type: "text",
+    default: undefined,
+    defaultText: "a folder per user in the temporary folder; local: a fresh one",
+    env: "DYN_FILE_KV",
+    group: "Planes",
+    commands: [...ROLES, "status", "doctor"],
+    help: "Folder of the file discovery backend; on one machine or a shared disk.",
+  },
+  "request-plane": {
+    type: "choice",
+    choices: ["tcp", "memory"],
+    synonyms: { mem: "memory" },
+    default: "tcp",
+    env: "DYN_REQUEST_PLANE",
+    group: "Planes",
+    commands: ["frontend", "worker"],
+    help: "How requests reach workers.",
+  },
+  "tcp-rpc-host": {
+    type: "text",
+    default: "127.0.0.1",
+    env: "DYN_TCP_RPC_HOST",
+    group: "Planes",
+    commands: ["worker"],
+    help: "Address the worker's request plane listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
+  },
+  "tcp-rpc-port": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    max: 65_535,
+    env: "DYN_TCP_RPC_PORT",
+    group: "Planes",
+    commands: ["worker"],
+    help: "Port of the worker's request plane; 0 = any free port.",
+  },
+  "event-plane": {
+    type: "choice",
+    choices: ["zmq", "memory"],
+    synonyms: { auto: "zmq", mem: "memory" },
+    default: "zmq",
+    env: "DYN_EVENT_PLANE",
+    group: "Planes",
+    commands: ["frontend", "worker", "status"],
+    help: "How load and KV events travel.",
+  },
+  "zmq-host": {
+    type: "text",
+    default: "127.0.0.1",
+    env: "DYN_ZMQ_HOST",
+    group: "Planes",
+    commands: ["worker"],
+    help: "Address the worker's event publishers listen on.",
+  },
+  "cluster-secret": {
+    type: "text",
+    default: undefined,
+    defaultText: "none; local: a fresh random one",
+    secret: true,
+    env: "DYN_CLUSTER_SECRET",
+    group: "Planes",
+    commands: ROLES,
+    help: "Shared by all processes of a cluster: a request-plane peer without it is refused. Only from the environment or the configuration file.",
+  },
+  // ---- Logs ----
+  log: {
+    type: "choice",
+    choices: ["trace", "debug", "info", "warn", "error", "silent"],
+    default: "info",
+    env: "DYN_LOG",
+    group: "Logs",
+    commands: [...ROLES, "status"],
+    help: "Least severe level that is logged to stderr.",
+  },
+  "logging-console-format": {
+    type: "choice",
+    choices: ["readable", "jsonl"],
+    default: "readable",
+    env: "DYN_LOGGING_CONSOLE_FORMAT",
+    group: "Logs",
+    commands: [...ROLES, "status"],
+    help: "Lines for people or one JSON object per line.",
+  },
+  // ---- General ----
+  config: {
+    type: "text",
+    default: undefined,
+    defaultText: "none",
+    env: "DYN_CONFIG",
+    group: "General",
+    commands: COMMAND_NAMES,
+    help: "YAML file with options, named like the flags without dashes in front.",
+  },
+  "start-timeout-secs": {
+    type: "number",
+    default: 120,
+    min: 1,
+    max: 3_600,
+    env: "DYN_START_TIMEOUT_SECS",
+    group: "General",
+    commands: ["local"],
+    help: "How long the frontend and the workers may take until the model is served.",
+  },
+  "model-dir": {
+    type: "text",
+    default: undefined,
+    defaultText: "~/.cache/dynamo-ts/models",
+    env: "DYN_MODEL_DIR",
+    group: "General",
+    commands: ["local", "worker", "model", "doctor"],
+    help: "Folder of pulled models.",
+  },
+  json: {
+    type: "switch",
+    default: false,
+    env: "DYN_JSON",
+    group: "General",
+    commands: ["model", "status", "doctor"],
+    help: "Print JSON for machines.",
+  },
+  once: {
+    type: "switch",
+    default: false,
+    env: "DYN_STATUS_ONCE",
+    group: "General",
+    commands: ["status"],
+    help: "Print one table and leave instead of following changes.",
+  },
+} as const satisfies Record<string, OptionSpec>;
+
+export type OptionName = keyof typeof OPTIONS;
+
+type ValueOf<Spec extends OptionSpec> = Spec extends { choices: readonly (infer Choice)[] }
+  ? Choice
+  : Spec extends SwitchOption
+    ? boolean
+    : Spec extends NumberOption
+      ? number | (undefined extends Spec["default"] ? undefined : never)
+      : string | (undefined extends Spec["default"] ? undefined : never);
+
+/** The value of every option; those that a command does not have keep their default. */
+export type OptionValues = { readonly [Name in OptionName]: ValueOf<(typeof OPTIONS)[Name]> };
+
+export const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
+
+export function optionsOf(command: CommandName): OptionName[] {
+  return OPTION_NAMES.filter((name) => (OPTIONS[name].commands as readonly CommandName[]).includes(command));
+}
+
+export function specOf(name: OptionName): OptionSpec {
+  return OPTIONS[name];
+}
+
+/**
+ * Flags of 0.9.1 (the release most write-ups describe) that were renamed since. Accepted, with one line that tells the
+ * new name. `value` is what the new flag gets when the old one was a switch.
+ */
+export interface RetiredFlag {
+  readonly name: OptionName;
+  readonly value?: string;
+  /** How the new spelling is shown. */
+  readonly now: string;
+}
+
+export const RETIRED_FLAGS: Readonly<Record<string, RetiredFlag>> = {
+  "store-kv": { name: "discovery-backend", now: "--discovery-backend" },
+  "no-kv-events": { name: "router-kv-events", value: "false", now: "--no-router-kv-events" },
+  "is-prefill-worker": { name: "disaggregation-mode", value: "prefill", now: "--disaggregation-mode=prefill" },
+  "is-decode-worker": { name: "disaggregation-mode", value: "decode", now: "--disaggregation-mode=decode" },
+};

@@ -1,0 +1,27 @@
+import type { Logger } from "../observability/index.ts";
+import type { Clock } from "../std/index.ts";
+import type { Engine } from "./base.ts";
+import type { EngineConfig } from "./config.ts";
+
+/** What every engine gets from its worker. */
+export interface EngineOptions {
+  readonly logger: Logger;
+  readonly clock: Clock;
+}
+
+/**
+ * Makes the engine that the configuration names; `start` still has to be called. Each engine is imported only here and
+ * only when asked for, so that its native library is needed by nobody else.
+ */
+export async function loadEngine(config: EngineConfig, options: EngineOptions): Promise<Engine> {
+  switch (config.kind) {
+    case "llama": {
+      const { LlamaEngine } = await import("./llama/llama-engine.ts");
+      return new LlamaEngine(config, options);
+    }
+    case "echo": {
+      const { EchoEngine } = await import("./echo/echo-engine.ts");
+      return new EchoEngine(config, options);
+    }
+  }
+}

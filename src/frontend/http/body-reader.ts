@@ -1,0 +1,88 @@
+import type { IncomingMessage } from "node:http";
+import { DynamoError } from "../../errors/index.ts";
+
+/**
+ * Collects one request body, never more than its limit, under a budget that all bodies being read share. Chunked bodies
+ * are counted as they come; what is over a limit is dropped unread. `onEnd` is called once, unless `stop` comes first.
+ */
+export interface BodyBudget {
+  /** Bytes of all bodies that are being read now. */
+  bytes: number;
+  readonly limitBytes: number;
+}
+
+export class BodyReader {
+  /** For the server's check of body time-outs. */
+  readonly startedMs: number;
+  readonly #request: IncomingMessage;
+  readonly #limitBytes: number;
+  readonly #budget: BodyBudget;
+  readonly #onEnd: (failure: DynamoError | undefined, body: Buffer) => void;
+  #chunks: Buffer[] = [];
+  #byteCount = 0;
+  #done = false;
+
+  constructor(
+    request: IncomingMessage,
+    limitBytes: number,
+    budget: BodyBudget,
+    startedMs: number,
+    onEnd: (failure: DynamoError | undefined, body: Buffer) => void,
+  ) {
+    this.startedMs = startedMs;
+    this.#request = request;
+    this.#limitBytes = limitBytes;
+    this.#budget = budget;
+    this.#onEnd = onEnd;
+    request.on("data", (chunk: Buffer) => this.#take(chunk));
+    request.on("end", () => this.#finish(undefined));
+  }
+
+  /** Gives the bytes back; nothing is called any more and the rest of the body is discarded as it arrives. */
+  stop(): void {
+    if (this.#done) return;
+    this.#done = true;
+    this.#release();
+  }
+
+  fail(failure: DynamoError): void {
+    this.#finish(failure);
+  }
+
+  #take(chunk: Buffer): void {
+    if (this.#done) return;
+    this.#byteCount += chunk.length;
+    this.#budget.bytes += chunk.length;
+    if (this.#byteCount > this.#limitBytes) return this.#finish(bodyTooLarge(this.#limitBytes));
+    if (this.#budget.bytes > this.#budget.limitBytes) {
+      return this.#finish(
+        new DynamoError("too-many-requests", "the server is reading as many request bodies as it has memory for", {
+          retryAfterMs: 1_000,
+        }),
+      );
+    }
+    this.#chunks.push(chunk);
+  }
+
+  #finish(failure: DynamoError | undefined): void {
+    if (this.#done) return;
+    this.#done = true;
+    const chunks = this.#chunks;
+    const byteCount = this.#byteCount;
+    this.#release();
+    if (failure !== undefined) this.#onEnd(failure, EMPTY);
+    else this.#onEnd(undefined, chunks.length === 1 ? chunks[0]! : Buffer.concat(chunks, byteCount));
+  }
+
+  #release(): void {
+    this.#budget.bytes -= this.#byteCount;
+    this.#byteCount = 0;
+    this.#chunks = [];
+  }
+}
+
+const EMPTY = Buffer.alloc(0);
+
+export function bodyTooLarge(limitBytes: number): DynamoError {
+  return new DynamoError("body-too-large", `the request body is too large: expected at most ${limitBytes} bytes`);
+}

@@ -1,0 +1,197 @@
+import { createHash } from "node:crypto";
+import { hostname } from "node:os";
+import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
+import { toDynamoError } from "../errors/index.ts";
+import { artifactFromGguf, byteArtifact, encodeArtifact, type TokenizerArtifact } from "../model/index.ts";
+import {
+  CLEAR_BLOCKS_ENDPOINT,
+  GENERATE_ENDPOINT,
+  KV_EVENTS_TOPIC,
+  LOAD_TOPIC,
+  TOKENIZER_ENDPOINT,
+  encodeKvEvents,
+  type LoadSnapshot,
+  type ModelCard,
+} from "../protocol/index.ts";
+import {
+  RoleLifecycle,
+  formatEndpoint,
+  newInstanceId,
+  registerCard,
+  registerInstance,
+  type Instance,
+  type Planes,
+  type RunningRole,
+} from "../runtime/component/index.ts";
+import type { EndpointHandler } from "../runtime/request-plane/index.ts";
+import { runCanary } from "./canary.ts";
+import type { EngineConfig, WorkerConfig } from "./config.ts";
+import { publishLoad } from "./publish-load.ts";
+import { serveBytes } from "./serve-bytes.ts";
+import { GenerateService } from "./serve-generate.ts";
+import { startSystemServer } from "./system-server.ts";
+import { WorkerMetrics } from "./worker-metrics.ts";
+
+export interface RunningWorker extends RunningRole {
+  /** 16 hex digits. */
+  readonly instanceId: string;
+  /** Where `/health` and `/metrics` answer; undefined when none was asked for. */
+  readonly systemPort: number | undefined;
+  /** The engine's newest load. */
+  load(): LoadSnapshot;
+}
+
+/** Long enough for a cold engine's first step on a busy machine. */
+const CANARY_TIMEOUT_MS = 60_000;
+
+/**
+ * The worker role: starts its engine, proves with a canary over its own request plane that it answers, and only then
+ * registers. Serves until drained (unregister, finish, leave) or until its engine dies, which rejects `done`.
+ */
+export async function startWorker(config: WorkerConfig, planes: Planes, signal: AbortSignal): Promise<RunningWorker> {
+  const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
+  try {
+    return await start(config, planes, signal, lifecycle);
+  } catch (thrown) {
+    await lifecycle.stop();
+    throw toDynamoError(thrown);
+  }
+}
+
+async function start(
+  config: WorkerConfig,
+  planes: Planes,
+  signal: AbortSignal,
+  lifecycle: RoleLifecycle,
+): Promise<RunningWorker> {
+  const { clock, logger, discovery } = planes;
+  const startMs = clock.monotonicMs();
+  const instanceId = newInstanceId();
+  const address = (endpoint: string): string =>
+    formatEndpoint({ namespace: config.namespace, component: config.component, endpoint });
+  const metrics = new WorkerMetrics(planes.metrics, [config.namespace, config.component, GENERATE_ENDPOINT, instanceId, config.modelName]);
+
+  const server = await planes.request.listen();
+  lifecycle.defer("request plane server", () => server.close());
+  const engine = await loadEngine(config.engine, { logger, clock });
+  lifecycle.defer("engine", () => engine.stop());
+  const service = new GenerateService({
+    engine,
+    server,
+    metrics,
+    clock,
+    logger,
+    maxStreams: config.engine.maxSequences + config.maxQueuedRequests,
+  });
+  const kvEvents = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
+  lifecycle.defer("KV event publisher", () => kvEvents.close());
+  const sink: EngineSink = {
+    onStep: (step) => service.onStep(step),
+    onKvEvents: (events) => kvEvents.publish(encodeKvEvents(events)),
+    onFatal: (error) => {
+      service.failAll(error);
+      lifecycle.fail(error);
+    },
+  };
+  const [info, artifact] = await Promise.all([engine.start(sink, signal), loadArtifact(config.engine)]);
+  metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
+
+  const artifactBytes = encodeArtifact(artifact);
+  server.serve(address(GENERATE_ENDPOINT), service.handle);
+  server.serve(address(TOKENIZER_ENDPOINT), serveBytes(artifactBytes));
+  server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
+  await runCanary(planes.request.client, {
+    address: server.address,
+    endpoint: address(GENERATE_ENDPOINT),
+    model: config.modelName,
+    tokenIds: Uint32Array.of(artifact.bosTokenId ?? 1),
+    timeoutMs: CANARY_TIMEOUT_MS,
+  });
+
+  const systemServer =
+    config.systemPort === undefined
+      ? undefined
+      : await startSystemServer({
+          port: config.systemPort,
+          metrics: planes.metrics,
+          status: () => ({ state: lifecycle.state, instance_id: instanceId, model: config.modelName, load: engine.load() }),
+        });
+  if (systemServer !== undefined) lifecycle.defer("system server", () => systemServer.close());
+
+  const loadReports = await planes.events.publish(LOAD_TOPIC, { publisherId: instanceId });
+  lifecycle.defer("load publisher", () => loadReports.close());
+  lifecycle.defer("load timer", publishLoad(loadReports, engine, instanceId, clock, metrics));
+
+  const lease = await discovery.openLease();
+  lifecycle.defer("lease", () => lease.close());
+  const instance: Instance = {
+    namespace: config.namespace,
+    component: config.component,
+    endpoint: GENERATE_ENDPOINT,
+    instanceId,
+    address: server.address,
+    pid: process.pid,
+    host: hostname(),
+    startedMs: clock.wallMs(),
+  };
+  const card = modelCard(config, info, artifact, artifactBytes, clock.wallMs());
+  await registerInstance(lease, instance);
+  await registerCard(lease, instance, { ...card });
+  void lease.lost.then(() => lifecycle.fail(new Error("the discovery lease was lost")));
+
+  lifecycle.onDrain(async () => {
+    // First out of discovery, so that nobody sends more; then finish what is here.
+    await lease.close();
+    await server.drain();
+    await engine.drain();
+  });
+  lifecycle.ready(signal);
+  logger.info(
+    { instance: instanceId, model: config.modelName, engine: info.engine, address: server.address, ms: Math.round(clock.monotonicMs() - startMs) },
+    "worker ready",
+  );
+  return Object.assign(lifecycle.role(), { instanceId, systemPort: systemServer?.port, load: () => engine.load() });
+}
+
+async function loadArtifact(engine: EngineConfig): Promise<TokenizerArtifact> {
+  return engine.modelPath === undefined ? byteArtifact() : artifactFromGguf(engine.modelPath);
+}
+
+function modelCard(
+  config: WorkerConfig,
+  info: EngineInfo,
+  artifact: TokenizerArtifact,
+  artifactBytes: Uint8Array,
+  wallMs: number,
+): ModelCard {
+  return {
+    version: 1,
+    name: config.modelName,
+    engine: info.engine,
+    engineVersion: info.engineVersion,
+    contextLength: info.contextLength,
+    blockSizeTokens: info.blockSizeTokens,
+    totalBlocks: info.totalBlocks,
+    maxSequences: info.maxSequences,
+    maxBatchedTokens: info.maxBatchedTokens,
+    dataParallelSize: info.dataParallelSize,
+    vocabularySize: info.vocabularySize,
+    tokenizerSha256: createHash("sha256").update(artifactBytes).digest("hex"),
+    tokenizerBytes: artifactBytes.length,
+    types: artifact.chatTemplate === undefined ? ["completions"] : ["chat", "completions"],
+    created: Math.floor(wallMs / 1_000),
+  };
+}
+
+function clearBlocks(engine: Engine): EndpointHandler {
+  return (stream) => {
+    engine.clearBlocks().then(
+      (cleared) => {
+        stream.write(Buffer.from(JSON.stringify({ cleared })));
+        stream.end();
+      },
+      (thrown: unknown) => stream.end(toDynamoError(thrown)),
+    );
+    return { onCancel: () => undefined };
+  };
+}

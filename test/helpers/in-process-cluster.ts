@@ -1,0 +1,126 @@
+import { startFrontend, DEFAULT_LIMITS, type FrontendConfig, type RunningFrontend } from "../../src/frontend/index.ts";
+import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
+import type { Planes } from "../../src/runtime/component/index.ts";
+import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
+import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
+import { MemoryNetwork, MemoryRequestPlane } from "../../src/runtime/request-plane/index.ts";
+import { systemClock, SeededRandom } from "../../src/std/index.ts";
+import { startWorker, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
+
+export interface InProcessCluster {
+  readonly baseUrl: string;
+  readonly frontend: RunningFrontend;
+  readonly frontendPlanes: Planes;
+  readonly workers: RunningWorker[];
+  addWorker(overrides?: Partial<WorkerConfig>): Promise<RunningWorker>;
+  /** Waits until the frontend routes to that many workers. */
+  settled(workerCount: number): Promise<void>;
+  stop(): Promise<void>;
+}
+
+export interface InProcessOptions {
+  readonly workers?: number;
+  readonly worker?: Partial<WorkerConfig>;
+  readonly frontend?: Partial<Omit<FrontendConfig, "limits">> & { limits?: Partial<FrontendConfig["limits"]> };
+  readonly logger?: Logger;
+}
+
+export const ECHO: WorkerConfig["engine"] = { kind: "echo", contextLength: 4096, maxSequences: 256, blockSizeTokens: 16, stepMs: 0 };
+
+/** A whole cluster in this process on memory planes, with the echo engine unless told otherwise: what most tests need. */
+export async function startInProcessCluster(options: InProcessOptions = {}): Promise<InProcessCluster> {
+  const store = new MemoryStore();
+  const network = new MemoryNetwork();
+  const bus = new MemoryEventBus();
+  const logger = options.logger ?? silentLogger;
+  const opened: Planes[] = [];
+  const planes = (): Planes => {
+    const clock = systemClock;
+    const made: Planes = {
+      discovery: new MemoryDiscovery({ store, clock }),
+      request: new MemoryRequestPlane({ network, clock }),
+      events: new MemoryEventPlane({ bus, clock }),
+      clock,
+      random: new SeededRandom(1),
+      logger,
+      metrics: new Metrics(),
+    };
+    opened.push(made);
+    return made;
+  };
+  const never = new AbortController().signal;
+  const frontendPlanes = planes();
+  const { limits, ...frontendRest } = options.frontend ?? {};
+  const frontend = await startFrontend(
+    {
+      namespace: "dynamo",
+      httpHost: "127.0.0.1",
+      httpPort: 0,
+      routerMode: "round-robin",
+      drainTimeoutMs: 5_000,
+      ...frontendRest,
+      limits: { ...DEFAULT_LIMITS, ...limits },
+    },
+    frontendPlanes,
+    never,
+  );
+  const baseUrl = `http://127.0.0.1:${frontend.port}`;
+  const workers: RunningWorker[] = [];
+  const addWorker = async (overrides: Partial<WorkerConfig> = {}): Promise<RunningWorker> => {
+    const worker = await startWorker(
+      {
+        namespace: "dynamo",
+        component: "backend",
+        engine: ECHO,
+        modelName: "echo",
+        maxQueuedRequests: 1_024,
+        drainTimeoutMs: 5_000,
+        systemPort: undefined,
+        ...options.worker,
+        ...overrides,
+      },
+      planes(),
+      never,
+    );
+    workers.push(worker);
+    return worker;
+  };
+  const settled = async (workerCount: number): Promise<void> => {
+    await until(async () => {
+      const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
+      return health.instances.filter((instance) => instance.problem === undefined).length === workerCount;
+    }, `${workerCount} workers to join`);
+  };
+  for (let i = 0; i < (options.workers ?? 1); i++) await addWorker();
+  await settled(options.workers ?? 1);
+  return {
+    baseUrl,
+    frontend,
+    frontendPlanes,
+    workers,
+    addWorker,
+    settled,
+    async stop() {
+      await frontend.stop();
+      await Promise.all(workers.map((worker) => worker.stop()));
+      for (const made of opened) {
+        await made.events.close();
+        await made.request.close();
+        await made.discovery.close();
+      }
+    },
+  };
+}
+
+/** Polls `condition` each 10 ms until it holds; fails after `timeoutMs` with what it waited for. */
+export async function until(
+  condition: () => boolean | Promise<boolean>,
+  what: string,
+  timeoutMs = 15_000,
+): Promise<void> {
+  const deadlineMs = performance.now() + timeoutMs;
+  while (!(await condition())) {
+    if (performance.now() > deadlineMs) throw new Error(`waited ${timeoutMs} ms for ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
