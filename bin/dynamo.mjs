@@ -33,7 +33,10 @@ function handOver() {
     );
     process.exit(1);
   }
-  const child = spawn(node, [fileURLToPath(import.meta.url), ...process.argv.slice(2)], { stdio: "inherit" });
+  const child = spawn(node, [fileURLToPath(import.meta.url), ...process.argv.slice(2)], {
+    // The channel carries nothing: when it closes, the child knows that this process is gone, even if it was killed.
+    stdio: ["inherit", "inherit", "inherit", "ipc"],
+  });
   // Ctrl-C in a terminal reaches the child by itself, because it is in the same process group: passing it on would make
   // one key press two. Only somebody who signals this process alone, with SIGTERM or SIGHUP, needs us as a messenger.
   const terminal = process.stdin.isTTY || process.stdout.isTTY || process.stderr.isTTY;

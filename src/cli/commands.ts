@@ -64,7 +64,8 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     summary: "check this machine and say how to fix what is wrong",
     usage: "dynamo doctor [options]",
     example: "dynamo doctor --workers 2 --http-port 8000",
-    about: "Checks Node, the llama library, CPU threads, the port, disk space, the model file and the discovery folder.",
+    about:
+      "Checks Node, the llama library, CPU threads, the port, disk space, the model file and the discovery folder.",
     load: () => import("./doctor.ts"),
   },
 };

@@ -30,7 +30,9 @@ export async function main(argv: readonly string[]): Promise<number> {
   }
   if (!isCommand(name)) {
     const closest = closestWord(name, COMMAND_NAMES);
-    err(`dynamo: no command ${JSON.stringify(name)}${closest === undefined ? "" : `; did you mean ${closest}?`} See dynamo --help.\n`);
+    err(
+      `dynamo: no command ${JSON.stringify(name)}${closest === undefined ? "" : `; did you mean ${closest}?`} See dynamo --help.\n`,
+    );
     return 2;
   }
   if (first === "help" || rest.includes("--help") || rest.includes("-h")) {
@@ -47,7 +49,9 @@ export async function main(argv: readonly string[]): Promise<number> {
 
 function report(thrown: unknown, name: CommandName, err: (text: string) => void): number {
   if (!(thrown instanceof DynamoError)) {
-    err(`dynamo ${name}: internal error: ${thrown instanceof Error ? (thrown.stack ?? thrown.message) : String(thrown)}\n`);
+    err(
+      `dynamo ${name}: internal error: ${thrown instanceof Error ? (thrown.stack ?? thrown.message) : String(thrown)}\n`,
+    );
     return 1;
   }
   if (thrown.reason === "invalid-config") {

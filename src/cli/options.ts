@@ -453,6 +453,15 @@ export const OPTIONS = {
     commands: ["worker"],
     help: "Port of the worker's request plane; 0 = any free port.",
   },
+  "tcp-rpc-advertise-host": {
+    type: "text",
+    default: undefined,
+    defaultText: "--tcp-rpc-host",
+    env: "DYN_TCP_RPC_ADVERTISE_HOST",
+    group: "Planes",
+    commands: ["worker"],
+    help: "Address that frontends connect to, when it is not the one to listen on.",
+  },
   "event-plane": {
     type: "choice",
     choices: ["zmq", "memory"],
@@ -470,6 +479,15 @@ export const OPTIONS = {
     group: "Planes",
     commands: ["worker"],
     help: "Address the worker's event publishers listen on.",
+  },
+  "zmq-advertise-host": {
+    type: "text",
+    default: undefined,
+    defaultText: "--zmq-host",
+    env: "DYN_ZMQ_ADVERTISE_HOST",
+    group: "Planes",
+    commands: ["worker"],
+    help: "Address that event subscribers connect to, when it is not the one to listen on.",
   },
   "cluster-secret": {
     type: "text",

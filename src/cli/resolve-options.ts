@@ -36,8 +36,6 @@ export interface ResolveInput {
   readonly env: NodeJS.ProcessEnv;
   /** @default 0 */
   readonly maxPositionals?: number;
-  /** Reads a configuration file; undefined when there is none. */
-  readonly readFile?: (path: string) => string;
 }
 
 interface Given {
@@ -56,7 +54,7 @@ export async function resolveOptions(input: ResolveInput): Promise<ResolvedOptio
   const environment = readEnvironment(input.env, allowed);
   const configPath = (flags.given.get("config") ?? environment.get("config"))?.text;
   const file =
-    configPath === undefined ? new Map<OptionName, Given>() : await readConfigFile(configPath, input, allowed, mistakes);
+    configPath === undefined ? new Map<OptionName, Given>() : await readConfigFile(configPath, allowed, mistakes);
 
   const values: Partial<Record<OptionName, string | number | boolean | undefined>> = {};
   const sources = {} as Record<OptionName, ValueSource>;
@@ -83,13 +81,16 @@ function readFlags(
   const { tokens } = parseArgs({ args: [...input.argv], options: parserOptions(), strict: false, tokens: true });
   const positionals: string[] = [];
   const all = knownFlags();
+  // Where the value of an unknown flag would stand: one mistake, not two.
+  let skipIndex = -1;
   for (const token of tokens) {
-    if (token.kind === "positional") positionals.push(token.value);
+    if (token.kind === "positional" && token.index !== skipIndex) positionals.push(token.value);
     if (token.kind !== "option") continue;
     const flag = all.get(token.name);
     const shown = token.rawName.startsWith("--") ? `--${token.name}` : token.rawName;
     if (flag === undefined || shown !== `--${token.name}`) {
       mistakes.push(unknownFlag(shown, allowed));
+      skipIndex = token.index + 1;
       continue;
     }
     const { name, fixedValue } = flag;
@@ -100,12 +101,14 @@ function readFlags(
     }
     if (retired !== undefined) warnings.push(`--${token.name} is now ${retired.now}`);
     const text = fixedValue ?? token.value;
-    if (fixedValue !== undefined && token.value !== undefined) mistakes.push(`${shown}: takes no value, got ${token.value}`);
+    if (fixedValue !== undefined && token.value !== undefined)
+      mistakes.push(`${shown}: takes no value, got ${token.value}`);
     else if (text === undefined || (!token.inlineValue && text.startsWith("--"))) {
       mistakes.push(`${shown}: expected ${expectation(specOf(name))}, got nothing`);
       // The word was meant as a flag of its own; it is not parsed again, so say so at once.
       if (text !== undefined) mistakes.push(`${text}: stands where the value of ${shown} belongs`);
-    } else if (isSecret(specOf(name))) mistakes.push(`${shown}: set ${specOf(name).env} instead; a command line is public`);
+    } else if (isSecret(specOf(name)))
+      mistakes.push(`${shown}: set ${specOf(name).env} instead; a command line is public`);
     else if (given.has(name)) mistakes.push(`${shown}: given twice`);
     else given.set(name, { text, where: shown, source: "flag" });
   }
@@ -160,16 +163,15 @@ function readEnvironment(env: NodeJS.ProcessEnv, allowed: ReadonlySet<OptionName
 
 async function readConfigFile(
   path: string,
-  input: ResolveInput,
   allowed: ReadonlySet<OptionName>,
   mistakes: string[],
 ): Promise<Map<OptionName, Given>> {
   const given = new Map<OptionName, Given>();
   let content: unknown;
   try {
-    const read = input.readFile ?? (await import("node:fs")).readFileSync;
+    const { readFileSync } = await import("node:fs");
     const { parse } = await import("yaml");
-    content = parse(String(read(path, "utf8")), { maxAliasCount: 16 });
+    content = parse(readFileSync(path, "utf8"), { maxAliasCount: 16 });
   } catch (error) {
     mistakes.push(`--config: ${path}: ${(error as Error).message.split("\n")[0]}`);
     return given;
@@ -183,12 +185,16 @@ async function readConfigFile(
   for (const [key, value] of Object.entries(content)) {
     const flag = known.get(key);
     const where = `${key} in ${path}`;
-    if (flag === undefined || flag.name === "config") mistakes.push(`${where}: no such option${didYouMean(key, OPTION_NAMES)}`);
+    if (flag === undefined || flag.name === "config")
+      mistakes.push(`${where}: no such option${didYouMean(key, OPTION_NAMES)}`);
     else if (!["string", "number", "boolean"].includes(typeof value)) {
-      mistakes.push(`${where}: expected ${expectation(specOf(flag.name))}, got ${value === null ? "nothing" : "a list or a map"}`);
+      mistakes.push(
+        `${where}: expected ${expectation(specOf(flag.name))}, got ${value === null ? "nothing" : "a list or a map"}`,
+      );
     } else if (given.has(flag.name)) mistakes.push(`${where}: given twice`);
     // One file may serve several commands: an option of another command is no mistake here.
-    else if (allowed.has(flag.name)) given.set(flag.name, { text: fileText(flag, value as string), where, source: "file" });
+    else if (allowed.has(flag.name))
+      given.set(flag.name, { text: fileText(flag, value as string), where, source: "file" });
   }
   return given;
 }
@@ -204,7 +210,9 @@ function fileText({ fixedValue }: KnownFlag, value: string | number | boolean): 
 function parseValue(given: Given, spec: OptionSpec, mistakes: string[]): string | number | boolean | undefined {
   const value = valueOf(given.text.trim(), spec);
   if (value === undefined) {
-    mistakes.push(`${given.where}: expected ${expectation(spec)}, got ${isSecret(spec) ? "something else" : given.text}`);
+    mistakes.push(
+      `${given.where}: expected ${expectation(spec)}, got ${isSecret(spec) ? "something else" : given.text}`,
+    );
   }
   return value;
 }
@@ -234,7 +242,9 @@ export function expectation(spec: OptionSpec): string {
     case "text":
       return "a text";
     case "choice":
-      return spec.choices.length === 1 ? spec.choices[0]! : `${spec.choices.slice(0, -1).join(", ")} or ${spec.choices.at(-1)}`;
+      return spec.choices.length === 1
+        ? spec.choices[0]!
+        : `${spec.choices.slice(0, -1).join(", ")} or ${spec.choices.at(-1)}`;
     case "switch":
       return "true or false";
     default:
@@ -243,7 +253,9 @@ export function expectation(spec: OptionSpec): string {
 }
 
 function unknownFlag(shown: string, allowed: ReadonlySet<OptionName>): string {
-  const flags = [...allowed].flatMap((name) => (specOf(name).type === "switch" ? [`--${name}`, `--no-${name}`] : [`--${name}`]));
+  const flags = [...allowed].flatMap((name) =>
+    specOf(name).type === "switch" ? [`--${name}`, `--no-${name}`] : [`--${name}`],
+  );
   return `${shown}: no such option${didYouMean(shown, flags)}`;
 }
 

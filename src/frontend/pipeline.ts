@@ -3,13 +3,22 @@ import type { Metrics } from "../observability/index.ts";
 import type { PreprocessedRequest } from "../protocol/index.ts";
 import type { ChatRequest, CompletionRequest, GenerationOptions } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
+import { randomId64 } from "../std/index.ts";
 import { AdmissionGate, type Permit } from "./admission.ts";
 import type { FrontendConfig } from "./config.ts";
 import { StageMetrics, countRequest, type Endpoint, type RequestType } from "./frontend-metrics.ts";
 import { GenerationRun, type GenerationPlan, type PlannedPrompt } from "./generation-run.ts";
 import type { Exchange } from "./http/index.ts";
 import type { ModelRegistry, ServedModel } from "./model-registry.ts";
-import { createChatWriter, createCompletionWriter, validateChat, validateCompletion } from "./openai/index.ts";
+import {
+  ChatStreamWriter,
+  ChatWholeWriter,
+  CompletionStreamWriter,
+  CompletionWholeWriter,
+  readChatRequest,
+  readCompletionRequest,
+  type AnswerDetails,
+} from "./openai/index.ts";
 import type { ResponseWriter } from "./response-writer.ts";
 
 /**
@@ -26,6 +35,9 @@ export class Pipeline {
   readonly #runs = new Set<GenerationRun>();
   #idleWaiters: (() => void)[] = [];
   #draining = false;
+  /** Answer ids: unique within this process by count, among processes by prefix. */
+  readonly #idPrefix = `${randomId64().toString(36)}-`;
+  #answers = 0;
 
   constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry) {
     this.#planes = planes;
@@ -68,24 +80,26 @@ export class Pipeline {
   chat(exchange: Exchange): Promise<void> {
     return this.#serve(exchange, "chat_completions", (body) => {
       // Step 2: validate.
-      const request = validateChat(body, this.#config.limits);
+      const request = readChatRequest(body, this.#config.limits);
+      const Writer = request.options.stream ? ChatStreamWriter : ChatWholeWriter;
       return {
         options: request.options,
         model: request.model,
-        plan: (model) => Promise.resolve(this.#planChat(model, request, exchange.requestId)),
-        writer: (model) => createChatWriter(exchange, { model: model.name, options: request.options }),
+        plan: (model) => this.#planChat(model, request, exchange.requestId),
+        writer: (details) => new Writer(details),
       };
     });
   }
 
   completions(exchange: Exchange): Promise<void> {
     return this.#serve(exchange, "completions", (body) => {
-      const request = validateCompletion(body, this.#config.limits);
+      const request = readCompletionRequest(body, this.#config.limits);
+      const Writer = request.options.stream ? CompletionStreamWriter : CompletionWholeWriter;
       return {
         options: request.options,
         model: request.model,
         plan: (model) => this.#planCompletion(model, request, exchange.requestId),
-        writer: (model) => createCompletionWriter(exchange, { model: model.name, options: request.options }),
+        writer: (details) => new Writer(details),
       };
     });
   }
@@ -111,7 +125,15 @@ export class Pipeline {
       }
       if (exchange.gone) throw new DynamoError("client-gone", "the client left before its request was sent on");
       const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts };
-      this.#run(exchange, plan, permit, admittedMs, request.writer(served));
+      const writer = request.writer({
+        exchange,
+        id: `${this.#idPrefix}${(this.#answers++).toString(36)}`,
+        model: served.name,
+        created: Math.floor(this.#planes.clock.wallMs() / 1_000),
+        choices: prompts.length * request.options.n,
+        includeUsage: request.options.includeUsage,
+      });
+      this.#run(exchange, plan, permit, admittedMs, writer);
     } catch (thrown) {
       if (permit !== undefined) this.#release(permit);
       this.#refuse(exchange, toDynamoError(thrown), endpoint, type, served);
@@ -161,9 +183,9 @@ export class Pipeline {
     return model;
   }
 
-  #planChat(model: ServedModel, request: ChatRequest, requestId: string): PlannedPrompt[] {
+  async #planChat(model: ServedModel, request: ChatRequest, requestId: string): Promise<PlannedPrompt[]> {
     const { preprocessor } = model;
-    const { tokenIds, templateMs, tokenizeMs } = preprocessor.chat(request);
+    const { tokenIds, templateMs, tokenizeMs } = await preprocessor.chatSliced(request);
     model.metrics.template.observe(templateMs / 1_000);
     model.metrics.tokenize.observe(tokenizeMs / 1_000);
     return [{ request: this.#engineRequest(model, request.options, tokenIds, requestId, true), echoText: "" }];
@@ -173,7 +195,7 @@ export class Pipeline {
     const planned: PlannedPrompt[] = [];
     for (const [index, prompt] of request.prompts.entries()) {
       const startMs = this.#planes.clock.monotonicMs();
-      const tokenIds = await model.preprocessor.encodePrompt(prompt);
+      const tokenIds = await model.preprocessor.encodePromptSliced(prompt);
       model.metrics.tokenize.observe((this.#planes.clock.monotonicMs() - startMs) / 1_000);
       const id = index === 0 ? requestId : `${requestId}-p${index}`;
       const engineRequest = this.#engineRequest(model, request.options, tokenIds, id, false);
@@ -236,7 +258,7 @@ interface FamilyRequest {
   readonly model: string;
   readonly options: GenerationOptions;
   plan(model: ServedModel): Promise<readonly PlannedPrompt[]>;
-  writer(model: ServedModel): ResponseWriter;
+  writer(details: AnswerDetails): ResponseWriter;
 }
 
 function countAdmissionRejection(metrics: Metrics, model: string): void {

@@ -3,3 +3,4 @@ export * from "./byte-writer.ts";
 export * from "./clock.ts";
 export * from "./random.ts";
 export * from "./timer-wheel.ts";
+export * from "./wasm-assembler.ts";

@@ -197,7 +197,7 @@ function hash129to240(bytes: Uint8Array, length: number, seedLo: number, seedHi:
 }
 
 const accumulators = new Uint32Array(16);
-let derivedSecret = XXH3_SECRET;
+let derivedSecret: Uint8Array = XXH3_SECRET;
 let derivedSeedLo = 0;
 let derivedSeedHi = 0;
 

@@ -221,6 +221,12 @@ export class BlockCache {
     return this.#firstHolder + this.#holder[block]!;
   }
 
+  /** The positions of a registered block's cells. */
+  positionsOf(block: number): { start: number; end: number } {
+    const start = this.#depth[block]! * this.blockSizeTokens;
+    return { start, end: start + this.blockSizeTokens };
+  }
+
   /** What happened since the last call, in order. */
   takeEvents(): readonly KvEvent[] {
     this.#noteRemoved();

@@ -36,6 +36,8 @@ export class LlamaContext implements TokenModel {
   /** Context length that the model was trained for. */
   readonly trainedContextLength: number;
   readonly batch: TokenBatch;
+  /** What the library warned about while it loaded. */
+  readonly startLog: readonly LibraryLine[];
   readonly #library: Libllama;
   readonly #options: LlamaContextOptions;
   readonly #model: Pointer;
@@ -52,6 +54,7 @@ export class LlamaContext implements TokenModel {
     const library = openLibllama();
     const { functions } = library;
     const lines: LibraryLine[] = [];
+    this.startLog = lines;
     this.#library = library;
     this.#options = options;
     this.libraryVersion = library.version;

@@ -24,7 +24,7 @@ export interface SchedulerOptions {
   readonly maxBatchedTokens: number;
   /** Rows of logits that a step may ask for beyond one per sequence: the chunk of prompts with logprobs. */
   readonly extraLogitRows: number;
-  /** Waiting sequences at most; preempted ones may go above. */
+  /** Sequences that may wait beyond those that could run; preempted ones may go above. */
   readonly maxWaiting: number;
 }
 
@@ -54,7 +54,9 @@ export class Scheduler<S extends Sequence> {
 
   /** False when the waiting queue is full. */
   tryAdd(sequence: S): boolean {
-    if (this.waiting.length >= this.#options.maxWaiting) return false;
+    const { maxSequences, maxWaiting } = this.#options;
+    // Places that are free now count: a burst of `maxSequences` on an idle engine is not a queue.
+    if (this.waiting.length + this.running.length >= maxWaiting + maxSequences) return false;
     insertInOrder(this.waiting, sequence);
     return true;
   }

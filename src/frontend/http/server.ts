@@ -253,10 +253,10 @@ export class HttpServer implements ExchangeOwner {
       return;
     }
     const wantsBody = wantsJsonBody(route);
-    const failure = checkHead(request, wantsBody, this.#limits.bodyBytes);
-    if (failure !== undefined) {
-      const status = failure.reason === "malformed-http" ? statusOfHead(request) : errorStatus(failure);
-      this.#refuseExchange(request, exchange, family, failure, route.path, { status });
+    const refusal = checkHead(request, wantsBody, this.#limits.bodyBytes);
+    if (refusal !== undefined) {
+      const { failure, status } = refusal;
+      this.#refuseExchange(request, exchange, family, failure, route.path, status === undefined ? {} : { status });
     } else if (wantsBody) {
       this.#readBody(request, response, exchange, route);
     } else {
@@ -318,7 +318,8 @@ export class HttpServer implements ExchangeOwner {
   #handle(route: Route, exchange: Exchange): void {
     try {
       const running = route.handle(exchange);
-      if (running instanceof Promise) running.catch((thrown: unknown) => this.#onHandlerFailed(route, exchange, thrown));
+      if (running instanceof Promise)
+        running.catch((thrown: unknown) => this.#onHandlerFailed(route, exchange, thrown));
     } catch (thrown) {
       this.#onHandlerFailed(route, exchange, thrown);
     }
@@ -427,18 +428,25 @@ function hasBody({ headers }: IncomingMessage): boolean {
   return headers["transfer-encoding"] !== undefined || (length !== undefined && length !== "0");
 }
 
+interface Refusal {
+  readonly failure: DynamoError;
+  /** Where HTTP has a nearer one than the failure's class. */
+  readonly status?: number;
+}
+
 /** What the head of a request alone decides; nothing of the body was read yet. */
-function checkHead(request: IncomingMessage, wantsBody: boolean, limitBytes: number): DynamoError | undefined {
+function checkHead(request: IncomingMessage, wantsBody: boolean, limitBytes: number): Refusal | undefined {
   const { headers } = request;
+  if (request.httpVersionMajor !== 1) return malformed("expected HTTP/1.1 or HTTP/1.0");
   if (request.rawHeaders.length > MAX_HEADERS * 2) {
-    return new DynamoError("malformed-http", `the request has too many headers: expected at most ${MAX_HEADERS}`);
+    return malformed(`the request has too many headers: expected at most ${MAX_HEADERS}`, 431);
   }
   const { expect } = headers;
   if (expect !== undefined && expect.toLowerCase() !== "100-continue") {
-    return new DynamoError("malformed-http", "the expect header has a value other than 100-continue");
+    return malformed("the expect header has a value other than 100-continue", 417);
   }
   const length = headers["content-length"];
-  if (length !== undefined && Number(length) > limitBytes) return bodyTooLarge(limitBytes);
+  if (length !== undefined && Number(length) > limitBytes) return { failure: bodyTooLarge(limitBytes) };
   if (!wantsBody) return undefined;
   const encoding = headers["content-encoding"];
   if (encoding !== undefined && encoding.toLowerCase() !== "identity") {
@@ -453,11 +461,13 @@ function checkHead(request: IncomingMessage, wantsBody: boolean, limitBytes: num
   return undefined;
 }
 
-function unsupportedMedia(header: string, expected: string, got: string): DynamoError {
-  return new DynamoError(
-    "unsupported-media-type",
-    `${header}: expected ${expected}, got ${JSON.stringify(got.slice(0, 100))}`,
-  );
+function malformed(message: string, status = 400): Refusal {
+  return { failure: new DynamoError("malformed-http", message), status };
+}
+
+function unsupportedMedia(header: string, expected: string, got: string): Refusal {
+  const shown = JSON.stringify(got.slice(0, 100));
+  return { failure: new DynamoError("unsupported-media-type", `${header}: expected ${expected}, got ${shown}`) };
 }
 
 /** `application/json`, with UTF-8 as its charset if it names one. */
@@ -471,32 +481,15 @@ function isJsonType(type: string): boolean {
   });
 }
 
-function statusOfHead(request: IncomingMessage): number {
-  return request.headers.expect !== undefined ? 417 : 431;
-}
-
-function describeClientError(error: NodeJS.ErrnoException): { status: number; failure: DynamoError } {
+/** Errors of node's parser and of its header time-out. */
+function describeClientError(error: NodeJS.ErrnoException): Refusal {
   switch (error.code) {
     case "HPE_HEADER_OVERFLOW":
-      return {
-        status: 431,
-        failure: new DynamoError(
-          "malformed-http",
-          `the request's headers are too large: expected at most ${MAX_HEADER_BYTES} bytes`,
-        ),
-      };
+      return malformed(`the request's headers are too large: expected at most ${MAX_HEADER_BYTES} bytes`, 431);
     case "ERR_HTTP_REQUEST_TIMEOUT":
-      return {
-        status: 408,
-        failure: new DynamoError("body-timeout", "the request's headers did not arrive in time"),
-      };
+      return { failure: new DynamoError("body-timeout", "the request's headers did not arrive in time") };
     default:
-      return {
-        status: 400,
-        failure: new DynamoError("malformed-http", "the bytes on the connection are not a valid HTTP/1.1 request", {
-          diagnostic: `${error.code}: ${error.message}`,
-        }),
-      };
+      return malformed("the bytes on the connection are not a valid HTTP/1.1 request");
   }
 }
 

@@ -64,11 +64,13 @@ export class SseWriter {
 
   /** Pushed but not flushed, plus handed to the socket but not taken by the kernel. */
   get bufferedBytes(): number {
-    return this.#pending.length + (this.#socket?.writableLength ?? 0);
+    const socket = this.#socket;
+    return this.#pending.length + (socket === undefined || socket.destroyed ? 0 : socket.writableLength);
   }
 
   /** Adds whole events (`data: ...\n\n`). `ascii`: no character above U+007F; saves the length computation. */
   push(events: string, ascii: boolean): void {
+    if (this.#ended) return;
     this.#pending += events;
     if (!ascii) this.#pendingAscii = false;
   }

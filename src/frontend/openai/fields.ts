@@ -14,11 +14,16 @@ export function isObject(value: unknown): value is JsonObject {
 /** Longest string that is shown in an error; option words fit, prompts do not. */
 const SHOWN_CHARS = 24;
 
-export function describeValue(value: unknown): string {
+/** Fields whose strings are prompts: their length is named, never the text. */
+const PROMPT_FIELD = /^(messages|prompt)\b(?!.*\.(role|type)$)/;
+
+export function describeValue(value: unknown, name: string): string {
   if (value === undefined) return "nothing";
   if (value === null) return "null";
   if (typeof value === "string") {
-    return value.length <= SHOWN_CHARS ? `${JSON.stringify(value)} (string)` : `a string of ${value.length} characters`;
+    return value.length <= SHOWN_CHARS && !PROMPT_FIELD.test(name)
+      ? `${JSON.stringify(value)} (string)`
+      : `a string of ${value.length} characters`;
   }
   if (Array.isArray(value)) return `an array of ${value.length}`;
   if (typeof value === "object") return "an object";
@@ -26,7 +31,9 @@ export function describeValue(value: unknown): string {
 }
 
 export function invalidField(name: string, expected: string, got: unknown): DynamoError {
-  return new DynamoError("invalid-field", `${name}: expected ${expected}, got ${describeValue(got)}`, { param: name });
+  return new DynamoError("invalid-field", `${name}: expected ${expected}, got ${describeValue(got, name)}`, {
+    param: name,
+  });
 }
 
 export function unsupportedField(name: string, what: string): DynamoError {

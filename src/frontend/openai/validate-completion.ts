@@ -65,7 +65,11 @@ export function readCompletionRequest(body: unknown, limits: FrontendLimits): Co
 function readPrompts(value: unknown, name: string, maxPrompts: number): readonly (string | Uint32Array)[] {
   if (typeof value === "string") return [requireText(value, name)];
   if (!Array.isArray(value) || value.length === 0) {
-    throw invalidField(name, "a string, or a non-empty array of strings, of token ids or of arrays of token ids", value);
+    throw invalidField(
+      name,
+      "a string, or a non-empty array of strings, of token ids or of arrays of token ids",
+      value,
+    );
   }
   const items = value as unknown[];
   if (typeof items[0] === "number") return [readTokens(items, name)];
@@ -86,6 +90,11 @@ function requireText(text: string, name: string): string {
 function readTokens(items: readonly unknown[], name: string): Uint32Array {
   if (items.length === 0) throw invalidField(name, "at least one token id", items);
   const tokenIds = new Uint32Array(items.length);
-  for (let i = 0; i < items.length; i++) tokenIds[i] = readInteger(items[i], `${name}[${i}]`, 0, MAX_INT);
+  for (let i = 0; i < items.length; i++) {
+    const id = items[i];
+    // The name is only built when it is needed: prompts have up to a million ids.
+    if (typeof id === "number" && id >= 0 && id <= MAX_INT && Number.isInteger(id)) tokenIds[i] = id;
+    else readInteger(id, `${name}[${i}]`, 0, MAX_INT);
+  }
   return tokenIds;
 }

@@ -72,7 +72,7 @@ class TextTable {
 
   constructor(tokenizer: Tokenizer) {
     this.#tokenizer = tokenizer;
-    this.texts = new Array<string | null | undefined>(tokenizer.vocabularySize).fill(undefined);
+    this.texts = Array.from<string | null | undefined>({ length: tokenizer.vocabularySize });
   }
 
   textOf(id: number): string | null {

@@ -83,6 +83,9 @@ function isInsideWord(text: string, start: number, length: number): boolean {
   const word = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}]/u;
   const before = start > 0 ? text.slice(Math.max(0, start - 2), start) : "";
   const after = text.codePointAt(start + length);
-  const lastBefore = [...before].pop();
-  return (lastBefore !== undefined && word.test(lastBefore)) || (after !== undefined && word.test(String.fromCodePoint(after)));
+  const lastBefore = Array.from(before).pop();
+  return (
+    (lastBefore !== undefined && word.test(lastBefore)) ||
+    (after !== undefined && word.test(String.fromCodePoint(after)))
+  );
 }

@@ -113,10 +113,11 @@ export class BpeTokenizer implements Tokenizer {
   *#steps(text: string, options: EncodeOptions, sink: TokenSink): Generator<void, void> {
     if (options.addSpecialTokens) for (const id of this.#prefix) sink.push(id);
     const wellFormed = text.toWellFormed();
-    for (let done = 0; done < wellFormed.length; ) {
+    for (let done = 0; done < wellFormed.length;) {
       const match = this.#rawTokens.find(wellFormed, done);
       const end = match?.start ?? wellFormed.length;
-      if (end > done) yield* this.#sectionSteps(done === 0 && match === undefined ? wellFormed : wellFormed.slice(done, end), sink);
+      if (end > done)
+        yield* this.#sectionSteps(done === 0 && match === undefined ? wellFormed : wellFormed.slice(done, end), sink);
       if (match !== undefined) sink.push(match.id);
       done = match?.end ?? end;
     }
@@ -127,14 +128,14 @@ export class BpeTokenizer implements Tokenizer {
     let text = section;
     if (this.#composes) {
       text = "";
-      for (let done = 0; done < section.length; ) {
+      for (let done = 0; done < section.length;) {
         const end = composedCut(section, done);
         text += section.slice(done, end).normalize("NFC");
         done = end;
         yield;
       }
     }
-    for (let done = 0; done < text.length; ) {
+    for (let done = 0; done < text.length;) {
       const match = this.#normalizedTokens.find(text, done);
       const end = match?.start ?? text.length;
       if (end > done) yield* this.#textSteps(text.slice(done, end), sink);
@@ -148,12 +149,13 @@ export class BpeTokenizer implements Tokenizer {
     buffer.write(text, "utf16le");
     const units = new Uint16Array(buffer.buffer, buffer.byteOffset, text.length);
     const { scan, digitsApart, patterns } = this.#preTokenizer;
-    for (let start = 0; start < units.length; ) {
+    for (let start = 0; start < units.length;) {
       const end = digitsApart ? scanDigitSegment(units, start, units.length) : units.length;
       if (scan === undefined) {
         let sinceYield = 0;
         for (const length of pieceLengths(text.slice(start, end), patterns)) {
-          if (!this.#encodePiece(units, start, start + length, sink)) yield* this.#longPieceSteps(units, start, start + length, sink);
+          if (!this.#encodePiece(units, start, start + length, sink))
+            yield* this.#longPieceSteps(units, start, start + length, sink);
           start += length;
           if ((sinceYield += length) < STEP_UNITS) continue;
           sinceYield = 0;
@@ -161,7 +163,7 @@ export class BpeTokenizer implements Tokenizer {
         }
       } else {
         // The pieces of the segment in runs of STEP_UNITS; a long piece interrupts the run.
-        for (let stepEnd = start; start < end; ) {
+        for (let stepEnd = start; start < end;) {
           stepEnd = Math.min(end, start + STEP_UNITS);
           let pieceEnd = start;
           while (start < stepEnd) {

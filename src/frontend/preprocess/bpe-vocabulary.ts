@@ -217,7 +217,7 @@ function textsById(
   const names = Object.keys(model.vocab);
   let size = names.length;
   for (const token of addedTokens) size = Math.max(size, token.id + 1);
-  const texts = new Array<string | undefined>(size).fill(undefined);
+  const texts = Array.from<string | undefined>({ length: size });
   for (const name of names) {
     const id = model.vocab[name] as number;
     // Ids have few holes or none; still the array never becomes sparse.

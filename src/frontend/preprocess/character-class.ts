@@ -16,7 +16,7 @@ export const NEWLINE = 4;
 export const SURROGATE = 5;
 
 const PLANE_SIZE = 0x10000;
-const planes: (Uint8Array | undefined)[] = new Array<Uint8Array | undefined>(17).fill(undefined);
+const planes: (Uint8Array | undefined)[] = Array.from<Uint8Array | undefined>({ length: 17 });
 
 /** Class by code unit; surrogates are `SURROGATE`. */
 export const UNIT_CLASS: Uint8Array = buildPlane(0);

@@ -55,7 +55,12 @@ const RESERVED: ReadonlySet<string> = new Set([
   "strftime_now",
   "range",
   "namespace",
-  ...["true", "false", "none", "True", "False", "None"],
+  "true",
+  "false",
+  "none",
+  "True",
+  "False",
+  "None",
 ]);
 
 export interface TemplateSpecials {
@@ -184,14 +189,13 @@ function range(start: number, stop?: number, step = 1): number[] {
 }
 
 function failed(message: string, cause?: unknown): DynamoError {
-  return new DynamoError("template-failed", message, {
-    param: "messages",
-    ...(cause === undefined ? {} : { cause, diagnostic: cause instanceof Error ? cause.message : String(cause) }),
-  });
+  return new DynamoError("template-failed", message, { param: "messages", ...causeOf(cause) });
 }
 
 function invalidTemplate(detail: string, cause?: unknown): DynamoError {
-  return new DynamoError("model-file-invalid", `chat template: ${detail}`, {
-    ...(cause === undefined ? {} : { cause, diagnostic: cause instanceof Error ? cause.message : String(cause) }),
-  });
+  return new DynamoError("model-file-invalid", `chat template: ${detail}`, causeOf(cause));
+}
+
+function causeOf(cause: unknown): { cause?: unknown; diagnostic?: string } {
+  return cause instanceof Error ? { cause, diagnostic: cause.message } : {};
 }

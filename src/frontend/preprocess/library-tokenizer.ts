@@ -1,8 +1,17 @@
-import type { Tokenizer as LibraryEncoder } from "@huggingface/tokenizers";
 import { toDynamoError } from "../../errors/index.ts";
 import type { HfStep, TokenizerArtifact } from "../../model/index.ts";
 import { checkTextUnits } from "./encode-limits.ts";
 import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
+
+/** What is used of the library; its own declarations do not resolve under Node's rules. */
+interface LibraryEncoder {
+  encode(text: string, options: { add_special_tokens: boolean }): { readonly ids: readonly number[] };
+  get_vocab(withAddedTokens: boolean): ReadonlyMap<string, number>;
+}
+
+interface LibraryModule {
+  readonly Tokenizer: new (tokenizerJson: object, config: object) => LibraryEncoder;
+}
 
 /**
  * Every kind of tokenizer that is not byte-level BPE, through Hugging Face's library: SentencePiece (Llama 2, Mistral,
@@ -23,7 +32,7 @@ export class LibraryTokenizer implements Tokenizer {
 
   /** Throws `model-file-invalid`. */
   static async create(artifact: TokenizerArtifact): Promise<LibraryTokenizer> {
-    const { Tokenizer: Library } = await import("@huggingface/tokenizers");
+    const { Tokenizer: Library } = (await import("@huggingface/tokenizers")) as unknown as LibraryModule;
     try {
       // The artifact says which tokens go around a text; the library's post-processor stays out of it.
       const library = new Library({ ...artifact.tokenizerJson, post_processor: null }, {});
@@ -86,7 +95,9 @@ const EMPTY = new Uint8Array(0);
 
 function flatten(step: HfStep | null): HfStep[] {
   if (step === null) return [];
-  return step.type === "Sequence" && Array.isArray(step.decoders) ? (step.decoders as HfStep[]).flatMap(flatten) : [step];
+  return step.type === "Sequence" && Array.isArray(step.decoders)
+    ? (step.decoders as HfStep[]).flatMap(flatten)
+    : [step];
 }
 
 /** What one token of the vocabulary adds to the text, by the decoders that work token by token. */

@@ -72,7 +72,7 @@ export function parseInstance(value: JsonValue): Instance | undefined {
  * Follows the instances of a scope: first those that are there (before it resolves), then each change. A record that is
  * damaged, or says something else than its key, is left out: as if it were not there.
  */
-export function watchInstances(
+export async function watchInstances(
   discovery: Discovery,
   scope: InstanceScope,
   listener: (change: InstanceChange) => void,

@@ -21,7 +21,7 @@ export function registerCard(lease: Lease, ref: InstanceRef, card: JsonValue): P
 }
 
 /** Follows all cards of a namespace: first those that are there (before it resolves), then each change. */
-export function watchCards(
+export async function watchCards(
   discovery: Discovery,
   scope: { readonly namespace: string },
   listener: (change: CardChange) => void,

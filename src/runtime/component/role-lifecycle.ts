@@ -31,6 +31,7 @@ export class RoleLifecycle {
   readonly #options: RoleLifecycleOptions;
   readonly #cleanups: Step[] = [];
   readonly #drains: (() => void | Promise<void>)[] = [];
+  readonly #leave = Promise.withResolvers<void>();
   readonly #settle: { readonly resolve: () => void; readonly reject: (error: unknown) => void };
   #state: RoleState = "starting";
   #failure: { readonly error: unknown } | undefined;
@@ -63,7 +64,8 @@ export class RoleLifecycle {
 
   /** The role serves now. From here on an abort of `signal` stops it. */
   ready(signal?: AbortSignal): void {
-    if (this.#state === "starting") this.#state = "ready";
+    if (this.#state !== "starting") return;
+    this.#state = "ready";
     if (signal === undefined) return;
     const stop = (): void => void this.stop();
     if (signal.aborted) return stop();
@@ -78,7 +80,7 @@ export class RoleLifecycle {
     void this.stop();
   }
 
-  /** Unregister, finish what runs within `timeoutMs`, then stop. Idempotent: the first call's time counts. Never rejects. */
+  /** Unregister, finish what runs within `timeoutMs`, then stop. Idempotent: the first call's time counts; a `stop` ends the wait. */
   drain(timeoutMs: number): Promise<void> {
     this.#draining ??= this.#drain(timeoutMs);
     return this.#draining;
@@ -87,10 +89,10 @@ export class RoleLifecycle {
   async #drain(timeoutMs: number): Promise<void> {
     if (this.#stopping === undefined) {
       this.#state = "draining";
-      const drained = await this.#within(timeoutMs, async () => {
+      const drains = this.#within(timeoutMs, "drain", async () => {
         for (const run of this.#drains) await run();
       });
-      if (!drained) this.#options.logger.warn({ timeoutMs }, "drain ran out of time; ending what still runs");
+      await Promise.race([drains, this.#leave.promise]);
     }
     await this.stop();
   }
@@ -102,36 +104,33 @@ export class RoleLifecycle {
   }
 
   async #stop(): Promise<void> {
+    this.#state = "draining";
+    this.#leave.resolve();
     // Not in the caller's stack: a cleanup may call `stop`, which then must find the promise.
     await Promise.resolve();
-    if (this.#state !== "draining") this.#state = this.#state === "starting" ? "starting" : "draining";
     for (let step = this.#cleanups.pop(); step !== undefined; step = this.#cleanups.pop()) await this.#runStep(step);
     this.#state = "stopped";
     if (this.#failure === undefined) this.#settle.resolve();
     else this.#settle.reject(this.#failure.error);
   }
 
-  async #runStep({ name, run }: Step): Promise<void> {
-    const timeoutMs = this.#options.cleanupTimeoutMs ?? 5_000;
-    if (!(await this.#within(timeoutMs, run, name))) {
-      this.#options.logger.warn({ cleanup: name, timeoutMs }, "cleanup ran out of time; going on without it");
-    }
+  #runStep({ name, run }: Step): Promise<void> {
+    return this.#within(this.#options.cleanupTimeoutMs ?? 5_000, name, run);
   }
 
-  /** False when the time ran out. A throw is logged and counts as done. A stop ends the wait of a drain, not of a cleanup. */
-  async #within(timeoutMs: number, run: () => void | Promise<void>, cleanup?: string): Promise<boolean> {
+  /** Waits for `run`, but no longer. A throw and a timeout are logged; never rejects. */
+  async #within(timeoutMs: number, name: string, run: () => void | Promise<void>): Promise<void> {
     const { clock, logger } = this.#options;
-    const timeout = Promise.withResolvers<false>();
-    const timer = clock.setTimer(timeoutMs, () => timeout.resolve(false));
+    const timeout = Promise.withResolvers<void>();
+    const timer = clock.setTimer(timeoutMs, () => {
+      logger.warn({ step: name, timeoutMs }, "shutdown step ran out of time; going on without it");
+      timeout.resolve();
+    });
     const finished = Promise.resolve()
       .then(run)
-      .catch((error: unknown) => logger.error({ err: error, cleanup: cleanup ?? "drain" }, "cleanup failed"))
-      .then(() => true as const);
-    try {
-      return await Promise.race([finished, timeout.promise]);
-    } finally {
-      timer.cancel();
-    }
+      .catch((error: unknown) => logger.error({ err: error, step: name }, "shutdown step failed"))
+      .finally(() => timer.cancel());
+    await Promise.race([finished, timeout.promise]);
   }
 
   /** What the role's start function gives back. */

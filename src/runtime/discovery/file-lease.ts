@@ -5,7 +5,7 @@ import type { JsonValue, Lease } from "./base.ts";
 import type { Holder } from "./holder.ts";
 import { seal } from "./sealed-record.ts";
 import { SerialQueue } from "./serial-queue.ts";
-import { checkKey, encodeValue, isLeaseId } from "./store-key.ts";
+import { checkKey, encodeValue } from "./store-key.ts";
 import {
   entryName,
   hashKey,
@@ -98,14 +98,14 @@ export class FileLease implements Lease {
         throw new DynamoError("discovery-unavailable", `the discovery lease is full: ${MAX_KEYS_PER_LEASE} keys`);
       }
       try {
-        await this.#write(key, copy);
-      } catch (error) {
-        if (!isMissing(error)) throw unavailable("written", error);
-        await this.#restore();
-        this.#requireOpen();
-        await this.#write(key, copy).catch((cause: unknown) => {
-          throw unavailable("written", cause);
+        await this.#write(key, copy).catch(async (error: unknown) => {
+          if (!isMissing(error)) throw error;
+          await this.#restore();
+          this.#requireOpen();
+          await this.#write(key, copy);
         });
+      } catch (error) {
+        throw unavailable("written", error);
       }
       this.#options.onChange();
     });
@@ -119,7 +119,7 @@ export class FileLease implements Lease {
       const { folder } = this.#options;
       try {
         this.#keys.delete(key);
-        await folder.removeFile(this.id, entryName(held.keyHash, held.version));
+        await folder.removeEntry(this.id, entryName(held.keyHash, held.version));
         await folder.logChange([this.id]);
       } catch (error) {
         if (isMissing(error)) return; // The store is gone, and the key with it.
@@ -233,7 +233,8 @@ export class FileLease implements Lease {
       const name = entryName(held.keyHash, held.version);
       const stamp = await folder.stamp(this.id, name);
       if (sameStamp(stamp, held.stamp)) continue;
-      if (stamp === undefined && (await folder.takeSuperseded(this.id, name))) {
+      if (stamp === undefined && (await folder.isSuperseded(this.id, name))) {
+        await folder.removeEntry(this.id, name);
         this.#keys.delete(key);
         continue;
       }
@@ -262,7 +263,7 @@ export class FileLease implements Lease {
     for (const rival of await this.#rivals(keyHash)) version = Math.max(version, rival.version + 1);
     const stamp = await this.#writeEntry(key, keyHash, version, value);
     this.#keys.set(key, { keyHash, value, version, stamp });
-    if (before !== undefined) await folder.removeFile(this.id, entryName(keyHash, before.version));
+    if (before !== undefined) await folder.removeEntry(this.id, entryName(keyHash, before.version));
     await folder.logChange([this.id, ...(await this.#settle(key, keyHash, version))]);
   }
 
@@ -273,7 +274,7 @@ export class FileLease implements Lease {
     for (const rival of await this.#rivals(keyHash)) {
       if (rival.version > version || (rival.version === version && rival.leaseId > this.id)) {
         this.#keys.delete(key);
-        await folder.removeFile(this.id, entryName(keyHash, version));
+        await folder.removeEntry(this.id, entryName(keyHash, version));
       } else {
         await folder.supersede(rival.leaseId, rival.name);
         touched.push(rival.leaseId);
@@ -287,7 +288,7 @@ export class FileLease implements Lease {
     const { folder } = this.#options;
     const rivals: { leaseId: string; name: string; version: number }[] = [];
     for (const leaseId of await folder.leaseIds()) {
-      if (leaseId === this.id || !isLeaseId(leaseId)) continue;
+      if (leaseId === this.id) continue;
       for (const name of (await folder.leaseFiles(leaseId)) ?? []) {
         const parsed = name.startsWith(keyHash) ? parseEntryName(name) : undefined;
         if (parsed !== undefined) rivals.push({ leaseId, name, version: parsed.version });

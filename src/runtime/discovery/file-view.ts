@@ -86,7 +86,9 @@ export class FileView {
   readonly #leases = new Map<string, LeaseRecord>();
   readonly #tombstones = new Map<string, number>();
   #table: ReadonlyMap<string, StoredEntry> = new Map();
-  #changedIds = new Set<string>();
+  readonly #changedIds = new Set<string>();
+  /** Logged as unreadable. */
+  readonly #unreadableIds = new Set<string>();
   #everything = true;
   #logBytes = -1;
   #beatsSeenMs: number | undefined;
@@ -147,7 +149,11 @@ export class FileView {
     const lookAtBeats = this.#everything || nowMs - (this.#beatsSeenMs ?? -Infinity) >= this.#beatLookMs();
     if (lookAtBeats) await this.#lookAtBeats(nowMs);
     for (const id of this.#changedIds) {
-      await this.#readLease(id);
+      // One folder that cannot be read is no reason to doubt the rest: what was known of it stays.
+      await this.#readLease(id).then(
+        () => this.#unreadableIds.delete(id),
+        (error: unknown) => this.#reportUnreadable(id, error),
+      );
       this.#changedIds.delete(id);
     }
     this.#judge();
@@ -209,6 +215,15 @@ export class FileView {
     this.#relistAt = (this.#relistAt + 1) % FOLDERS_PER_RELIST;
     this.#beatsSeenMs = nowMs;
     this.#everything = false;
+  }
+
+  #reportUnreadable(id: string, error: unknown): void {
+    if (this.#unreadableIds.has(id) || this.#unreadableIds.size >= MAX_LEASES) return;
+    this.#unreadableIds.add(id);
+    this.#options.logger.warn(
+      { leaseId: id, err: error },
+      "discovery lease is unreadable, keeping what was known of it",
+    );
   }
 
   // ---- one lease ----

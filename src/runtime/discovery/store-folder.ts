@@ -55,8 +55,10 @@ export function parseEntryName(name: string): EntryName | undefined {
   return match === null ? undefined : { name, keyHash: match[1]!, version: Number(match[2]) };
 }
 
+/** Not there, or something on the way to it is no folder. */
 export function isMissing(error: unknown): boolean {
-  return (error as NodeJS.ErrnoException).code === "ENOENT";
+  const { code } = error as NodeJS.ErrnoException;
+  return code === "ENOENT" || code === "ENOTDIR";
 }
 
 /** `fs` errors as ours, with path and code for operators. */
@@ -211,8 +213,11 @@ export class StoreFolder {
     }
   }
 
-  async removeFile(leaseId: string, name: string): Promise<void> {
-    await missingAsUndefined(unlink(join(this.#leases, leaseId, name)));
+  /** Removes a key's file, and the note if another lease took it over meanwhile. */
+  async removeEntry(leaseId: string, name: string): Promise<void> {
+    const path = join(this.#leases, leaseId, name);
+    await missingAsUndefined(unlink(path));
+    await missingAsUndefined(unlink(path + SUPERSEDED));
   }
 
   /** Takes a key's file from another lease, leaving its holder a note. */
@@ -221,12 +226,9 @@ export class StoreFolder {
     await missingAsUndefined(rename(path, path + SUPERSEDED));
   }
 
-  /** True when another lease took over this file's key. Removes the note. */
-  async takeSuperseded(leaseId: string, name: string): Promise<boolean> {
-    const note = name + SUPERSEDED;
-    if ((await this.stamp(leaseId, note)) === undefined) return false;
-    await this.removeFile(leaseId, note);
-    return true;
+  /** True when another lease took over this file's key. */
+  async isSuperseded(leaseId: string, name: string): Promise<boolean> {
+    return (await this.stamp(leaseId, name + SUPERSEDED)) !== undefined;
   }
 
   async createBeat(leaseId: string): Promise<void> {
@@ -263,9 +265,11 @@ export class StoreFolder {
   /** Ends a lease in one step for all readers, then frees its files. The empty tombstone stays for `removeTombstone`. */
   async closeLease(leaseId: string): Promise<void> {
     const tombstone = join(this.#closed, leaseId);
-    // Not recursive: a store that somebody deleted is not made anew by those who leave it.
-    await mkdir(this.#closed, FOLDER_MODE).catch(() => undefined);
-    await missingAsUndefined(rename(join(this.#leases, leaseId), tombstone));
+    const folder = join(this.#leases, leaseId);
+    // A store that somebody deleted is not made anew by those who leave it.
+    if ((await missingAsUndefined(stat(folder))) === undefined) return;
+    await mkdir(this.#closed, { recursive: true, mode: FOLDER_MODE });
+    await missingAsUndefined(rename(folder, tombstone));
     for (const name of (await missingAsUndefined(readdir(tombstone))) ?? []) {
       await rm(join(tombstone, name), { force: true, recursive: true });
     }

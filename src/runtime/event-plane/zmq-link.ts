@@ -1,5 +1,5 @@
 import type { Dealer, Subscriber } from "zeromq";
-import { DEFAULT_QUEUE_EVENTS } from "./limits.ts";
+import type { PublisherRecord } from "./base.ts";
 import type { PublisherSource, SourceContext } from "./publisher-source.ts";
 import { socketOptions, type Zmq } from "./zmq-context.ts";
 import {
@@ -42,16 +42,16 @@ export class ZmqLink {
   #hasLoggedMalformed = false;
 
   /** Throws when the library refuses the address. */
-  constructor(zmq: Zmq, address: string, replayAddress: string, context: SourceContext) {
+  constructor(zmq: Zmq, record: PublisherRecord, queueEvents: number, context: SourceContext) {
     this.#zmq = zmq;
-    this.#replayAddress = replayAddress;
+    this.#replayAddress = record.replayAddress;
     this.#context = context;
     this.#subscriber = new zmq.library.Subscriber({
-      ...socketOptions(zmq, address.includes("[")),
-      receiveHighWaterMark: DEFAULT_QUEUE_EVENTS,
+      ...socketOptions(zmq, record.address.includes("[")),
+      receiveHighWaterMark: queueEvents,
     });
     try {
-      this.#subscriber.connect(address);
+      this.#subscriber.connect(record.address);
     } catch (thrown) {
       this.#subscriber.close();
       throw thrown;

@@ -2,7 +2,7 @@ import type { Router, XPublisher } from "zeromq";
 import { DynamoError } from "../../errors/index.ts";
 import { randomId64, type TimerHandle } from "../../std/index.ts";
 import { EventRing } from "./event-ring.ts";
-import { BEACON_DELAYS_MS, DEFAULT_QUEUE_EVENTS, REPLAY_BYTES, REPLAY_EVENTS, RING_BYTES, checkPayload } from "./limits.ts";
+import { BEACON_DELAYS_MS, REPLAY_BYTES, REPLAY_EVENTS, RING_BYTES, checkPayload } from "./limits.ts";
 import type { SourceContext } from "./publisher-source.ts";
 import { loadZmq, socketOptions } from "./zmq-context.ts";
 import {
@@ -14,6 +14,13 @@ import {
   u64Frame,
   writeU64,
 } from "./zmq-frames.ts";
+
+export interface ZmqPublishersOptions {
+  readonly host: string;
+  readonly advertisedHost: string;
+  readonly queueEvents: number;
+  readonly context: SourceContext;
+}
 
 /**
  * The publishing side of one process: one XPUB socket that carries all its topics, one ROUTER that answers replays from
@@ -46,12 +53,12 @@ export class ZmqPublishers {
   }
 
   /** Binds both sockets to free ports of `host`; others are told to connect to `advertisedHost`. */
-  static async open(host: string, advertisedHost: string, context: SourceContext): Promise<ZmqPublishers> {
+  static async open({ host, advertisedHost, queueEvents, context }: ZmqPublishersOptions): Promise<ZmqPublishers> {
     const zmq = await loadZmq();
     const options = socketOptions(zmq, host.includes(":"));
     const events = new zmq.library.XPublisher({
       ...options,
-      sendHighWaterMark: DEFAULT_QUEUE_EVENTS,
+      sendHighWaterMark: queueEvents,
       // Each subscription is reported, a repeated one too: that is how a subscriber asks for a beacon.
       verbosity: "allSubs",
     });

@@ -10,7 +10,7 @@ import type {
   PublisherOptions,
   PublisherRecord,
 } from "./base.ts";
-import { DEFAULT_RING_EVENTS, checkTopic, isPublisherRecord, planeClosed, publisherIdOf } from "./limits.ts";
+import { DEFAULT_QUEUE_EVENTS, DEFAULT_RING_EVENTS, checkTopic, isPublisherRecord, planeClosed, publisherIdOf } from "./limits.ts";
 import { PublisherSource, type SourceContext } from "./publisher-source.ts";
 import { newStatistics, type EventPlaneStatistics } from "./statistics.ts";
 import { loadZmq, type Zmq } from "./zmq-context.ts";
@@ -28,6 +28,8 @@ export interface ZmqEventPlaneOptions {
   readonly host?: string;
   /** What others connect to; needed when `host` is a wildcard. @default host */
   readonly advertisedHost?: string;
+  /** Events that wait for one subscriber here, and again there; above that the newest are dropped. @default 100,000 */
+  readonly queueEvents?: number;
   readonly clock?: Clock;
   readonly logger?: Logger;
 }
@@ -37,6 +39,7 @@ export class ZmqEventPlane implements EventPlane {
   readonly #directory: PublisherDirectory;
   readonly #host: string;
   readonly #advertisedHost: string;
+  readonly #queueEvents: number;
   readonly #context: SourceContext;
   #publishers: Promise<ZmqPublishers> | undefined;
   readonly #links = new Map<string, ZmqLink>();
@@ -47,6 +50,7 @@ export class ZmqEventPlane implements EventPlane {
     this.#directory = options.directory;
     this.#host = options.host ?? "127.0.0.1";
     this.#advertisedHost = options.advertisedHost ?? this.#host;
+    this.#queueEvents = options.queueEvents ?? DEFAULT_QUEUE_EVENTS;
     this.#context = {
       clock: options.clock ?? systemClock,
       logger: options.logger ?? silentLogger,
@@ -120,7 +124,12 @@ export class ZmqEventPlane implements EventPlane {
 
   #openPublishers(): Promise<ZmqPublishers> {
     if (this.#isClosed) return Promise.reject(planeClosed());
-    this.#publishers ??= ZmqPublishers.open(this.#host, this.#advertisedHost, this.#context).catch((thrown: unknown) => {
+    this.#publishers ??= ZmqPublishers.open({
+      host: this.#host,
+      advertisedHost: this.#advertisedHost,
+      queueEvents: this.#queueEvents,
+      context: this.#context,
+    }).catch((thrown: unknown) => {
       this.#publishers = undefined;
       throw thrown;
     });
@@ -131,7 +140,7 @@ export class ZmqEventPlane implements EventPlane {
     const key = linkKey(record);
     let link = this.#links.get(key);
     if (link === undefined) {
-      link = new ZmqLink(zmq, record.address, record.replayAddress, this.#context);
+      link = new ZmqLink(zmq, record, this.#queueEvents, this.#context);
       this.#links.set(key, link);
     }
     return link;

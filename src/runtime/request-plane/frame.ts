@@ -163,21 +163,18 @@ export function decodeOpen(bytes: Buffer, start: number, end: number): OpenFrame
 // ---- errors ----
 
 export function encodeError(error: DynamoError): Buffer {
-  const diagnostic = error.diagnostic ?? "";
-  const bytes = Buffer.allocUnsafe(
-    5 +
-      Buffer.byteLength(error.reason) +
-      Math.min(MAX_ERROR_MESSAGE_BYTES, Buffer.byteLength(error.publicMessage)) +
-      Math.min(MAX_ERROR_DIAGNOSTIC_BYTES, Buffer.byteLength(diagnostic)),
-  );
-  const reasonBytes = bytes.write(error.reason, 1);
-  bytes[0] = reasonBytes;
-  let at = 1 + reasonBytes;
+  const { reason, publicMessage, diagnostic = "" } = error;
+  const messageRoom = Math.min(MAX_ERROR_MESSAGE_BYTES, Buffer.byteLength(publicMessage));
+  const diagnosticRoom = Math.min(MAX_ERROR_DIAGNOSTIC_BYTES, Buffer.byteLength(diagnostic));
+  const bytes = Buffer.allocUnsafe(5 + reason.length + messageRoom + diagnosticRoom);
+  // Reasons are ASCII words of the catalogue.
+  bytes[0] = reason.length;
+  let at = 1 + bytes.write(reason, 1, "latin1");
   // `write` stops in front of a character that does not fit whole.
-  const messageBytes = bytes.write(error.publicMessage, at + 2, MAX_ERROR_MESSAGE_BYTES);
+  const messageBytes = bytes.write(publicMessage, at + 2, messageRoom);
   putU16(bytes, at, messageBytes);
   at += 2 + messageBytes;
-  const diagnosticBytes = bytes.write(diagnostic, at + 2, MAX_ERROR_DIAGNOSTIC_BYTES);
+  const diagnosticBytes = bytes.write(diagnostic, at + 2, diagnosticRoom);
   putU16(bytes, at, diagnosticBytes);
   return bytes.subarray(0, at + 2 + diagnosticBytes);
 }

@@ -145,6 +145,7 @@ class MemoryServer implements RequestPlaneServer {
     if (this.#closed || this.#sessions.size >= limits.maxConnections) return undefined;
     const end = new MemoryEnd({
       schedule: network.schedule,
+      logger: this.#context.logger,
       flusher: this.#flusher,
       frames: serverFrames(limits.maxFrameBytes),
       onFrame: (type, bytes, from, to) => session.onFrame(type, bytes, from, to),
@@ -241,6 +242,7 @@ class MemoryClient implements RequestPlaneClient {
     const { limits, network } = this.#context;
     const end = new MemoryEnd({
       schedule: network.schedule,
+      logger: this.#context.logger,
       flusher: this.#flusher,
       frames: CLIENT_FRAMES,
       onFrame: (type, bytes, from, to) => session.onFrame(type, bytes, from, to),
@@ -263,6 +265,7 @@ class MemoryClient implements RequestPlaneClient {
 
 interface MemoryEndOptions {
   readonly schedule: Schedule;
+  readonly logger: Logger;
   readonly flusher: Flusher;
   readonly frames: FrameLimits;
   readonly onFrame: (type: number, bytes: Buffer, start: number, end: number) => void;
@@ -326,7 +329,7 @@ class MemoryEnd implements Link, FrameSink {
 
   drop(): void {
     this.#close();
-    this.#other?.#close();
+    this.#other!.#close();
   }
 
   onFrame(type: number, bytes: Buffer, start: number, end: number): void {
@@ -352,7 +355,8 @@ class MemoryEnd implements Link, FrameSink {
       }
     } catch (thrown) {
       // Both ends are this process: a frame that does not decode is a defect, but ends only this connection.
-      toDynamoError(thrown);
+      const { diagnostic } = toDynamoError(thrown);
+      this.#options.logger.error({ diagnostic }, "request plane: a connection in memory broke");
       this.drop();
     }
     this.#options.onChunkEnd();

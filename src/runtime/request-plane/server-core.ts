@@ -101,6 +101,6 @@ export class ServerCore {
   /** Ends what runs with `error`, telling both sides. Takes nothing new from now on. */
   endAll(error: DynamoError): void {
     this.#draining = true;
-    for (const stream of [...this.#streams.values()]) stream.abort(error);
+    for (const stream of this.#streams.values()) stream.abort(error);
   }
 }

@@ -46,7 +46,7 @@ export class ServerSession {
 
   /** The connection is gone: stops all handlers. */
   lost(error: DynamoError): void {
-    for (const stream of [...this.#streams.values()]) stream.callerGone(error);
+    for (const stream of this.#streams.values()) stream.callerGone(error);
   }
 
   forget(wireId: number): void {

@@ -19,7 +19,7 @@ import {
   refusal,
   type Hello,
 } from "./hello.ts";
-import type { TcpContext } from "./tcp.ts";
+import type { TcpContext } from "./tcp-context.ts";
 
 /**
  * The calling end: one connection per server address, opened with the first stream and again with the first one after a

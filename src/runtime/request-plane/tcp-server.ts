@@ -8,7 +8,7 @@ import { FRAME, serverFrames } from "./frame.ts";
 import { commonVersion, decodeHello, encodeHello, encodeWelcome, newNonce, proofOf, proves, refusal } from "./hello.ts";
 import { ServerCore } from "./server-core.ts";
 import { ServerSession } from "./server-session.ts";
-import type { TcpContext } from "./tcp.ts";
+import type { TcpContext } from "./tcp-context.ts";
 
 /**
  * The listening end of the TCP request plane. Takes connections up to the limit, gives each a hello and, when that is

@@ -4,6 +4,7 @@ import type { RequestPlane, RequestPlaneClient, RequestPlaneServer } from "./bas
 import { Heartbeat } from "./heartbeat.ts";
 import { DEFAULT_LIMITS, type RequestPlaneLimits } from "./limits.ts";
 import { TcpClient } from "./tcp-client.ts";
+import type { TcpContext } from "./tcp-context.ts";
 import { TcpServer } from "./tcp-server.ts";
 
 /**
@@ -29,22 +30,6 @@ export interface TcpRequestPlaneOptions {
   /** For connection and hello together. @default 3000 */
   readonly connectTimeoutMs?: number;
   readonly limits?: Partial<RequestPlaneLimits>;
-}
-
-/** What the client and the servers of one plane share. */
-export interface TcpContext {
-  readonly host: string;
-  readonly port: number;
-  readonly advertiseHost: string | undefined;
-  readonly clusterSecret: string | undefined;
-  readonly clock: Clock;
-  readonly logger: Logger;
-  readonly metrics: Metrics;
-  readonly connectTimeoutMs: number;
-  readonly limits: RequestPlaneLimits;
-  readonly wheel: TimerWheel;
-  readonly heartbeat: Heartbeat;
-  readonly peerId: bigint;
 }
 
 export class TcpRequestPlane implements RequestPlane {

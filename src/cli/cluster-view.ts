@@ -1,0 +1,108 @@
+import { LOAD_TOPIC, isModelCard, parseLoadReport, type LoadSnapshot, type ModelCard } from "../protocol/index.ts";
+import { watchCards, watchInstances, type Instance } from "../runtime/component/index.ts";
+import type { Discovery } from "../runtime/discovery/index.ts";
+import type { EventPlane } from "../runtime/event-plane/index.ts";
+
+/** What `dynamo status` shows: instances, the model each serves, and its load, kept up to date from the planes. */
+export interface InstanceView {
+  readonly instanceId: string;
+  readonly component: string;
+  readonly endpoints: readonly string[];
+  readonly address: string;
+  readonly pid: number;
+  readonly host: string;
+  readonly startedMs: number;
+  readonly card: ModelCard | undefined;
+  readonly load: LoadSnapshot | undefined;
+}
+
+export class ClusterView {
+  /** Called after each change. */
+  onChange: (() => void) | undefined;
+  /** By endpoint and id: a worker serves several endpoints with one id. */
+  readonly #instances = new Map<string, Instance>();
+  readonly #cards = new Map<string, ModelCard>();
+  readonly #loads = new Map<string, LoadSnapshot>();
+  readonly #closes: (() => Promise<void>)[] = [];
+
+  /** Resolves when the present state is known; loads come within about two seconds. */
+  async open(discovery: Discovery, events: EventPlane, namespace: string): Promise<void> {
+    const changed = (): void => this.onChange?.();
+    const instances = await watchInstances(discovery, { namespace }, (change) => {
+      if (change.type === "put")
+        this.#instances.set(instanceKey(change.instance.instanceId, change.instance.endpoint), change.instance);
+      else this.#instances.delete(instanceKey(change.instanceId, change.address.endpoint));
+      changed();
+    });
+    const cards = await watchCards(discovery, { namespace }, (change) => {
+      if (change.type === "put" && isModelCard(change.card)) this.#cards.set(change.instanceId, change.card);
+      else if (change.type === "delete") {
+        this.#cards.delete(change.instanceId);
+        this.#loads.delete(change.instanceId);
+      }
+      changed();
+    });
+    const loads = await events.subscribe(
+      LOAD_TOPIC,
+      {
+        onEvent: (_publisher, _sequence, payload) => {
+          const report = parseLoadReport(payload);
+          // Only of who is registered: the map stays as small as discovery's.
+          if (report === undefined || !this.#cards.has(report.instanceId)) return;
+          this.#loads.set(report.instanceId, report.load);
+          changed();
+        },
+        // The next report replaces a lost one.
+        onGap: () => undefined,
+      },
+      { replay: true },
+    );
+    this.#closes.push(
+      () => instances.close(),
+      () => cards.close(),
+      () => loads.close(),
+    );
+  }
+
+  /** True when every worker with a model has told its load. */
+  get isComplete(): boolean {
+    return [...this.#cards.keys()].every((instanceId) => this.#loads.has(instanceId));
+  }
+
+  /** By component, then id. */
+  instances(): InstanceView[] {
+    const views = new Map<string, InstanceView & { endpoints: string[] }>();
+    for (const instance of this.#instances.values()) {
+      const { instanceId, component, endpoint, address, pid, host, startedMs } = instance;
+      const known = views.get(instanceId);
+      if (known !== undefined) known.endpoints.push(endpoint);
+      else {
+        const card = this.#cards.get(instanceId);
+        const load = this.#loads.get(instanceId);
+        views.set(instanceId, {
+          instanceId,
+          component,
+          endpoints: [endpoint],
+          address,
+          pid,
+          host,
+          startedMs,
+          card,
+          load,
+        });
+      }
+    }
+    for (const view of views.values()) view.endpoints.sort();
+    return [...views.values()].toSorted(
+      (a, b) => a.component.localeCompare(b.component) || a.instanceId.localeCompare(b.instanceId),
+    );
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#closes.splice(0).map((close) => close()));
+  }
+}
+
+function instanceKey(instanceId: string, endpoint: string): string {
+  return `${instanceId}/${endpoint}`;
+}

@@ -1,0 +1,23 @@
+import type { CommandContext } from "./commands.ts";
+import { resolveOptions } from "./resolve-options.ts";
+import { frontendConfig } from "./role-config.ts";
+import { runRole } from "./run-role.ts";
+import { urlHost } from "./url-host.ts";
+
+/** `dynamo frontend` */
+export async function run({ argv, env }: CommandContext): Promise<number> {
+  const resolved = await resolveOptions({ command: "frontend", argv, env });
+  const { startFrontend } = await import("../frontend/index.ts");
+  let port = 0;
+  return runRole({
+    role: "frontend",
+    resolved,
+    shown: ["http-host", "http-port", "namespace", "discovery-backend", "file-kv", "router-mode"],
+    start: async (planes, signal) => {
+      const role = await startFrontend(frontendConfig(resolved.values), planes, signal);
+      port = role.port;
+      return role;
+    },
+    facts: () => ({ address: `http://${urlHost(resolved.values["http-host"])}:${port}`, port }),
+  });
+}

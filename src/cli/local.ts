@@ -1,0 +1,207 @@
+import { randomBytes } from "node:crypto";
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { availableParallelism, tmpdir } from "node:os";
+import { extname, join } from "node:path";
+import { DynamoError } from "../errors/index.ts";
+import { unknownModel, type StoredModel } from "../model/index.ts";
+import { systemClock } from "../std/index.ts";
+import type { CommandContext } from "./commands.ts";
+import { urlHost } from "./url-host.ts";
+import type { OptionValues } from "./options.ts";
+import { checkPortFree } from "./port-check.ts";
+import { pullWithProgress } from "./pull-with-progress.ts";
+import { describeOptions, forwardedFlags, resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
+import { milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
+import { SupervisedProcess, stopAll, type Facts } from "./supervisor.ts";
+import { waitUntilListed } from "./wait-until-listed.ts";
+
+/**
+ * `dynamo local`: one frontend and several workers as child processes, from checks to clean-up. The order matters:
+ *
+ *     configuration -> port free? -> model there, else pulled -> folder, secret -> children, all at once -> model listed
+ *     Ctrl-C -> frontend finishes what runs -> workers -> folder gone
+ *
+ * Nothing is started before the checks are through, and nothing is left after the end: a second Ctrl-C kills, and children
+ * leave by themselves when this process is killed.
+ */
+export async function run({ argv, env, err }: CommandContext): Promise<number> {
+  const resolved = await resolveOptions({ command: "local", argv, env });
+  const { values } = resolved;
+  for (const warning of resolved.warnings) err(`${warning}\n`);
+  await checkPortFree(values["http-host"], values["http-port"]);
+  const model = await presentModel(values, env);
+  err(`configuration: ${describeOptions(resolved, ["engine", "workers", "http-port", "router-mode"]).join(" ")}\n`);
+  const cluster = new LocalCluster(resolved, model, env, err);
+  return cluster.run();
+}
+
+async function presentModel(values: OptionValues, env: NodeJS.ProcessEnv): Promise<StoredModel | undefined> {
+  const wanted = wantedModel(values);
+  if (wanted === undefined) return undefined;
+  const store = openStore(values, env);
+  const stored = store.resolve(wanted);
+  if (stored !== undefined) return stored;
+  if (!store.canPull(wanted)) throw unknownModel(wanted);
+  return pullWithProgress(store, wanted);
+}
+
+class LocalCluster {
+  readonly #resolved: ResolvedOptions;
+  readonly #values: OptionValues;
+  readonly #modelName: string;
+  readonly #err: (text: string) => void;
+  /** Ours to delete, unless the user named one. */
+  readonly #ownFolder: string | undefined;
+  readonly #folder: string;
+  readonly #frontend: SupervisedProcess;
+  readonly #workers: readonly SupervisedProcess[];
+  #interrupts = 0;
+  readonly #interrupted = Promise.withResolvers<void>();
+
+  constructor(
+    resolved: ResolvedOptions,
+    model: StoredModel | undefined,
+    env: NodeJS.ProcessEnv,
+    err: (text: string) => void,
+  ) {
+    this.#resolved = resolved;
+    this.#values = resolved.values;
+    this.#modelName = servedName(resolved.values, model);
+    this.#err = err;
+    const named = resolved.values["file-kv"];
+    this.#ownFolder = named === undefined ? mkdtempSync(join(tmpdir(), "dynamo-local-")) : undefined;
+    this.#folder = named ?? this.#ownFolder!;
+    const threads = this.#values.threads || Math.max(1, Math.floor(availableParallelism() / this.#values.workers));
+    const workerFlags = [`--threads=${threads}`, `--model-name=${this.#modelName}`];
+    if (model !== undefined) workerFlags.push(`--model=${model.path}`);
+    this.#frontend = this.#child("frontend", "frontend", [], env);
+    this.#workers = Array.from({ length: this.#values.workers }, (_, index) =>
+      this.#child("worker", `worker-${index}`, workerFlags, env),
+    );
+  }
+
+  async run(): Promise<number> {
+    const onInterrupt = (): void => this.#onInterrupt();
+    const signals = ["SIGINT", "SIGTERM", "SIGHUP", "disconnect"];
+    for (const signal of signals) process.on(signal, onInterrupt);
+    // Timers of our clock do not keep a process alive, and between a crash and the restart there may be nothing else.
+    const alive = setInterval(() => undefined, 2 ** 30);
+    try {
+      // One core starts one Node at a time: all at once is still the shortest way to the first answer.
+      for (const child of this.#children()) child.start();
+      const served = await Promise.race([this.#serves(), this.#interrupted.promise]);
+      if (served !== undefined) this.#announce(served);
+      await this.#interrupted.promise;
+      return this.#interrupts > 1 ? 130 : 0;
+    } finally {
+      await this.#leave();
+      clearInterval(alive);
+      for (const signal of signals) process.off(signal, onInterrupt);
+      if (this.#ownFolder !== undefined) rmSync(this.#ownFolder, { recursive: true, force: true });
+    }
+  }
+
+  #children(): SupervisedProcess[] {
+    return [this.#frontend, ...this.#workers];
+  }
+
+  #child(
+    command: "frontend" | "worker",
+    name: string,
+    flags: readonly string[],
+    env: NodeJS.ProcessEnv,
+  ): SupervisedProcess {
+    const own = ["--discovery-backend=file", "--request-plane=tcp", "--event-plane=zmq", `--file-kv=${this.#folder}`];
+    const overridden = [...own, ...flags].map((flag) => flag.split("=", 1)[0]);
+    const forwarded = forwardedFlags(this.#resolved, command).filter(
+      (flag) => !overridden.includes(flag.split("=", 1)[0]),
+    );
+    const json = this.#values["logging-console-format"] === "jsonl";
+    return new SupervisedProcess({
+      name,
+      command: process.execPath,
+      args: [mainModule(), command, ...forwarded, ...own, ...flags],
+      env: childEnvironment(env, this.#values["cluster-secret"] ?? this.#secret),
+      clock: systemClock,
+      // A prefix would break a JSON line; it names its role itself.
+      onLine: (line) => this.#err(json ? `${line}\n` : `[${name}] ${line}\n`),
+      onNotice: (notice) => this.#err(`dynamo local: ${notice}\n`),
+    });
+  }
+
+  /** Keeps a stranger on this machine from talking to our workers. Never on a command line, where all can read it. */
+  readonly #secret = randomBytes(32).toString("hex");
+
+  async #serves(): Promise<Facts> {
+    const timeoutSeconds = this.#values["start-timeout-secs"];
+    const timeout = AbortSignal.timeout(milliseconds(timeoutSeconds));
+    const timedOut = new Promise<never>((_, reject) => {
+      const late = (): void =>
+        reject(
+          new DynamoError(
+            "no-workers",
+            `${this.#modelName} was not served within ${timeoutSeconds} s; see the lines above, or raise --start-timeout-secs`,
+          ),
+        );
+      timeout.addEventListener("abort", late, { once: true });
+    });
+    const served = async (): Promise<Facts> => {
+      const workers = Promise.all(this.#workers.map((worker) => worker.ready));
+      const facts = await Promise.race([this.#frontend.ready, workers.then(() => this.#frontend.ready)]);
+      await Promise.all([workers, waitUntilListed(String(facts.address), this.#modelName, timeout)]);
+      return facts;
+    };
+    return Promise.race([served(), timedOut]);
+  }
+
+  #announce(frontend: Facts): void {
+    const address = `http://${urlHost(this.#values["http-host"])}:${frontend.port}`;
+    const workers = this.#workers
+      .map((worker) => `  ${worker.name.padEnd(9)} pid ${worker.pid}  runs the model`)
+      .join("\n");
+    this.#err(`
+${this.#modelName} is served at ${address}
+
+  frontend  pid ${this.#frontend.pid}  port ${frontend.port}: OpenAI API, tokenizer, router (${this.#values["router-mode"]})
+${workers}
+
+Try it:
+  curl -N ${address}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model":"${this.#modelName}","stream":true,"messages":[{"role":"user","content":"What is the capital of France?"}]}'
+
+Look at it:  dynamo status --file-kv ${this.#folder}${this.#values.namespace === "dynamo" ? "" : ` --namespace ${this.#values.namespace}`}
+Stop it:     Ctrl-C
+`);
+  }
+
+  #onInterrupt(): void {
+    this.#interrupts++;
+    if (this.#interrupts === 1) {
+      this.#err("dynamo local: finishing what runs; Ctrl-C again to force\n");
+      this.#interrupted.resolve();
+    } else for (const child of this.#children()) child.stop("SIGKILL");
+  }
+
+  /** The frontend first, so that what it serves can finish on the workers; each side has the drain time and a little more. */
+  async #leave(): Promise<void> {
+    const graceMs = milliseconds(this.#values["graceful-shutdown-timeout-secs"]) + LEAVE_EXTRA_MS;
+    await stopAll([this.#frontend], systemClock, graceMs);
+    await stopAll(this.#workers, systemClock, graceMs);
+  }
+}
+
+/** For what a role does after its drain: close connections, unregister, exit. */
+const LEAVE_EXTRA_MS = 3_000;
+
+/** The options go as flags; what one process has and several cannot share (a fixed port) is taken out. */
+function childEnvironment(env: NodeJS.ProcessEnv, clusterSecret: string): NodeJS.ProcessEnv {
+  const { DYN_CONFIG: _config, DYN_SYSTEM_PORT: _status, DYN_TCP_RPC_PORT: _port, ...rest } = env;
+  return { ...rest, DYN_CLUSTER_SECRET: clusterSecret };
+}
+
+/** `main.ts` in a checkout, `main.js` in the package. */
+function mainModule(): string {
+  const path = join(import.meta.dirname, `main${extname(import.meta.filename)}`);
+  if (!existsSync(path)) throw new DynamoError("internal", `${path} is missing`);
+  return path;
+}

@@ -1,0 +1,103 @@
+import { availableParallelism } from "node:os";
+import { DynamoError } from "../errors/index.ts";
+import type { FrontendConfig } from "../frontend/index.ts";
+import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
+import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
+import type { OptionValues } from "./options.ts";
+
+/** Options as the roles' own configurations. Units change here: the command line has seconds and MiB, the code ms and bytes. */
+export function frontendConfig(values: OptionValues): FrontendConfig {
+  return {
+    namespace: values.namespace,
+    httpHost: values["http-host"],
+    httpPort: values["http-port"],
+    routerMode: values["router-mode"],
+    drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
+    limits: {
+      bodyBytes: values["http-body-limit-mb"] * 1024 * 1024,
+      headersTimeoutMs: milliseconds(values["http-headers-timeout-secs"]),
+      bodyTimeoutMs: milliseconds(values["http-body-timeout-secs"]),
+      messages: values["max-messages"],
+      n: values["max-choices"],
+      stopStrings: values["max-stop-strings"],
+      prompts: values["max-prompts"],
+      concurrentRequests: values["max-concurrent-requests"],
+      queuedRequests: values["max-queued-requests"],
+      requestTimeoutMs: milliseconds(values["request-timeout-secs"]),
+      responseBufferBytes: values["response-buffer-kb"] * 1024,
+      connections: values["http-connections"],
+    },
+  };
+}
+
+/** Throws `model-unavailable` when the model is not on this machine: a worker does not pull. */
+export function workerConfig(values: OptionValues, store: ModelStore): WorkerConfig {
+  const model = storedModel(values, store);
+  return {
+    namespace: values.namespace,
+    component: values.component,
+    engine: engineConfig(values, model),
+    modelName: servedName(values, model),
+    maxQueuedRequests: values["engine-request-limit"],
+    drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
+    systemPort: values["system-port"],
+  };
+}
+
+function engineConfig(values: OptionValues, model: StoredModel | undefined): EngineConfig {
+  const maxSequences = values["max-num-seqs"];
+  const blockSizeTokens = values["kv-cache-block-size"];
+  if (values.engine === "echo" || model === undefined) {
+    return {
+      kind: "echo",
+      contextLength: values["context-length"] === 0 ? ECHO_CONTEXT_LENGTH : values["context-length"],
+      maxSequences,
+      blockSizeTokens,
+      stepMs: values["echo-step-ms"],
+      ...(model === undefined ? {} : { modelPath: model.path }),
+    };
+  }
+  return {
+    kind: "llama",
+    modelPath: model.path,
+    contextLength: values["context-length"],
+    kvCacheTokens: values["kv-cache-tokens"],
+    maxSequences,
+    maxBatchedTokens: values["max-num-batched-tokens"],
+    blockSizeTokens,
+    threads: values.threads === 0 ? availableParallelism() : values.threads,
+  };
+}
+
+const ECHO_CONTEXT_LENGTH = 8_192;
+
+/** The name of `--model`, or of the model that is served when none is named; undefined for echo without a model. */
+export function wantedModel(values: OptionValues): string | undefined {
+  return values.model ?? (values.engine === "echo" ? undefined : DEFAULT_MODEL);
+}
+
+export function servedName(values: OptionValues, model: StoredModel | undefined): string {
+  return values["model-name"] ?? model?.name ?? "echo";
+}
+
+function storedModel(values: OptionValues, store: ModelStore): StoredModel | undefined {
+  const wanted = wantedModel(values);
+  if (wanted === undefined) return undefined;
+  const stored = store.resolve(wanted);
+  if (stored !== undefined) return stored;
+  if (!store.canPull(wanted)) throw unknownModel(wanted);
+  throw new DynamoError(
+    "model-unavailable",
+    `${wanted} is not in ${store.folder}; run "dynamo model pull ${wanted}" first`,
+  );
+}
+
+/** The store that `--model-dir` names. */
+export function openStore(values: OptionValues, env: NodeJS.ProcessEnv): ModelStore {
+  const folder = values["model-dir"];
+  return new ModelStore({ env: folder === undefined ? env : { ...env, DYN_MODEL_DIR: folder } });
+}
+
+export function milliseconds(seconds: number): number {
+  return Math.round(seconds * 1_000);
+}

@@ -1,0 +1,60 @@
+import type { InstanceView } from "./cluster-view.ts";
+
+/** The text of `dynamo status`: a line per model, a line per instance. Pure. */
+export function statusText(instances: readonly InstanceView[], where: string, nowMs: number): string {
+  if (instances.length === 0) return `No instances in ${where}.\n`;
+  const models = new Map<string, number>();
+  for (const { card } of instances) if (card !== undefined) models.set(card.name, (models.get(card.name) ?? 0) + 1);
+  const modelRows = [...models].map(([name, count]) => [name, String(count)]);
+  const rows = instances.map((view) => instanceRow(view, nowMs));
+  return [
+    `${where}`,
+    "",
+    table([["MODEL", "WORKERS"], ...modelRows]),
+    table([
+      ["INSTANCE", "COMPONENT", "MODEL", "ENGINE", "RUNNING", "WAITING", "KV BLOCKS", "CACHED", "TOKENS", "PID", "UP"],
+      ...rows,
+    ]),
+  ].join("\n");
+}
+
+function instanceRow({ instanceId, component, card, load, pid, startedMs }: InstanceView, nowMs: number): string[] {
+  const shown = (value: number | undefined): string => (value === undefined ? "-" : String(value));
+  return [
+    instanceId,
+    component,
+    card?.name ?? "-",
+    card === undefined ? "-" : `${card.engine} ${card.engineVersion}`,
+    shown(load?.runningRequests),
+    shown(load?.waitingRequests),
+    load === undefined ? "-" : `${load.activeBlocks}/${load.totalBlocks}`,
+    shown(load?.cachedBlocks),
+    shown(load?.generatedTokens),
+    String(pid),
+    duration(nowMs - startedMs),
+  ];
+}
+
+/** Columns as wide as their widest cell, two spaces between. */
+export function table(rows: readonly (readonly string[])[]): string {
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => row[column]!.length)));
+  return rows
+    .map(
+      (row) =>
+        `${row
+          .map((cell, column) => cell.padEnd(widths[column]!))
+          .join("  ")
+          .trimEnd()}\n`,
+    )
+    .join("");
+}
+
+/** `8s`, `3m 8s`, `2h 3m`, `4d 2h`. */
+export function duration(ms: number): string {
+  const seconds = Math.max(0, Math.floor(ms / 1_000));
+  if (seconds < 60) return `${seconds}s`;
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes}m ${seconds % 60}s`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 24 ? `${hours}h ${minutes % 60}m` : `${Math.floor(hours / 24)}d ${hours % 24}h`;
+}

@@ -1,0 +1,160 @@
+import { setImmediate as nextTurn } from "node:timers/promises";
+import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from "node:worker_threads";
+import { DynamoError, toDynamoError } from "../../errors/index.ts";
+import { systemClock, systemRandom } from "../../std/index.ts";
+import type { EngineInfo, ExportedBlocks } from "../index.ts";
+import { EngineLoop } from "./engine-loop.ts";
+import { LlamaContext, MAX_SEQUENCE_IDS } from "./llama-context.ts";
+import { LoadBoard, type Command, type PlainError, type Report, type ThreadData } from "./messages.ts";
+
+/**
+ * The engine's thread: native calls block here and nowhere else. It runs steps back to back while there is work, looks
+ * for commands between two steps without giving control away, and sleeps on a shared counter when idle: no CPU, awake
+ * within tens of microseconds. Its event loop turns now and then so that the runtime can tidy up.
+ */
+const STEPS_PER_TURN = 64;
+
+async function main(port: MessagePort, data: ThreadData): Promise<void> {
+  const board = new LoadBoard(data.load);
+  const wake = new Int32Array(data.wake);
+  const report = (message: Report, transfer: ArrayBuffer[] = []): void => port.postMessage(message, transfer);
+
+  const model = openModel(data);
+  try {
+    const { loop, info } = createLoop(model, data);
+    board.write(loop.load());
+    report({ type: "started", info, log: model.startLog });
+    // Lines that other threads logged while this one captured the library's log arrive in this turn.
+    await nextTurn();
+
+    for (let stepsInTurn = 0; ; ) {
+      // Read before the port: what is posted after this changes the counter, so the sleep below cannot miss it.
+      const seen = Atomics.load(wake, 0);
+      const mustStop = handleCommands(port, loop, report);
+      if (mustStop) loop.failAll(new DynamoError("engine-stopped", "the engine was stopped"));
+      else if (loop.hasWork) loop.step();
+      board.write(loop.load());
+      reportStep(loop, report);
+      if (mustStop) break;
+      if (loop.hasWork) {
+        if (++stepsInTurn < STEPS_PER_TURN) continue;
+      } else {
+        await nextTurn();
+        Atomics.wait(wake, 0, seen);
+      }
+      stepsInTurn = 0;
+      await nextTurn();
+    }
+  } finally {
+    model.close();
+  }
+}
+
+function openModel({ config }: ThreadData): LlamaContext {
+  return new LlamaContext({
+    modelPath: config.modelPath,
+    cells: Math.floor(config.kvCacheTokens / config.blockSizeTokens) * config.blockSizeTokens,
+    maxBatchedTokens: config.maxBatchedTokens,
+    maxLogitRows: MAX_SEQUENCE_IDS,
+    sequenceIds: MAX_SEQUENCE_IDS,
+    threads: config.threads,
+  });
+}
+
+function createLoop(
+  model: LlamaContext,
+  { config, maxWaitingRequests }: ThreadData,
+): { loop: EngineLoop; info: EngineInfo } {
+  const { blockSizeTokens, maxSequences, maxBatchedTokens } = config;
+  const totalBlocks = Math.floor(config.kvCacheTokens / blockSizeTokens);
+  const wanted = config.contextLength === 0 ? model.trainedContextLength : config.contextLength;
+  const contextLength = Math.min(wanted, model.trainedContextLength, totalBlocks * blockSizeTokens);
+  const loop = new EngineLoop(model, {
+    contextLength,
+    totalBlocks,
+    blockSizeTokens,
+    maxSequences,
+    maxBatchedTokens,
+    maxWaitingRequests,
+    sequenceIds: MAX_SEQUENCE_IDS,
+    extraLogitRows: MAX_SEQUENCE_IDS - maxSequences,
+    clock: systemClock,
+    random: systemRandom,
+  });
+  const info: EngineInfo = {
+    engine: "llama",
+    engineVersion: model.libraryVersion,
+    contextLength,
+    blockSizeTokens,
+    totalBlocks,
+    maxSequences,
+    maxBatchedTokens,
+    dataParallelSize: 1,
+    vocabularySize: model.vocabularySize,
+    blockBytes: loop.blockBytes,
+  };
+  return { loop, info };
+}
+
+type SendReport = (message: Report, transfer?: ArrayBuffer[]) => void;
+
+/** Takes everything that has arrived; true when asked to stop. */
+function handleCommands(port: MessagePort, loop: EngineLoop, report: SendReport): boolean {
+  for (;;) {
+    const received = receiveMessageOnPort(port) as { message: Command[] } | undefined;
+    if (received === undefined) return false;
+    for (const command of received.message) {
+      if (command.type === "stop") return true;
+      handleCommand(command, loop, report);
+    }
+  }
+}
+
+function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: EngineLoop, report: SendReport): void {
+  switch (command.type) {
+    case "submit":
+      return loop.submit(command.streamId, command.request);
+    case "abort":
+      return loop.abort(command.streamId);
+    case "clear":
+      return answer(command.callId, report, () => loop.clearBlocks());
+    case "export":
+      return answer(command.callId, report, () => loop.exportBlocks(command.sequenceHashes));
+    case "import":
+      return answer(command.callId, report, () => loop.importBlocks(command.blocks));
+  }
+}
+
+function answer(callId: number, report: SendReport, call: () => number | ExportedBlocks): void {
+  try {
+    const value = call();
+    report({ type: "reply", callId, value }, typeof value === "number" ? [] : [value.data.buffer as ArrayBuffer]);
+  } catch (thrown) {
+    // A refused argument is the caller's; anything else means that the cache can no longer be trusted.
+    if (!(thrown instanceof DynamoError)) throw thrown;
+    report({ type: "call-failed", callId, error: plainError(thrown) });
+  }
+}
+
+function reportStep(loop: EngineLoop, report: SendReport): void {
+  const events = loop.takeEvents();
+  const step = loop.takeStep();
+  if (step === undefined && events.length === 0) return;
+  report({ type: "step", step, events }, step === undefined ? [] : [step.buffer]);
+}
+
+function plainError(error: DynamoError): PlainError {
+  const { reason, publicMessage, diagnostic } = error;
+  return { reason, publicMessage, options: diagnostic === undefined ? {} : { diagnostic } };
+}
+
+const port = parentPort;
+if (port !== null) {
+  let error: PlainError | undefined;
+  try {
+    await main(port, workerData as ThreadData);
+  } catch (thrown) {
+    error = plainError(toDynamoError(thrown, "engine-failed"));
+  }
+  port.postMessage({ type: "ended", error } satisfies Report);
+}

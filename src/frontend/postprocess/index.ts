@@ -1,0 +1,2 @@
+export { Detokenizer } from "./detokenizer.ts";
+export { StopMatcher } from "./stop-matcher.ts";

@@ -1,0 +1,70 @@
+import assert from "node:assert/strict";
+import { describe, it } from "node:test";
+import { ManualClock } from "../../std/index.ts";
+import { ChangeRecorder, discoveryBattery, rejectsWith } from "./discovery.battery.ts";
+import { MemoryDiscovery, MemoryStore } from "./memory.ts";
+
+discoveryBattery(
+  "memory",
+  () => {
+    const store = new MemoryStore();
+    return Promise.resolve({
+      open: () => Promise.resolve(new MemoryDiscovery({ store })),
+      cleanup: () => Promise.resolve(),
+    });
+  },
+  { historyCount: 300 },
+);
+
+describe("memory discovery", () => {
+  it("an abandoned client's keys vanish when its lease expires, not before", async () => {
+    const [store, clock] = [new MemoryStore(), new ManualClock()];
+    const [victim, watcher] = [new MemoryDiscovery({ store, clock }), new MemoryDiscovery({ store, clock })];
+    const lease = await victim.openLease({ ttlMs: 10_000 });
+    await lease.put("v1/a", 1);
+    const [seen, silenced] = [new ChangeRecorder(), new ChangeRecorder()];
+    await watcher.watch("", seen.listener);
+    await victim.watch("", silenced.listener);
+    victim.abandon();
+    clock.advance(9_999);
+    assert.equal((await watcher.list("")).length, 1);
+    clock.advance(1);
+    await lease.lost;
+    await seen.becomes({});
+    assert.deepEqual(silenced.values, { "v1/a": 1 });
+    assert.equal(clock.pendingTimerCount, 0);
+  });
+
+  it("a revoked lease is lost to its holder, and its keys are gone", async () => {
+    const store = new MemoryStore();
+    const discovery = new MemoryDiscovery({ store });
+    const lease = await discovery.openLease();
+    await lease.put("v1/a", 1);
+    assert.equal(store.revoke(lease.id), true);
+    await lease.lost;
+    assert.equal(store.revoke(lease.id), false);
+    assert.deepEqual(await discovery.list(""), []);
+    await assert.rejects(lease.put("v1/a", 1), rejectsWith("lease-lost"));
+  });
+
+  it("a listener that throws does not silence the others", async () => {
+    const discovery = new MemoryDiscovery();
+    const seen = new ChangeRecorder();
+    await discovery.watch("", () => {
+      throw new Error("from the listener");
+    });
+    await discovery.watch("", seen.listener);
+    const lease = await discovery.openLease();
+    await lease.put("v1/a", 1);
+    await seen.becomes({ "v1/a": 1 });
+  });
+
+  it("a full store refuses further keys and takes changes of those it has", async () => {
+    const discovery = new MemoryDiscovery();
+    const lease = await discovery.openLease();
+    for (let i = 0; i < 65_536; i++) await lease.put(`v1/${i}`, 0);
+    await assert.rejects(lease.put("v1/more", 0), rejectsWith("discovery-unavailable"));
+    await lease.put("v1/7", 1);
+    assert.equal((await discovery.list("v1/")).length, 65_536);
+  });
+});
