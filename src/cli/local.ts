@@ -84,8 +84,6 @@ class LocalCluster {
     const onInterrupt = (): void => this.#onInterrupt();
     const signals = ["SIGINT", "SIGTERM", "SIGHUP", "disconnect"];
     for (const signal of signals) process.on(signal, onInterrupt);
-    // Timers of our clock do not keep a process alive, and between a crash and the restart there may be nothing else.
-    const alive = setInterval(() => undefined, 2 ** 30);
     try {
       // One core starts one Node at a time: all at once is still the shortest way to the first answer.
       for (const child of this.#children()) child.start();
@@ -95,7 +93,6 @@ class LocalCluster {
       return this.#interrupts > 1 ? 130 : 0;
     } finally {
       await this.#leave();
-      clearInterval(alive);
       for (const signal of signals) process.off(signal, onInterrupt);
       if (this.#ownFolder !== undefined) rmSync(this.#ownFolder, { recursive: true, force: true });
     }

@@ -39,11 +39,15 @@ export async function main(argv: readonly string[]): Promise<number> {
     out(commandHelp(name));
     return 0;
   }
+  // Timers of our clock do not keep a process alive, and a command may wait for nothing else for a moment.
+  const alive = setInterval(() => undefined, 2 ** 30);
   try {
     const { run } = await COMMANDS[name].load();
     return await run({ argv: rest, env: process.env, out, err });
   } catch (thrown) {
     return report(thrown, name, err);
+  } finally {
+    clearInterval(alive);
   }
 }
 

@@ -13,7 +13,7 @@ export interface EngineUnderTest {
   /** Not started. */
   readonly engine: Engine;
   /** A prompt of that many tokens that makes sense to the model; the same length gives the same prompt. */
-  promptTokenIds(length: number): Uint32Array;
+  readonly promptTokenIds: (length: number) => Uint32Array;
   /** A stop token of the model, for tests that want one that does not come by itself. */
   readonly stopTokenId?: number;
   readonly supportsExport: boolean;

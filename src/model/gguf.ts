@@ -277,7 +277,8 @@ class GgufReader {
     const at = this.#take(length * width);
     if (type in INTEGERS_AND_FLOATS) {
       const values = new INTEGERS_AND_FLOATS[type as keyof typeof INTEGERS_AND_FLOATS](length);
-      for (let i = 0; i < length; i++) values[i] = scalar(this.#window, type, at + i * width) as number;
+      // One copy: the file and every platform we run on are little-endian.
+      new Uint8Array(values.buffer).set(this.#window.subarray(at, at + length * width));
       return values;
     }
     const wide: (boolean | bigint)[] = [];

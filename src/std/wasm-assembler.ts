@@ -14,6 +14,7 @@ export type ValueType = "i32" | "i64" | "f32" | "f64" | "v128";
 
 const VALUE_TYPES: Record<ValueType, number> = { i32: 0x7f, i64: 0x7e, f32: 0x7d, f64: 0x7c, v128: 0x7b };
 const NO_VALUE = 0x40;
+const MAGIC_AND_VERSION: Code = [0x00, 0x61, 0x73, 0x6d, 1, 0, 0, 0];
 
 function unsigned(value: number): Code {
   const bytes: number[] = [];
@@ -117,7 +118,7 @@ export const f32x4 = {
   add: binary(...simd(0xe4)),
   sub: binary(...simd(0xe5)),
   mul: binary(...simd(0xe6)),
-  /** right < left ? ... : the specification's pmax(a, b) = a < b ? b : a, so a NaN on the right is passed over. */
+  /** a < b ? b : a, so that a NaN on the right is passed over. */
   pseudoMax: binary(...simd(0xeb)),
 };
 
@@ -210,7 +211,7 @@ export function assembleWasm({ functions, memoryPages }: WasmModuleParts): Uint8
   const exports = functions.map(({ name }, index) => [...text(name), 0, ...unsigned(index)]);
   exports.push([...text("memory"), 2, 0]);
   return Uint8Array.from([
-    ...[0x00, 0x61, 0x73, 0x6d, 1, 0, 0, 0],
+    ...MAGIC_AND_VERSION,
     ...section(1, vector(functions.map((each) => each.signature()))),
     ...section(3, vector(functions.map((_, index) => unsigned(index)))),
     ...section(5, vector([[0, ...unsigned(memoryPages)]])),

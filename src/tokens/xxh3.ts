@@ -25,22 +25,22 @@ export const XXH3_SECRET = Uint8Array.from(
   ),
 );
 
-/** The 64-bit primes of the specification as [low, high]; prime32_n is a half of one of them where noted. */
+/** Primes of the specification as [low, high]. */
 const PRIME64_1: HashPair = [0x85ebca87, 0x9e3779b1];
 const PRIME64_2: HashPair = [0x27d4eb4f, 0xc2b2ae3d];
 const PRIME64_3: HashPair = [0x9e3779f9, 0x165667b1];
 const PRIME32_1 = 0x9e3779b1;
 
 /** Initial accumulators of the long path: prime32_3, 64_1, 64_2, 64_3, 64_4, 32_2, 64_5, 32_1, as (lo, hi). */
+// prettier-ignore
 export const XXH3_ACCUMULATORS = Uint32Array.of(
-  ...[0xc2b2ae3d, 0, 0x85ebca87, 0x9e3779b1, 0x27d4eb4f, 0xc2b2ae3d, 0x9e3779f9, 0x165667b1],
-  ...[0xc2b2ae63, 0x85ebca77, 0x85ebca77, 0, 0x165667c5, 0x27d4eb2f, 0x9e3779b1, 0],
+  0xc2b2ae3d, 0, 0x85ebca87, 0x9e3779b1, 0x27d4eb4f, 0xc2b2ae3d, 0x9e3779f9, 0x165667b1,
+  0xc2b2ae63, 0x85ebca77, 0x85ebca77, 0, 0x165667c5, 0x27d4eb2f, 0x9e3779b1, 0,
 );
 
 const STRIPE_BYTES = 64;
 /** (secret length - stripe) / 8. */
 const STRIPES_PER_BLOCK = 16;
-const LONG_BLOCK_BYTES = STRIPE_BYTES * STRIPES_PER_BLOCK;
 
 /** XXH3-64 of `bytes`. Cost: linear, 2 to 4 ns a byte. */
 export function xxh3_64(bytes: Uint8Array, seed: HashPair): HashPair {
@@ -209,12 +209,12 @@ function hashLong(bytes: Uint8Array, length: number, seedLo: number, seedHi: num
   }
   const secret = derivedSecret;
   accumulators.set(XXH3_ACCUMULATORS);
-  // Full blocks of 16 stripes are scrambled; the last byte is left for the tail, so that there always is one.
+  // After each 16 stripes a scramble; at least the last byte is left for the tail.
   const stripeCount = Math.floor((length - 1) / STRIPE_BYTES);
   for (let stripe = 0; stripe < stripeCount; stripe++) {
     const inBlock = stripe % STRIPES_PER_BLOCK;
     accumulate(bytes, stripe * STRIPE_BYTES, secret, 8 * inBlock);
-    if (inBlock === STRIPES_PER_BLOCK - 1 && (stripe + 1) * STRIPE_BYTES <= length - 1) scramble(secret);
+    if (inBlock === STRIPES_PER_BLOCK - 1) scramble(secret);
   }
   accumulate(bytes, length - STRIPE_BYTES, secret, secret.length - STRIPE_BYTES - 7);
   mergeAccumulators(secret, length);

@@ -190,7 +190,7 @@ function bind(koffi: Koffi, folder: string): Libllama {
   // A log callback written in JavaScript would be called on foreign threads and after its own thread's end. To drop
   // lines natively, any function will do that ignores its arguments: this one returns a constant.
   const dropLine = koffi.address(base.symbol("ggml_cycles_per_ms"));
-  base.func("ggml_log_set", "void", ["void *", "void *"])(dropLine, null);
+  (base.func("ggml_log_set", "void", ["void *", "void *"]) as SetLog)(dropLine, null);
   const ggml = koffi.load(find(/^(lib)?ggml(\.v[\d.]+)?\.(so|dylib|dll)$/), { global: true });
   ggml.func("ggml_backend_load_all_from_path", "void", ["str"])(folder);
   const libraryPath = find(/^(lib)?llama(\.v[\d.]+)?\.(so|dylib|dll)$/);
@@ -210,6 +210,9 @@ function bind(koffi: Koffi, folder: string): Libllama {
     seq_id: "void *",
     logits: "void *",
   });
+
+  const setLog = library.func("llama_log_set", "void", ["void *", "void *"]) as SetLog;
+  setLog(dropLine, null);
 
   const version = library.func("llama_version", "str", [])() as string;
   const contextDefaults = library.func("llama_context_default_params", contextParams, []) as () => StructValue;
@@ -263,7 +266,7 @@ function bind(koffi: Koffi, folder: string): Libllama {
     },
     free: (address) => koffi.free(address),
     view: (address, byteCount) => koffi.view(address, byteCount),
-    captureLog: bindLog(koffi, call("llama_log_set", "void", ["void *", "void *"]), dropLine),
+    captureLog: bindLog(koffi, setLog, dropLine),
   };
 }
 

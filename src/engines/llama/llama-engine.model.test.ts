@@ -7,7 +7,7 @@ import { DynamoError } from "../../errors/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { LlamaEngineConfig } from "../index.ts";
 import { engineBattery } from "../engine.battery.ts";
-import { EngineRecorder, aRequest, replayKvEvents } from "../engine.recorder.ts";
+import { EngineRecorder, aRequest, replayKvEvents, type StreamRecord } from "../engine.recorder.ts";
 import { LlamaEngine } from "./llama-engine.ts";
 
 /** The engine on the real SmolLM2-135M-Instruct. Prompts are token ids, so that no tokenizer is needed here. */
@@ -29,13 +29,49 @@ const CONFIG: LlamaEngineConfig = {
   threads: 1,
 };
 const END_OF_TURN = 2;
+const FRANCE = 4649;
 const PARIS = 7042;
-/** `<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n` */
-const CAPITAL_OF_FRANCE = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198];
+// " Spain", " Italy", " Japan" and so on: one token each.
+const COUNTRIES = [
+  7476, 7158, 3085, 3275, 4521, 6054, 4004, 5647, 3089, 4754, 10040, 8050, 12452, 11011, 3996, 7597,
+];
 
-/** Different text-like prompts: words of the vocabulary, picked by arithmetic. */
+/** The chat `What is the capital of <country>?`, after a turn about each of the countries before the last. */
+function aChat(...countries: number[]): Uint32Array {
+  const ids: number[] = [];
+  countries.forEach((country, i) => {
+    ids.push(1, 4093, 198, 1780, 314, 260, 3575, 282, country, 47, END_OF_TURN, 198, 1, 520, 9531, 198);
+    if (i < countries.length - 1) ids.push(504, 3575, 282, country, 314, PARIS, 30, END_OF_TURN, 198);
+  });
+  return Uint32Array.from(ids);
+}
+
+/** Any number of tokens, words of the vocabulary picked by arithmetic: for tests that do not look at the text. */
 function aPrompt(length: number, salt = 0): Uint32Array {
   return Uint32Array.from({ length }, (_, i) => 300 + ((i * 37 + salt * 101 + ((i * i) % 7) * 11) % 4000));
+}
+
+/** A greedy request with what `sameText` needs. */
+function aTextRequest(prompt: Uint32Array, maxTokens: number): ReturnType<typeof aRequest> {
+  return aRequest(prompt, { stop: { maxTokens }, output: { topLogprobs: 4 } });
+}
+
+/**
+ * Kernels add in another order for another batch shape, so logits agree to rounding, not to the bit (up to 0.5 near the
+ * top between a batch of 300 tokens and one of 16, in bare libllama too), and greedy texts may part at a near tie. Until
+ * then they must be equal, and where they part each must have the other's token close by. True if they never part.
+ */
+function sameText(a: StreamRecord, b: StreamRecord): boolean {
+  assert.equal(a.tokens.length, b.tokens.length);
+  const at = a.tokens.findIndex((token, i) => token !== b.tokens[i]);
+  if (at < 0) return true;
+  for (const [one, other] of [[a, b], [b, a]] as const) {
+    const { topIds, topLogprobs } = one.logprobs[at]!;
+    const rank = topIds.indexOf(other.tokens[at]!);
+    const gap = rank < 0 ? Infinity : topLogprobs[0]! - topLogprobs[rank]!;
+    assert(gap < 0.5, `the texts part at token ${at} with a gap of ${gap}, not at a near tie`);
+  }
+  return false;
 }
 
 async function withEngine(
@@ -56,8 +92,7 @@ async function withEngine(
 
 void test("llama: the capital of France is Paris", { skip }, () =>
   withEngine({}, async (recorder) => {
-    const prompt = Uint32Array.from(CAPITAL_OF_FRANCE);
-    const answer = await recorder.run(aRequest(prompt, { stop: { maxTokens: 40, stopTokenIds: [END_OF_TURN] } }));
+    const answer = await recorder.run(aRequest(aChat(FRANCE), { stop: { maxTokens: 40, stopTokenIds: [END_OF_TURN] } }));
     assert.equal(answer.finish, "stop");
     assert(answer.tokens.includes(PARIS), `the answer was ${answer.tokens.join(" ")}`);
   }),
@@ -65,32 +100,31 @@ void test("llama: the capital of France is Paris", { skip }, () =>
 
 void test("llama: 16 streams at once say what each says alone", { skip }, () =>
   withEngine({}, async (recorder, engine) => {
-    const request = (i: number): ReturnType<typeof aRequest> => aRequest(aPrompt(12 + i, i), { stop: { maxTokens: 16 } });
-    const ids = Array.from({ length: 16 }, (_, i) => recorder.submit(request(i)));
+    const ids = COUNTRIES.map((country) => recorder.submit(aTextRequest(aChat(country), 16)));
     await recorder.ended(ids);
+    assert(engine.load().steps < 40, "they ran together");
     let identical = 0;
-    for (const [i, id] of ids.entries()) {
+    for (const [i, country] of COUNTRIES.entries()) {
       await engine.clearBlocks();
-      const alone = await recorder.run(request(i));
-      const together = recorder.record(id).tokens;
-      // The kernels add in another order for another batch, so near ties may fall otherwise: the start must agree.
-      assert.deepEqual(together.slice(0, 4), alone.tokens.slice(0, 4), `stream ${i}`);
-      if (together.join() === alone.tokens.join()) identical++;
+      const alone = await recorder.run(aTextRequest(aChat(country), 16));
+      if (sameText(recorder.record(ids[i]!), alone)) identical++;
     }
-    assert(identical >= 14, `${identical} of 16 streams were identical over 16 tokens`);
+    assert(identical >= 12, `only ${identical} of 16 texts never part`);
   }),
 );
 
 void test("llama: a prompt seen before comes from the cache and gives the same text", { skip }, () =>
   withEngine({}, async (recorder) => {
-    const cold = await recorder.run(aRequest(aPrompt(100), { stop: { maxTokens: 12 } }));
-    const warm = await recorder.run(aRequest(aPrompt(100), { stop: { maxTokens: 12 } }));
+    const prompt = aChat(...COUNTRIES.slice(0, 4));
+    const cold = await recorder.run(aTextRequest(prompt, 12));
+    const warm = await recorder.run(aTextRequest(prompt, 12));
+    // 91 tokens: 5 blocks of 16 and a rest.
     assert.equal(cold.first?.cachedTokens, 0);
-    assert.equal(warm.first?.cachedTokens, 96);
-    assert.deepEqual(warm.tokens, cold.tokens);
-    // Another turn on top of the answer, of which the last token was never computed.
-    const next = Uint32Array.from([...aPrompt(100), ...cold.tokens, 1, 2, 3]);
-    const turn = await recorder.run(aRequest(next, { stop: { maxTokens: 1 } }));
+    assert.equal(warm.first?.cachedTokens, 80);
+    sameText(warm, cold);
+    // The next turn finds the answer's blocks, too: 102 of the 103 tokens so far were computed.
+    const next = Uint32Array.from([...prompt, ...cold.tokens, ...aChat(FRANCE)]);
+    const turn = await recorder.run(aTextRequest(next, 1));
     assert.equal(turn.first?.cachedTokens, 96);
   }),
 );
@@ -114,16 +148,15 @@ void test("llama: an abort in the middle of a prefill ends it within a step and 
 
 void test("llama: with a cache too small for all, streams are preempted and still say the right thing", { skip }, () =>
   withEngine({ kvCacheTokens: 256, contextLength: 128, maxSequences: 8 }, async (recorder, engine) => {
-    const ids = Array.from({ length: 8 }, (_, i) => recorder.submit(aRequest(aPrompt(20, i), { stop: { maxTokens: 40 } })));
+    const prompts = COUNTRIES.slice(0, 8).map((country) => aChat(country));
+    const ids = prompts.map((prompt) => recorder.submit(aTextRequest(prompt, 40)));
     await recorder.ended(ids);
-    assert(engine.load().preemptions > 0, "the test is about preemption");
-    const load = engine.load();
-    assert.equal(load.activeBlocks, 0);
-    assert.equal(load.cachedBlocks, replayKvEvents(recorder.kvEvents).size);
-    for (const [i, id] of ids.entries()) {
-      const alone = await recorder.run(aRequest(aPrompt(20, i), { stop: { maxTokens: 40 } }));
-      assert.equal(recorder.record(id).tokens.length, 40);
-      assert.deepEqual(recorder.record(id).tokens.slice(0, 4), alone.tokens.slice(0, 4), `stream ${i}`);
+    const { preemptions, activeBlocks, cachedBlocks } = engine.load();
+    assert(preemptions > 0, "the test is about preemption");
+    assert.equal(activeBlocks, 0);
+    assert.equal(cachedBlocks, replayKvEvents(recorder.kvEvents).size);
+    for (const [i, prompt] of prompts.entries()) {
+      sameText(recorder.record(ids[i]!), await recorder.run(aTextRequest(prompt, 40)));
     }
   }),
 );
@@ -131,19 +164,22 @@ void test("llama: with a cache too small for all, streams are preempted and stil
 void test("llama: blocks exported from one engine continue in another with the same text", { skip }, () =>
   withEngine({}, (source, sourceEngine) =>
     withEngine({}, async (target, targetEngine) => {
-      const prompt = aPrompt(101, 3);
-      const here = await source.run(aRequest(prompt, { stop: { maxTokens: 16 } }));
+      const prompt = aChat(...COUNTRIES.slice(0, 4));
+      const here = await source.run(aTextRequest(prompt, 16));
       // Holes in the target's memory, so that a block's cells lie apart.
-      const fill = [1, 2, 3].map((salt) => target.submit(aRequest(aPrompt(40, 20 + salt), { stop: { maxTokens: 5 } })));
+      const fill = [1, 2, 3].map((salt) => target.submit(aRequest(aPrompt(40, salt), { stop: { maxTokens: 5 } })));
       await target.ended(fill);
       await targetEngine.clearBlocks();
       const { sequenceHashes } = hashBlocks(prompt, 16, blockHashSeed());
       const blocks = await sourceEngine.exportBlocks(sequenceHashes);
-      assert.equal(blocks.data.length, 6 * blocks.blockBytes);
-      assert.equal(await targetEngine.importBlocks({ ...blocks, tokenIds: prompt.subarray(0, 96) }), 6);
-      const there = await target.run(aRequest(prompt, { stop: { maxTokens: 16 } }));
-      assert.equal(there.first?.cachedTokens, 96);
-      assert.deepEqual(there.tokens, here.tokens);
+      assert.equal(blocks.data.length, 5 * blocks.blockBytes);
+      assert.equal(await targetEngine.importBlocks({ ...blocks, tokenIds: prompt.subarray(0, 80) }), 5);
+      const there = await target.run(aTextRequest(prompt, 16));
+      assert.equal(there.first?.cachedTokens, 80);
+      // Both went on from the same 80 tokens with the same 11, but not in the same batch.
+      sameText(there, here);
+      const again = await source.run(aTextRequest(prompt, 16));
+      assert.deepEqual(there.tokens, again.tokens, "from the same blocks the same text, to the token");
     }),
   ),
 );

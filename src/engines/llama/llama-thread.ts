@@ -30,11 +30,13 @@ async function main(port: MessagePort, data: ThreadData): Promise<void> {
     for (let stepsInTurn = 0; ; ) {
       // Read before the port: what is posted after this changes the counter, so the sleep below cannot miss it.
       const seen = Atomics.load(wake, 0);
-      const mustStop = handleCommands(port, loop, report);
+      const replies: Replies = [];
+      const mustStop = handleCommands(port, loop, replies);
       if (mustStop) loop.failAll(new DynamoError("engine-stopped", "the engine was stopped"));
       else if (loop.hasWork) loop.step();
       board.write(loop.load());
       reportStep(loop, report);
+      for (const reply of replies) report(reply.report, reply.transfer);
       if (mustStop) break;
       if (loop.hasWork) {
         if (++stepsInTurn < STEPS_PER_TURN) continue;
@@ -98,41 +100,45 @@ function createLoop(
 
 type SendReport = (message: Report, transfer?: ArrayBuffer[]) => void;
 
+/** Answers to calls; sent after the events and the load that they changed. */
+type Replies = { readonly report: Report; readonly transfer: ArrayBuffer[] }[];
+
 /** Takes everything that has arrived; true when asked to stop. */
-function handleCommands(port: MessagePort, loop: EngineLoop, report: SendReport): boolean {
+function handleCommands(port: MessagePort, loop: EngineLoop, replies: Replies): boolean {
   for (;;) {
     const received = receiveMessageOnPort(port) as { message: Command[] } | undefined;
     if (received === undefined) return false;
     for (const command of received.message) {
       if (command.type === "stop") return true;
-      handleCommand(command, loop, report);
+      handleCommand(command, loop, replies);
     }
   }
 }
 
-function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: EngineLoop, report: SendReport): void {
+function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: EngineLoop, replies: Replies): void {
   switch (command.type) {
     case "submit":
       return loop.submit(command.streamId, command.request);
     case "abort":
       return loop.abort(command.streamId);
     case "clear":
-      return answer(command.callId, report, () => loop.clearBlocks());
+      return answer(command.callId, replies, () => loop.clearBlocks());
     case "export":
-      return answer(command.callId, report, () => loop.exportBlocks(command.sequenceHashes));
+      return answer(command.callId, replies, () => loop.exportBlocks(command.sequenceHashes));
     case "import":
-      return answer(command.callId, report, () => loop.importBlocks(command.blocks));
+      return answer(command.callId, replies, () => loop.importBlocks(command.blocks));
   }
 }
 
-function answer(callId: number, report: SendReport, call: () => number | ExportedBlocks): void {
+function answer(callId: number, replies: Replies, call: () => number | ExportedBlocks): void {
   try {
     const value = call();
-    report({ type: "reply", callId, value }, typeof value === "number" ? [] : [value.data.buffer as ArrayBuffer]);
+    const transfer = typeof value === "number" ? [] : [value.data.buffer as ArrayBuffer];
+    replies.push({ report: { type: "reply", callId, value }, transfer });
   } catch (thrown) {
     // A refused argument is the caller's; anything else means that the cache can no longer be trusted.
     if (!(thrown instanceof DynamoError)) throw thrown;
-    report({ type: "call-failed", callId, error: plainError(thrown) });
+    replies.push({ report: { type: "call-failed", callId, error: plainError(thrown) }, transfer: [] });
   }
 }
 

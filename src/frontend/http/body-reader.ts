@@ -14,7 +14,6 @@ export interface BodyBudget {
 export class BodyReader {
   /** For the server's check of body time-outs. */
   readonly startedMs: number;
-  readonly #request: IncomingMessage;
   readonly #limitBytes: number;
   readonly #budget: BodyBudget;
   readonly #onEnd: (failure: DynamoError | undefined, body: Buffer) => void;
@@ -30,7 +29,6 @@ export class BodyReader {
     onEnd: (failure: DynamoError | undefined, body: Buffer) => void,
   ) {
     this.startedMs = startedMs;
-    this.#request = request;
     this.#limitBytes = limitBytes;
     this.#budget = budget;
     this.#onEnd = onEnd;

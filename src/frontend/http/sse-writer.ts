@@ -23,7 +23,7 @@ export interface SseWriterOptions {
   readonly onEnd: () => void;
 }
 
-const NON_ASCII = /[^\x00-\x7f]/;
+const NON_ASCII = /[\u0080-\uffff]/;
 
 /** Whether a text can be written as latin1 (one byte per character, no length to compute). */
 export function isAsciiText(text: string): boolean {

@@ -18,7 +18,7 @@ export class CompletionStreamWriter extends StreamWriter {
     super(details);
     this.#head = `data: {${answerHead(details, ID_PREFIX, OBJECT)},"choices":[`;
     this.#tail = details.includeUsage ? `],"usage":null}\n\n` : `]}\n\n`;
-    this.#offsets = new Array<number>(details.choices).fill(0);
+    this.#offsets = Array.from({ length: details.choices }, () => 0);
   }
 
   protected textEvents(choice: number, textJson: string, logprobs: readonly LogprobEntry[] | undefined): string {

@@ -27,7 +27,7 @@ export function describeValue(value: unknown, name: string): string {
   }
   if (Array.isArray(value)) return `an array of ${value.length}`;
   if (typeof value === "object") return "an object";
-  return `${String(value)} (${typeof value})`;
+  return `${JSON.stringify(value)} (${typeof value})`;
 }
 
 export function invalidField(name: string, expected: string, got: unknown): DynamoError {

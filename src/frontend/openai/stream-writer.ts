@@ -23,7 +23,7 @@ export abstract class StreamWriter implements ResponseWriter {
     this.details = details;
     this.#fixedAscii = isAsciiText(details.id) && isAsciiText(details.model);
     this.#sse = details.exchange.sse();
-    this.#finished = new Array<boolean>(details.choices).fill(false);
+    this.#finished = Array.from({ length: details.choices }, () => false);
   }
 
   /** Events that carry `text`, which is JSON already; may put one before it that opens the choice. */

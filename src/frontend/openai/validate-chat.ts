@@ -116,9 +116,7 @@ function readMessages(value: unknown, name: string, maxMessages: number): readon
   if (!Array.isArray(value) || value.length === 0 || value.length > maxMessages) {
     throw invalidField(name, `an array of 1 to ${maxMessages} messages`, value);
   }
-  const messages: ChatMessage[] = new Array<ChatMessage>(value.length);
-  for (let i = 0; i < value.length; i++) messages[i] = readMessage(value[i], `${name}[${i}]`);
-  return messages;
+  return (value as unknown[]).map((message, index) => readMessage(message, `${name}[${index}]`));
 }
 
 function readMessage(value: unknown, name: string): ChatMessage {

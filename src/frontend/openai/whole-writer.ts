@@ -20,9 +20,9 @@ export abstract class WholeWriter implements ResponseWriter {
   constructor(details: AnswerDetails) {
     this.details = details;
     const { choices } = details;
-    this.#texts = new Array<string>(choices).fill("");
-    this.#logprobs = new Array<LogprobEntry[] | undefined>(choices).fill(undefined);
-    this.#reasons = new Array<"stop" | "length" | undefined>(choices).fill(undefined);
+    this.#texts = Array.from({ length: choices }, () => "");
+    this.#logprobs = Array.from({ length: choices });
+    this.#reasons = Array.from({ length: choices });
   }
 
   protected abstract choiceJson(

@@ -11,6 +11,9 @@ const SLOTS = ENTRIES_MAX * 2;
 const KEY_UNITS = 1 << 19;
 const IDS = 1 << 18;
 
+/** Look-ups end after this many slots: at half load that is enough, and crafted collisions cost no more than a miss. */
+const PROBES_MAX = 16;
+
 /** Longer pieces are rare and not kept. */
 export const CACHED_UNITS_MAX = 48;
 
@@ -38,7 +41,8 @@ export class PieceCache {
 
   find(units: Uint16Array, start: number, end: number, hash: number): boolean {
     const keys = this.#keys;
-    for (let slot = hash & (SLOTS - 1); ; slot = (slot + 1) & (SLOTS - 1)) {
+    for (let probe = 0; probe < PROBES_MAX; probe++) {
+      const slot = (hash + probe) & (SLOTS - 1);
       const entry = (this.#slots[slot] as number) - 1;
       if (entry < 0) return false;
       if (this.#hashes[slot] !== hash) continue;
@@ -51,9 +55,10 @@ export class PieceCache {
       this.idEnd = this.#idEnds[entry] as number;
       return true;
     }
+    return false;
   }
 
-  /** Keeps `ids[from .. to)` for the piece; the piece is not in the cache and not over `CACHED_UNITS_MAX`. */
+  /** Keeps `ids[from .. to)` for the piece if there is a slot near its hash; the piece is not in the cache and not over `CACHED_UNITS_MAX`. */
   add(units: Uint16Array, start: number, end: number, hash: number, ids: Uint32Array, from: number, to: number): void {
     let keyEnd = this.#count === 0 ? 0 : (this.#keyEnds[this.#count - 1] as number);
     let idEnd = this.#count === 0 ? 0 : (this.#idEnds[this.#count - 1] as number);
@@ -63,12 +68,14 @@ export class PieceCache {
       keyEnd = 0;
       idEnd = 0;
     }
+    let probe = 0;
+    while (probe < PROBES_MAX && this.#slots[(hash + probe) & (SLOTS - 1)] !== 0) probe++;
+    if (probe === PROBES_MAX) return;
     for (let index = start; index < end; index++) this.#keys[keyEnd++] = units[index] as number;
     for (let index = from; index < to; index++) this.ids[idEnd++] = ids[index] as number;
     this.#keyEnds[this.#count] = keyEnd;
     this.#idEnds[this.#count] = idEnd;
-    let slot = hash & (SLOTS - 1);
-    while (this.#slots[slot] !== 0) slot = (slot + 1) & (SLOTS - 1);
+    const slot = (hash + probe) & (SLOTS - 1);
     this.#slots[slot] = ++this.#count;
     this.#hashes[slot] = hash;
   }

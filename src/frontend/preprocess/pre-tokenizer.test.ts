@@ -66,7 +66,9 @@ const KNOWN: readonly [string, HfStep, readonly string[]][] = [
 ];
 
 /** Characters at which the alternatives of the patterns part. */
-const tricky = fc.constantFrom(...Array.from(" \t\n\r'sStTrRvVeElLmMdDaZ09.!-_<|>\u00a0\u0085\ufeff\u2028\u3000éſ中½²٣\u0301\u200d😀𝐇𝟙𠀀"));
+const tricky = fc.constantFrom(
+  ...Array.from(" \t\n\r'sStTrRvVeElLmMdDaZ09.!-_<|>\u00a0\u0085\ufeff\u2028\u3000éſ中½²٣\u0301\u200d😀𝐇𝟙𠀀"),
+);
 
 for (const [name, step, patterns] of KNOWN) {
   test(`the ${name} scanner cuts as the pattern does, for any mix of the characters that matter`, () => {

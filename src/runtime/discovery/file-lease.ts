@@ -40,7 +40,7 @@ interface FileLeaseOptions {
 }
 
 /**
- * A holder's side of a lease in the file store. It renews by one appended byte, four times per TTL by the monotonic
+ * A holder's side of a lease in the file store. It renews by one rename, four times per TTL by the monotonic
  * clock, and at each renewal checks that its files are still what it wrote: a deleted folder or a damaged file is put
  * back, a key that another lease took over is let go. It ends as lost when no renewal succeeded for a TTL, or when
  * somebody made its tombstone.
@@ -57,6 +57,7 @@ export class FileLease implements Lease {
   readonly #settleLost: () => void;
   #open = true;
   #renewedMs: number;
+  #beatCount = 0;
   #leaseStamp: FileStamp | undefined;
   #timer: TimerHandle | undefined;
   #failure: string | undefined;
@@ -176,8 +177,12 @@ export class FileLease implements Lease {
       return this.#lose(this.#failure ?? "the process was stopped or too busy to renew it");
     }
     try {
-      if (await folder.beat(this.id)) await this.#repair();
-      else await this.#restore();
+      if (await folder.beat(this.id, this.#beatCount)) {
+        this.#beatCount++;
+        await this.#repair();
+      } else {
+        await this.#restore();
+      }
       if (this.#failure !== undefined) logger.info({ leaseId: this.id }, "discovery lease renewed again");
       this.#failure = undefined;
       this.#renewedMs = startMs;
@@ -198,7 +203,7 @@ export class FileLease implements Lease {
     void this.close();
   }
 
-  /** The folder or its heartbeat is gone: revoked, when there is a tombstone; else deleted by accident, so put it back. */
+  /** The folder or the heartbeat is gone: revoked, when there is a tombstone; else deleted by accident, so put it back. */
   async #restore(): Promise<void> {
     if (await this.#options.folder.isClosed(this.id)) return this.#lose("revoked by another process");
     this.#options.logger.warn({ leaseId: this.id }, "discovery lease's files were deleted; writing them again");
@@ -212,7 +217,7 @@ export class FileLease implements Lease {
     await folder.createLease(this.id);
     await this.#writeLease();
     for (const [key, held] of this.#keys) await this.#rewrite(key, held);
-    await folder.createBeat(this.id);
+    await folder.createBeat(this.id, ++this.#beatCount);
     await folder.logChange([this.id]);
   }
 
@@ -225,7 +230,9 @@ export class FileLease implements Lease {
   async #repair(): Promise<void> {
     const { folder, logger } = this.#options;
     let changed = false;
-    if (!sameStamp(await folder.stamp(this.id, "lease"), this.#leaseStamp)) {
+    const leaseStamp = await folder.stamp(this.id, "lease");
+    if (leaseStamp === undefined) return this.#restore();
+    if (!sameStamp(leaseStamp, this.#leaseStamp)) {
       await this.#writeLease();
       changed = true;
     }

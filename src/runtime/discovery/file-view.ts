@@ -36,7 +36,7 @@ const FOLDERS_PER_RELIST = 8;
 const SWEEP_DEAD_AFTER_MS = 5_000;
 const SWEEP_SILENT_AFTER_TTLS = 3;
 const SWEEP_UNREADABLE_AFTER_MS = 60_000;
-const TOMBSTONE_MS = 30_000;
+const LEFTOVER_MS = 30_000;
 const MAX_SWEEPS_PER_LOOK = 16;
 
 interface KeyFile extends StoredEntry {
@@ -53,7 +53,8 @@ interface LeaseRecord {
   unreadableCount: number;
   /** Its folder is not there, without a tombstone: deleted by accident or about to be written again. */
   missing: boolean;
-  pulse: number | undefined;
+  /** The heartbeat's count at the last look. */
+  beat: number | undefined;
   /** How long the heartbeat stood still while we looked. */
   silentMs: number;
   /** Its process is proven gone. */
@@ -78,13 +79,15 @@ interface FileViewOptions {
  * A key disappears when its file does, or its lease ended with a tombstone, or died. A folder that just vanished is not an end:
  * its holder has the rest of the TTL to write it again. While the store cannot be read, nothing changes.
  *
- * Cost of an idle refresh: one `stat` and one signal-0 per local process; once per second also a `stat` per lease.
+ * Cost of an idle refresh: one `stat`, and one signal-0 per local process; once per second three directory reads, and
+ * one for an eighth of the leases.
  */
 export class FileView {
   readonly #options: FileViewOptions;
   readonly #steps = new SerialQueue();
   readonly #leases = new Map<string, LeaseRecord>();
-  readonly #tombstones = new Map<string, number>();
+  /** When we first saw a tombstone, or a heartbeat without a lease. */
+  readonly #leftoverSeenMs = new Map<string, number>();
   #table: ReadonlyMap<string, StoredEntry> = new Map();
   readonly #changedIds = new Set<string>();
   /** Logged as unreadable. */
@@ -95,7 +98,10 @@ export class FileView {
   #relistAt = 0;
   #tableBytes = 0;
   #unreadable: string | undefined;
-  #overLimit: string | undefined;
+  #leasesLeftOut = 0;
+  #entriesLeftOut = 0;
+  /** Something that the table is made from changed. */
+  #stale = true;
   #startedMs: number | undefined;
 
   constructor(options: FileViewOptions) {
@@ -113,7 +119,9 @@ export class FileView {
     const { clock } = this.#options;
     if (this.#startedMs !== undefined && clock.monotonicMs() - this.#startedMs > 5_000)
       return "the store does not answer";
-    return this.#overLimit;
+    if (this.#leasesLeftOut > 0) return `more than ${MAX_LEASES} leases: ${this.#leasesLeftOut} left out`;
+    if (this.#entriesLeftOut > 0) return `more than ${MAX_ENTRIES} entries: ${this.#entriesLeftOut} left out`;
+    return undefined;
   }
 
   /**
@@ -179,38 +187,28 @@ export class FileView {
     return Math.min(MAX_BEAT_LOOK_MS, ttlMs / BEAT_LOOKS_PER_TTL);
   }
 
-  /** One `stat` per lease, and which leases there are. */
+  /** Which leases there are, whose heartbeat moved, and whose folders to read. */
   async #lookAtBeats(nowMs: number): Promise<void> {
-    const { folder } = this.#options;
+    const { folder, own } = this.#options;
     const everything = this.#everything;
     const present = await folder.leaseIds();
-    this.#overLimit = present.length > MAX_LEASES ? `more than ${MAX_LEASES} leases; the rest is left out` : undefined;
+    const beats = await folder.beats();
+    this.#leasesLeftOut = Math.max(0, present.length - MAX_LEASES);
     present.length = Math.min(present.length, MAX_LEASES);
+    for (const id of present) if (!this.#leases.has(id)) this.#changedIds.add(id);
+    const presentIds = new Set(present);
     // A pause of our own (a stall, an unreadable store) is not the holders' silence.
     const elapsedMs = this.#beatsSeenMs === undefined ? 0 : Math.min(nowMs - this.#beatsSeenMs, 2 * this.#beatLookMs());
-    const presentIds = new Set(present);
-    for (const id of present) {
-      const lease = this.#leases.get(id);
-      if (lease === undefined) {
-        this.#changedIds.add(id);
-        continue;
-      }
-      const pulse = await folder.pulse(id);
-      if (pulse !== undefined && pulse !== lease.pulse) lease.silentMs = 0;
-      else lease.silentMs += elapsedMs;
-      lease.pulse = pulse;
-      if (everything || lease.missing || lease.terms === undefined || lease.unreadableCount > 0)
-        this.#changedIds.add(id);
-    }
     let index = 0;
     for (const lease of this.#leases.values()) {
-      if (!presentIds.has(lease.id)) {
-        if (lease.missing) lease.silentMs += elapsedMs;
-        this.#changedIds.add(lease.id);
-      } else if (index++ % FOLDERS_PER_RELIST === this.#relistAt) {
-        this.#changedIds.add(lease.id);
-        lease.gone ||= lease.terms !== undefined && isGone(lease.terms.holder, this.#options.own, true);
-      }
+      const beat = beats.get(lease.id);
+      if (beat !== undefined && beat !== lease.beat) lease.silentMs = 0;
+      else lease.silentMs += elapsedMs;
+      lease.beat = beat;
+      const isTurn = index++ % FOLDERS_PER_RELIST === this.#relistAt;
+      if (isTurn && lease.terms !== undefined) lease.gone ||= isGone(lease.terms.holder, own, true);
+      const doubtful = lease.missing || lease.terms === undefined || lease.unreadableCount > 0;
+      if (everything || isTurn || doubtful || !presentIds.has(lease.id)) this.#changedIds.add(lease.id);
     }
     this.#relistAt = (this.#relistAt + 1) % FOLDERS_PER_RELIST;
     this.#beatsSeenMs = nowMs;
@@ -246,7 +244,7 @@ export class FileView {
         files: new Map(),
         unreadableCount: 0,
         missing: false,
-        pulse: await folder.pulse(id),
+        beat: undefined,
         silentMs: 0,
         gone: false,
         live: false,
@@ -285,6 +283,7 @@ export class FileView {
       if (file !== undefined && this.#tableBytes + file.encoded.length <= MAX_TABLE_BYTES) {
         this.#tableBytes += file.encoded.length;
         lease.files.set(name, file);
+        this.#stale = true;
         continue;
       }
       lease.unreadableCount++;
@@ -298,6 +297,7 @@ export class FileView {
   #forgetFile(lease: LeaseRecord, name: string): void {
     this.#tableBytes -= lease.files.get(name)?.encoded.length ?? 0;
     lease.files.delete(name);
+    this.#stale = true;
   }
 
   #forget(lease: LeaseRecord): void {
@@ -319,21 +319,26 @@ export class FileView {
         goneByPid.set(pid, gone);
         lease.gone = gone;
       }
-      lease.live = terms !== undefined && !lease.gone && lease.silentMs < terms.ttlMs * SILENCE_OF_TTL;
+      const live = terms !== undefined && !lease.gone && lease.silentMs < terms.ttlMs * SILENCE_OF_TTL;
+      if (live !== lease.live) this.#stale = true;
+      lease.live = live;
       if (lease.missing && !lease.live) this.#forget(lease);
     }
   }
 
   /** Merges the live leases: of several versions of a key the highest wins. Tells what became different. */
   #publish(): void {
+    if (!this.#stale) return;
+    this.#stale = false;
+    this.#entriesLeftOut = 0;
     const winners = new Map<string, KeyFile>();
     for (const lease of this.#leases.values()) {
       if (!lease.live) continue;
       for (const file of lease.files.values()) {
         if (file === undefined) continue;
         const rival = winners.get(file.entry.key);
-        if (rival === undefined ? winners.size < MAX_ENTRIES : beats(file, rival)) winners.set(file.entry.key, file);
-        else if (rival === undefined) this.#overLimit = `more than ${MAX_ENTRIES} entries; the rest is left out`;
+        if (rival === undefined && winners.size >= MAX_ENTRIES) this.#entriesLeftOut++;
+        else if (rival === undefined || beats(file, rival)) winners.set(file.entry.key, file);
       }
     }
     const before = this.#table;
@@ -359,14 +364,15 @@ export class FileView {
         this.#forget(lease);
         logger.info({ leaseId: lease.id, holder: lease.terms?.holder }, "discovery: removed what a dead process left");
       }
-      const closed = new Set(await folder.closedIds());
-      for (const id of this.#tombstones.keys()) if (!closed.has(id)) this.#tombstones.delete(id);
-      for (const id of closed) {
-        const seenMs = this.#tombstones.get(id);
+      const leftover = new Set(await folder.closedIds());
+      for (const id of (await folder.beats()).keys()) if (!this.#leases.has(id)) leftover.add(id);
+      for (const id of this.#leftoverSeenMs.keys()) if (!leftover.has(id)) this.#leftoverSeenMs.delete(id);
+      for (const id of leftover) {
+        const seenMs = this.#leftoverSeenMs.get(id);
         if (seenMs === undefined) {
-          if (this.#tombstones.size < MAX_LEASES) this.#tombstones.set(id, nowMs);
-        } else if (nowMs - seenMs >= TOMBSTONE_MS && sweeps++ < MAX_SWEEPS_PER_LOOK) {
-          await folder.removeTombstone(id);
+          if (this.#leftoverSeenMs.size < MAX_LEASES) this.#leftoverSeenMs.set(id, nowMs);
+        } else if (nowMs - seenMs >= LEFTOVER_MS && sweeps++ < MAX_SWEEPS_PER_LOOK) {
+          await folder.removeLeftover(id);
         }
       }
     } catch (error) {

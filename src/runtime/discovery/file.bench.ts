@@ -31,7 +31,9 @@ async function hold(root: string, leaseCount: number): Promise<void> {
   }
   process.stdout.write("ready\n");
   const seconds = 10;
-  process.stdout.write(`holder: ${(await cpuPercent(() => wait(seconds * 1_000))).toFixed(2)} % of a core to renew all leases\n`);
+  process.stdout.write(
+    `holder: ${(await cpuPercent(() => wait(seconds * 1_000))).toFixed(2)} % of a core to renew all leases\n`,
+  );
   process.stdin.resume();
 }
 
@@ -70,7 +72,10 @@ async function measure(leaseCount: number, seconds: number): Promise<void> {
       writeMs.push(putMs - beforeMs);
       seenMs.push(performance.now() - putMs);
     }
-    for (const [what, times] of [["put", writeMs], ["put to seen", seenMs]] as const) {
+    for (const [what, times] of [
+      ["put", writeMs],
+      ["put to seen", seenMs],
+    ] as const) {
       times.sort((a, b) => a - b);
       console.log(`${what}: median ${times[25]!.toFixed(1)} ms, worst ${times[49]!.toFixed(1)} ms`);
     }

@@ -6,6 +6,7 @@ import { chmod, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, symlink, wr
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, it } from "node:test";
+import { DynamoError } from "../../errors/index.ts";
 import { createLogger, type Logger } from "../../observability/index.ts";
 import { ManualClock } from "../../std/index.ts";
 import type { JsonValue } from "./base.ts";
@@ -138,7 +139,7 @@ describe("file discovery: a holder that dies", () => {
         await watcher.watch("", seen.listener);
         assert.deepEqual(seen.values, { "v1/a": { pid: child.pid! }, "v1/b": { pid: child.pid! } });
         await kill(child);
-          await seen.becomes({});
+        await seen.becomes({});
         assert.ok(existsSync(b.leasePath(leaseId)), "its files stay for the others to judge by");
       } finally {
         await kill(child);
@@ -290,8 +291,10 @@ describe("file discovery: what the dead leave", () => {
       await pass(b.clock, 4_000);
       assert.ok(!existsSync(b.leasePath(leaseId)));
       assert.deepEqual(await readdir(join(b.root, "closed", leaseId)), []);
+      await writeFile(join(b.root, "beats", "0123456789abcdef.7"), "");
       await pass(b.clock, 34_000);
       assert.deepEqual(await readdir(join(b.root, "closed")), []);
+      assert.deepEqual(await readdir(join(b.root, "beats")), []);
     }),
   );
 
@@ -516,17 +519,15 @@ describe("file discovery: a store that goes away", () => {
   );
 
   it(
-    "a full disk shows in health, and the lease is lost after a TTL without a renewal",
-    linuxOnly,
+    "a store that cannot be written shows in health, and the lease is lost after a TTL without a renewal",
     bench(async (b) => {
       const discovery = b.open();
       const lease = await discovery.openLease({ ttlMs: 4_000 });
       await lease.put("v1/a", 1);
-      const path = b.leasePath(lease.id, "beat");
-      await rm(path);
-      await symlink("/dev/full", path);
+      await rm(join(b.root, "beats"), { recursive: true });
+      await writeFile(join(b.root, "beats"), "in the way");
       await pass(b.clock, 1_000);
-      assert.match(discovery.health().detail ?? "", /ENOSPC/);
+      assert.match(discovery.health().detail ?? "", /EEXIST/);
       const early = await Promise.race([lease.lost.then(() => "lost"), Promise.resolve("held")]);
       assert.equal(early, "held");
       for (let i = 0; i < 4; i++) {
@@ -535,25 +536,46 @@ describe("file discovery: a store that goes away", () => {
       }
       await lease.lost;
       await assert.rejects(lease.put("v1/a", 2), rejectsWith("lease-lost"));
+      assert.equal(b.logged("not renewed"), 1);
     }),
   );
 
   it(
-    "a disk that has room again in time saves the lease",
+    "a store that can be written again in time saves the lease",
+    bench(async (b) => {
+      const discovery = b.open();
+      const lease = await discovery.openLease({ ttlMs: 4_000 });
+      await lease.put("v1/a", 1);
+      const beats = join(b.root, "beats");
+      await rename(beats, `${beats}.aside`);
+      await writeFile(beats, "in the way");
+      await pass(b.clock, 2_000);
+      assert.equal(discovery.health().healthy, false);
+      await rm(beats);
+      await rename(`${beats}.aside`, beats);
+      await pass(b.clock, 1_000);
+      assert.deepEqual(discovery.health(), { healthy: true });
+      await lease.put("v1/a", 2);
+    }),
+  );
+
+  it(
+    "a full disk refuses a put, and keeps the lease and what it held before",
     linuxOnly,
     bench(async (b) => {
       const discovery = b.open();
       const lease = await discovery.openLease({ ttlMs: 4_000 });
       await lease.put("v1/a", 1);
-      const path = b.leasePath(lease.id, "beat");
-      await rename(path, `${path}.aside`);
-      await symlink("/dev/full", path);
-      await pass(b.clock, 2_000);
-      assert.equal(discovery.health().healthy, false);
-      await rename(`${path}.aside`, path);
-      await pass(b.clock, 1_000);
-      assert.deepEqual(discovery.health(), { healthy: true });
-      await lease.put("v1/a", 2);
+      await rm(join(b.root, "changes"));
+      await symlink("/dev/full", join(b.root, "changes"));
+      await assert.rejects(lease.put("v1/b", 2), (error: unknown) => {
+        assert.ok(error instanceof DynamoError);
+        assert.equal(error.reason, "discovery-unavailable");
+        assert.match(error.diagnostic ?? "", /ENOSPC/);
+        return true;
+      });
+      await pass(b.clock, 5_000);
+      assert.equal(valuesOf(await b.open().list(""))["v1/a"], 1);
     }),
   );
 });
@@ -565,7 +587,8 @@ describe("file discovery: the folder", () => {
       const lease = await b.open().openLease();
       await lease.put("v1/a", 1);
       const modeOf = async (...path: string[]): Promise<number> => (await stat(join(b.root, ...path))).mode & 0o777;
-      for (const path of [[], ["leases"], ["closed"], ["leases", lease.id]]) assert.equal(await modeOf(...path), 0o700);
+      for (const path of [[], ["beats"], ["leases"], ["closed"], ["leases", lease.id]])
+        assert.equal(await modeOf(...path), 0o700);
       assert.equal(await modeOf("changes"), 0o600);
       for (const name of await readdir(b.leasePath(lease.id)))
         assert.equal(await modeOf("leases", lease.id, name), 0o600);
@@ -593,26 +616,22 @@ describe("file discovery: the folder", () => {
         await other.put("v1/a", i);
       }
       await pass(holderClock, 2_500);
-      assert.deepEqual((await readdir(b.leasePath(lease.id))).sort(), ["beat", "lease"]);
-      assert.equal((await readdir(b.leasePath(other.id))).length, 3);
+      assert.deepEqual(await readdir(b.leasePath(lease.id)), ["lease"]);
+      assert.equal((await readdir(b.leasePath(other.id))).length, 2);
     }),
   );
 
   it(
-    "keeps its heartbeat and change files short over a long life",
+    "keeps its change log short over a long life, and its watchers miss nothing when it starts over",
     bench(async (b) => {
-      const discovery = b.open();
-      const lease = await discovery.openLease({ ttlMs: 500 });
+      const lease = await b.open().openLease();
       const seen = new ChangeRecorder();
       await b.openInRealTime().watch("", seen.listener);
-      await writeFile(b.leasePath(lease.id, "beat"), Buffer.alloc(4_095, 0x2e));
       await writeFile(join(b.root, "changes"), "0123456789abcdef\n".repeat(3_855));
       for (let i: JsonValue = 0; i < 4; i++) {
         await lease.put("v1/a", i);
         await seen.becomes({ "v1/a": i });
-        await pass(b.clock, 200);
       }
-      assert.ok((await stat(b.leasePath(lease.id, "beat"))).size < 100);
       assert.ok((await stat(join(b.root, "changes"))).size < 200);
     }),
   );
@@ -627,6 +646,7 @@ describe("file discovery: the folder", () => {
       await discovery.close();
       assert.equal(b.clock.pendingTimerCount, 0);
       assert.deepEqual(await readdir(join(b.root, "leases")), []);
+      assert.deepEqual(await readdir(join(b.root, "beats")), []);
       assert.deepEqual(await readdir(join(b.root, "closed", lease.id)), []);
     }),
   );

@@ -1,6 +1,6 @@
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { mkdir, open, readdir, rename, rm, rmdir, stat, unlink, type FileHandle } from "node:fs/promises";
+import { mkdir, open, readdir, rename, rm, stat, unlink, type FileHandle } from "node:fs/promises";
 import { join } from "node:path";
 import { DynamoError } from "../../errors/index.ts";
 import { isLeaseId } from "./store-key.ts";
@@ -10,9 +10,9 @@ import { isLeaseId } from "./store-key.ts";
  *
  *     root/                        0700: whoever writes here registers workers
  *       changes                    a log of the ids of changed leases, 17 bytes each: tells pollers where to look
+ *       beats/<leaseId>.<count>    empty; the name is the heartbeat, renamed at each renewal: one directory read tells all
  *       leases/<leaseId>/
  *         lease                    who holds it and for how long; written once
- *         beat                     its size is the heartbeat: one byte more per renewal
  *         <key hash>.<version>     one key; immutable: a new value is a new version, the old file goes
  *         <...>.superseded         left for the holder when another lease took the key over
  *         *.tmp                    being written
@@ -32,6 +32,7 @@ export interface FileStamp {
   readonly modifiedMs: number;
 }
 
+const BEAT_NAME = /^([0-9a-f]{16})\.(\d{1,15})$/;
 const ENTRY_NAME = /^([0-9a-f]{32})\.([1-9]\d{0,14})$/;
 const SUPERSEDED = ".superseded";
 const FILE_MODE = 0o600;
@@ -39,8 +40,6 @@ const FOLDER_MODE = 0o700;
 export const CHANGE_RECORD_BYTES = 17;
 /** At this size the log starts over; whoever was behind reads everything once. */
 const MAX_CHANGE_LOG_BYTES = 64 * 1024;
-/** And the heartbeat file, whose every change counts. */
-const MAX_BEAT_BYTES = 4096;
 
 export function hashKey(key: string): string {
   return createHash("sha256").update(key).digest("hex").slice(0, 32);
@@ -72,12 +71,14 @@ export function unavailable(what: string, cause: unknown): DynamoError {
 
 export class StoreFolder {
   readonly root: string;
+  readonly #beats: string;
   readonly #leases: string;
   readonly #closed: string;
   readonly #changes: string;
 
   constructor(root: string) {
     this.root = root;
+    this.#beats = join(root, "beats");
     this.#leases = join(root, "leases");
     this.#closed = join(root, "closed");
     this.#changes = join(root, "changes");
@@ -96,6 +97,7 @@ export class StoreFolder {
         },
       );
     }
+    await mkdir(this.#beats, { recursive: true, mode: FOLDER_MODE });
     await mkdir(this.#leases, { recursive: true, mode: FOLDER_MODE });
     await mkdir(this.#closed, { recursive: true, mode: FOLDER_MODE });
   }
@@ -125,9 +127,16 @@ export class StoreFolder {
     return missingAsUndefined(readdir(join(this.#leases, leaseId)));
   }
 
-  /** Changes whenever the holder renews; undefined when the folder or its heartbeat is gone. */
-  async pulse(leaseId: string): Promise<number | undefined> {
-    return (await missingAsUndefined(stat(join(this.#leases, leaseId, "beat"))))?.size;
+  /** Heartbeat counts by lease id. Throws when they cannot be read: no heartbeat seen is not silence then. */
+  async beats(): Promise<Map<string, number>> {
+    const counts = new Map<string, number>();
+    for (const name of await readdir(this.#beats)) {
+      const match = BEAT_NAME.exec(name);
+      if (match === null) continue;
+      const count = Number(match[2]);
+      if (count > (counts.get(match[1]!) ?? -1)) counts.set(match[1]!, count);
+    }
+    return counts;
   }
 
   async stamp(leaseId: string, name: string): Promise<FileStamp | undefined> {
@@ -231,22 +240,24 @@ export class StoreFolder {
     return (await this.stamp(leaseId, name + SUPERSEDED)) !== undefined;
   }
 
-  async createBeat(leaseId: string): Promise<void> {
-    const file = await open(join(this.#leases, leaseId, "beat"), "a", FILE_MODE);
+  async createBeat(leaseId: string, count: number): Promise<void> {
+    const file = await open(join(this.#beats, `${leaseId}.${count}`), "a", FILE_MODE);
     await file.close();
   }
 
-  /** One heartbeat. False when the file is gone: it is not made anew here, for that is how a deleted folder shows. */
-  async beat(leaseId: string): Promise<boolean> {
-    const flags = constants.O_WRONLY | constants.O_APPEND | constants.O_NONBLOCK;
-    const file = await missingAsUndefined(open(join(this.#leases, leaseId, "beat"), flags));
-    if (file === undefined) return false;
-    try {
-      if ((await file.stat()).size >= MAX_BEAT_BYTES) await file.truncate(0);
-      else await file.write(".");
-      return true;
-    } finally {
-      await file.close();
+  /**
+   * One heartbeat, from `count` to the next. Needs no room on the disk. False when the last one is gone: it is not made
+   * anew here, for that is how a deleted store or a revoked lease shows.
+   */
+  async beat(leaseId: string, count: number): Promise<boolean> {
+    const path = join(this.#beats, leaseId);
+    return (await missingAsUndefined(rename(`${path}.${count}`, `${path}.${count + 1}`).then(() => true))) ?? false;
+  }
+
+  /** All of a lease's; there is one, unless somebody meddled. */
+  async removeBeats(leaseId: string): Promise<void> {
+    for (const name of (await missingAsUndefined(readdir(this.#beats))) ?? []) {
+      if (name.startsWith(leaseId)) await missingAsUndefined(unlink(join(this.#beats, name)));
     }
   }
 
@@ -262,27 +273,25 @@ export class StoreFolder {
     }
   }
 
-  /** Ends a lease in one step for all readers, then frees its files. The empty tombstone stays for `removeTombstone`. */
+  /** Ends a lease in one step for all readers, then frees its files. The empty tombstone stays for `removeLeftover`. */
   async closeLease(leaseId: string): Promise<void> {
     const tombstone = join(this.#closed, leaseId);
     const folder = join(this.#leases, leaseId);
     // A store that somebody deleted is not made anew by those who leave it.
-    if ((await missingAsUndefined(stat(folder))) === undefined) return;
-    await mkdir(this.#closed, { recursive: true, mode: FOLDER_MODE });
-    await missingAsUndefined(rename(folder, tombstone));
-    for (const name of (await missingAsUndefined(readdir(tombstone))) ?? []) {
-      await rm(join(tombstone, name), { force: true, recursive: true });
+    if ((await missingAsUndefined(stat(folder))) !== undefined) {
+      await mkdir(this.#closed, { recursive: true, mode: FOLDER_MODE });
+      await missingAsUndefined(rename(folder, tombstone));
+      for (const name of (await missingAsUndefined(readdir(tombstone))) ?? []) {
+        await rm(join(tombstone, name), { force: true, recursive: true });
+      }
     }
+    await this.removeBeats(leaseId);
   }
 
-  async removeTombstone(leaseId: string): Promise<void> {
-    const tombstone = join(this.#closed, leaseId);
-    try {
-      await rmdir(tombstone);
-    } catch (error) {
-      if (isMissing(error)) return;
-      await rm(tombstone, { force: true, recursive: true });
-    }
+  /** A tombstone that everybody has seen, or the heartbeat of a lease that is not there. */
+  async removeLeftover(leaseId: string): Promise<void> {
+    await this.removeBeats(leaseId);
+    await rm(join(this.#closed, leaseId), { force: true, recursive: true });
   }
 
   /** For people and diagnostics. */

@@ -33,7 +33,6 @@ export function socketOptions(zmq: Zmq, isIpv6: boolean) {
     context: zmq.context,
     ipv6: isIpv6,
     linger: 0,
-    sendTimeout: 0,
     /** A larger frame ends the connection inside the library, before it is in memory. */
     maxMessageSize: MAX_PAYLOAD_BYTES,
     reconnectInterval: 100,

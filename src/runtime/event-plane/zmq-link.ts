@@ -134,7 +134,8 @@ export class ZmqLink {
 
   #openDealer(): Dealer {
     if (this.#dealer !== undefined) return this.#dealer;
-    const dealer = new this.#zmq.library.Dealer(socketOptions(this.#zmq, this.#replayAddress.includes("[")));
+    const options = socketOptions(this.#zmq, this.#replayAddress.includes("["));
+    const dealer = new this.#zmq.library.Dealer({ ...options, sendTimeout: 0 });
     this.#dealer = dealer;
     dealer.connect(this.#replayAddress);
     void this.#readAnswers(dealer);

@@ -58,12 +58,13 @@ export class ZmqPublishers {
     const options = socketOptions(zmq, host.includes(":"));
     const events = new zmq.library.XPublisher({
       ...options,
+      sendTimeout: 0,
       sendHighWaterMark: queueEvents,
       // Each subscription is reported, a repeated one too: that is how a subscriber asks for a beacon.
       verbosity: "allSubs",
     });
     // Mandatory: an answer that cannot be sent is an error here, which is dropped, instead of silence.
-    const replay = new zmq.library.Router({ ...options, mandatory: true, sendHighWaterMark: 1_000 });
+    const replay = new zmq.library.Router({ ...options, sendTimeout: 0, mandatory: true, sendHighWaterMark: 1_000 });
     try {
       await events.bind(`tcp://${bracketed(host)}:*`);
       await replay.bind(`tcp://${bracketed(host)}:*`);

@@ -283,14 +283,16 @@ class ZmqSubscription implements EventSubscription {
 
   /** Records come from other processes: a bad one is counted, logged and left out. */
   #tryLink(record: PublisherRecord): ZmqLink | undefined {
+    let err: unknown;
     try {
       if (isPublisherRecord(record)) return this.#acquireLink(record);
-    } catch {
+    } catch (thrown) {
       // The library does not take the address: the same as a record that we do not take.
+      err = thrown;
     }
     this.#context.statistics.malformed++;
     this.#context.logger.warn(
-      { topic: this.#topic, publisher_id: record.publisherId, address: record.address },
+      { err, topic: this.#topic, publisher_id: record.publisherId, address: record.address },
       "event plane: publisher record ignored, its id or address is not valid",
     );
     return undefined;

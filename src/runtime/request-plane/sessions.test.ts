@@ -9,6 +9,7 @@ import { openStream, type ClientCore } from "./client-stream.ts";
 import { FRAME, FrameDecoder, serverFrames } from "./frame.ts";
 import { DEFAULT_LIMITS } from "./limits.ts";
 import type { Link } from "./link.ts";
+import type { ServerStream } from "./base.ts";
 import { Outbox } from "./outbox.ts";
 import { ENDPOINT, Recorder, assertReason } from "./request-plane.battery.ts";
 import { ServerCore } from "./server-core.ts";
@@ -20,6 +21,7 @@ class BareLink implements Link {
   readonly inFlightBytes = 0;
   dirty = false;
   requestFlush(): void {}
+  flushOutbox(): void {}
   drop(): void {}
 }
 
@@ -132,7 +134,20 @@ test("sessions: garbage in any frame is refused with malformed-frame or ignored,
 });
 
 test("server session: a live stream id cannot be opened twice, credit cannot exceed the window", () => {
-  const { session, core } = aServer();
+  const clock = new ManualClock();
+  const link = new BareLink();
+  const core = new ServerCore({
+    clock,
+    wheel: new TimerWheel({ clock }),
+    limits: DEFAULT_LIMITS,
+    logger: silentLogger,
+  });
+  const session = new ServerSession(core, link);
+  let stream: ServerStream | undefined;
+  core.serve(ENDPOINT, (opened) => {
+    stream = opened;
+    return { onCancel: () => undefined };
+  });
   const outbox = new Outbox();
   const fields = { wireId: 9, timeoutMs: 1_000, windowBytes: 100, endpoint: ENDPOINT, requestId: "r", traceparent: "" };
   outbox.open(fields, Buffer.alloc(0));
@@ -144,7 +159,9 @@ test("server session: a live stream id cannot be opened twice, credit cannot exc
   outbox.credit(1_234, 5);
   const creditBody = outbox.take().subarray(5);
   session.onFrame(FRAME.credit, creditBody, 0, creditBody.length);
-  assert.equal(core.activeStreamCount, 1);
+  for (let i = 0; i < 5; i++) stream!.write(Buffer.alloc(60));
+  assert.equal(link.outbox.byteLength, 5 + 2 * (8 + 60), "two items use up the window of 100, the others wait");
   session.lost(new DynamoError("client-gone", "gone"));
   assert.equal(core.activeStreamCount, 0);
+  assert.equal(core.parkedBytes, 0);
 });
