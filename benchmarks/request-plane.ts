@@ -9,11 +9,12 @@ import { TcpRequestPlane } from "../src/runtime/request-plane/index.ts";
  * of the same size with the same writes: 1, 16 or 64 items of 200 bytes per flush, each for another stream. The figure to
  * trust is CPU time per item (the kernel's accounting of each process), as both processes share the machine with its other
  * work; the ratio to the bare socket is the price of streams, credits and routing. Both send as fast as the reader
- * acknowledges: at most 4 MiB are on the way. Then requests: open, one item, end, a hundred at a time.
+ * acknowledges, so every flush is a real write. Then requests: open, one item, end, a hundred at a time.
  */
 const ITEM_BYTES = 200;
-const ON_THE_WAY_BYTES = 4 * 1024 * 1024;
-const ACK_BYTES = 512 * 1024;
+/** Below what the kernel buffers, so that every flush is a write of its own on both sides of the comparison. */
+const ON_THE_WAY_BYTES = 512 * 1024;
+const ACK_BYTES = 64 * 1024;
 const FLUSHES_PER_TURN = 64;
 const ROUNDS = 5;
 const ITEMS_PER_FLUSH = [1, 16, 64];

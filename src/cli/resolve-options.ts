@@ -78,9 +78,10 @@ function readFlags(
   warnings: string[],
 ): { given: Map<OptionName, Given>; positionals: string[] } {
   const given = new Map<OptionName, Given>();
-  const { tokens } = parseArgs({ args: [...input.argv], options: parserOptions(), strict: false, tokens: true });
-  const positionals: string[] = [];
   const all = knownFlags();
+  const args = withoutEmptyFlags(input.argv, all, mistakes);
+  const { tokens } = parseArgs({ args, options: parserOptions(), strict: false, tokens: true });
+  const positionals: string[] = [];
   // Where the value of an unknown flag would stand: one mistake, not two.
   let skipIndex = -1;
   for (const token of tokens) {
@@ -103,16 +104,29 @@ function readFlags(
     const text = fixedValue ?? token.value;
     if (fixedValue !== undefined && token.value !== undefined)
       mistakes.push(`${shown}: takes no value, got ${token.value}`);
-    else if (text === undefined || (!token.inlineValue && text.startsWith("--"))) {
-      mistakes.push(`${shown}: expected ${expectation(specOf(name))}, got nothing`);
-      // The word was meant as a flag of its own; it is not parsed again, so say so at once.
-      if (text !== undefined) mistakes.push(`${text}: stands where the value of ${shown} belongs`);
-    } else if (isSecret(specOf(name)))
+    else if (text === undefined) mistakes.push(nothingGiven(shown, name));
+    else if (isSecret(specOf(name)))
       mistakes.push(`${shown}: set ${specOf(name).env} instead; a command line is public`);
     else if (given.has(name)) mistakes.push(`${shown}: given twice`);
     else given.set(name, { text, where: shown, source: "flag" });
   }
   return { given, positionals };
+}
+
+/** The parser would take `--http-port` for the value in `--http-host --http-port 1`; such a flag is taken out first. */
+function withoutEmptyFlags(argv: readonly string[], all: ReadonlyMap<string, KnownFlag>, mistakes: string[]): string[] {
+  return argv.filter((word, index) => {
+    const flag = word.startsWith("--") ? all.get(word.slice(2)) : undefined;
+    if (flag === undefined || flag.fixedValue !== undefined) return true;
+    const next = argv[index + 1];
+    if (next !== undefined && !next.startsWith("--")) return true;
+    mistakes.push(nothingGiven(word, flag.name));
+    return false;
+  });
+}
+
+function nothingGiven(shown: string, name: OptionName): string {
+  return `${shown}: expected ${expectation(specOf(name))}, got nothing`;
 }
 
 interface KnownFlag {

@@ -1,6 +1,6 @@
 /**
  * Every reason a request or a command can fail for, each in one class. `docs/errors.md` lists the same entries; a test
- * compares both. A class decides the HTTP status (frontend/openai/error-body.ts); a reason is stable and is what crosses
+ * compares both. A class decides the HTTP status (frontend/openai/errors.ts); a reason is stable and is what crosses
  * the wire between processes. To add one: add it here and to the page.
  */
 export type ErrorClass =

@@ -1,10 +1,11 @@
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
+import { packageVersion } from "../std/index.ts";
 import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
 import type { FrontendConfig } from "./config.ts";
 import { HttpServer, type Exchange, type Route } from "./http/index.ts";
 import { ModelRegistry } from "./model-registry.ts";
-import { openApiDocument } from "./openai/index.ts";
+import { openApiRoute } from "./openai/index.ts";
 import { Pipeline } from "./pipeline.ts";
 
 export interface RunningFrontend extends RunningRole {
@@ -26,7 +27,7 @@ export async function startFrontend(config: FrontendConfig, planes: Planes, sign
       host: config.httpHost,
       port: config.httpPort,
       limits: config.limits,
-      routes: routes({ planes, models, pipeline, isDraining: () => draining }),
+      routes: routes({ config, planes, models, pipeline, isDraining: () => draining }),
       logger: planes.logger,
       clock: planes.clock,
       metrics: planes.metrics,
@@ -51,6 +52,7 @@ export async function startFrontend(config: FrontendConfig, planes: Planes, sign
 }
 
 interface RouteContext {
+  readonly config: FrontendConfig;
   readonly planes: Planes;
   readonly models: ModelRegistry;
   readonly pipeline: Pipeline;
@@ -73,7 +75,7 @@ function routes(context: RouteContext): Route[] {
       handle: async (exchange) => 
         exchange.text(200, await planes.metrics.render(), { "content-type": "text/plain; version=0.0.4; charset=utf-8" }),
     },
-    { method: "GET", path: "/openapi.json", family: "plain", handle: (exchange) => exchange.json(200, openApiDocument()) },
+    openApiRoute(context.config.limits, packageVersion()),
   ];
 }
 

@@ -193,9 +193,7 @@ function authorizationFor(indexUrl: string, fileUrl: string): Record<string, str
 /** One clause for people: fetch errors hide the reason in `cause` or in an empty AggregateError. */
 export function describe(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
-  const code = (error as { code?: unknown }).code;
   const inner = error instanceof AggregateError ? (error.errors as unknown[])[0] : error.cause;
-  const text =
-    error.message !== "" ? error.message : inner === undefined ? String(code ?? error.name) : describe(inner);
+  const text = error.message === "" ? describe(inner ?? error.name) : error.message;
   return text.split("\n")[0]!;
 }

@@ -4,3 +4,4 @@ export * from "./clock.ts";
 export * from "./random.ts";
 export * from "./timer-wheel.ts";
 export * from "./wasm-assembler.ts";
+export * from "./version.ts";

@@ -353,6 +353,40 @@ test("engine loop: prompt logprobs cover every prompt token but the first, and s
   harness.checkIdle();
 });
 
+test("engine loop: prompt logprobs survive a preemption in the middle of the prompt", () => {
+  const harness = new Harness({ totalBlocks: 12, contextLength: 48, extraLogitRows: 2 });
+  harness.submit(1, aRequest(range(4, 50), { maxTokens: 40 }));
+  harness.submit(2, aRequest(range(3, 9), { maxTokens: 30 }));
+  harness.step();
+  harness.submit(3, aRequest(range(26), { promptLogprobs: true, topLogprobs: 1, maxTokens: 2 }));
+  harness.run();
+  assert(harness.loop.load().preemptions > 0);
+  assert.deepEqual(
+    harness.streams.get(3)!.promptLogprobs.map((record) => record.topIds[0]),
+    range(25).map((_, i) => FakeModel.continuation(range(i + 1), 1)[0]),
+  );
+});
+
+test("engine loop: prompts that do not fit together run one after the other, without preemption", () => {
+  const harness = new Harness({ totalBlocks: 12, contextLength: 48 });
+  for (let id = 0; id < 3; id++) harness.submit(id, aRequest(range(32, id * 11), { maxTokens: 4 }));
+  harness.run();
+  assert.equal(harness.loop.load().preemptions, 0);
+  assert.deepEqual(harness.order, [0, 1, 2]);
+  harness.checkIdle();
+});
+
+test("engine loop: a sequence leaves room for the next block of those that run", () => {
+  const harness = new Harness({ totalBlocks: 12, contextLength: 48 });
+  harness.submit(1, aRequest(range(4), { maxTokens: 12 }));
+  harness.step();
+  // Its 11 blocks and the one in use are all there are, but the first stream is about to need one more.
+  harness.submit(2, aRequest(range(42, 5), { maxTokens: 2 }));
+  harness.run();
+  assert.equal(harness.loop.load().preemptions, 0);
+  assert.deepEqual(harness.order, [1, 2]);
+});
+
 test("engine loop: exported blocks continue in another engine as if computed there", () => {
   const source = new Harness();
   source.submit(1, aRequest(range(23)));

@@ -1,5 +1,4 @@
 import assert from "node:assert/strict";
-import { once } from "node:events";
 import { Worker } from "node:worker_threads";
 import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
@@ -95,7 +94,7 @@ export class LlamaEngine implements Engine {
     };
     const thread = new Worker(this.#threadUrl, { workerData, name: "llama" });
     this.#thread = thread;
-    this.#threadGone = once(thread, "exit");
+    this.#threadGone = new Promise((resolve) => thread.once("exit", resolve));
     thread.on("message", (report: Report) => this.#onReport(report));
     // Both are followed by `exit`; a thread that ends in order reports `ended` before.
     thread.on("error", (cause) => this.#onEnded(threadError("the engine's thread failed", cause)));

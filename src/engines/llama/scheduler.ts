@@ -43,7 +43,6 @@ export class Scheduler<S extends Sequence> {
   // Left in the step that is being planned.
   #tokenBudget = 0;
   #rowBudget = 0;
-  #preemptedInStep = false;
 
   constructor(cache: BlockCache, options: SchedulerOptions) {
     assert(options.maxBatchedTokens >= options.maxSequences, "a batch holds at least one token per sequence");
@@ -79,14 +78,12 @@ export class Scheduler<S extends Sequence> {
     const { running } = this;
     this.#planned.length = 0;
     this.oversized.length = 0;
-    this.#preemptedInStep = false;
     this.#rowBudget = this.#options.extraLogitRows;
     this.#tokenBudget = this.#options.maxBatchedTokens;
     for (const sequence of running) if (sequence.remainingCount === 1) this.#tokenBudget--;
     // Only the last one can leave while its turn is planned, and those behind it while others' are.
     for (let i = 0; i < running.length; i++) this.#planRunning(running[i]!);
-    // Blocks that a preemption freed belong to those that still run.
-    if (!this.#preemptedInStep) this.#admit();
+    this.#admit();
     this.#orderPlanned();
     return this.#planned;
   }
@@ -230,7 +227,6 @@ export class Scheduler<S extends Sequence> {
 
   #preempt(sequence: S): void {
     this.preemptions++;
-    this.#preemptedInStep = true;
     takeOut(this.running, sequence);
     this.#stop(sequence);
     insertInOrder(this.waiting, sequence);

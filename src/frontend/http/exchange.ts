@@ -14,6 +14,8 @@ export interface ExchangeOwner {
   readonly responseBufferBytes: number;
   /** Set while the server drains: answers ask the client to close the connection. */
   readonly closing: boolean;
+  /** A callback of the handler threw, outside of the handler. */
+  onCallbackFailed(exchange: Exchange, thrown: unknown): void;
 }
 
 /**
@@ -129,6 +131,7 @@ export class Exchange {
       chunked: this.#request.httpVersionMinor >= 1,
       onOverflow: () => this.#cutOff(),
       onEnd: () => (this.#state = "answered"),
+      onDefect: (thrown) => this.#owner.onCallbackFailed(this, thrown),
     }));
   }
 
@@ -159,7 +162,11 @@ export class Exchange {
     this.#sse?.abandon();
     const onGone = this.onGone;
     this.onGone = undefined;
-    onGone?.(reason);
+    try {
+      onGone?.(reason);
+    } catch (thrown) {
+      this.#owner.onCallbackFailed(this, thrown);
+    }
   }
 
   #headers(contentType: string, more: readonly string[]): string[] {

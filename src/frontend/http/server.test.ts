@@ -433,6 +433,36 @@ test("http: onGone is called once when the client leaves, before or in the middl
   }
 });
 
+test("http: callbacks that throw are logged and cost their own connection only", async (t) => {
+  const lines: string[] = [];
+  const logger = createLogger({ level: "info", format: "jsonl", write: (line) => lines.push(line) });
+  const held = heldRoute();
+  const { port } = await startServer(t, [health, held.route], { logger, limits: { responseBufferBytes: 64 << 20 } });
+  const leaving = await RawClient.open(t, port);
+  leaving.post("/v1/held", "{}");
+  const exchange = await held.next(1);
+  exchange.onGone = () => {
+    throw new Error("defect in onGone");
+  };
+  leaving.socket.destroy();
+  const slow = await RawClient.open(t, port);
+  slow.post("/v1/held", "{}");
+  const sse = (await held.next(2)).sse();
+  sse.onDrained = () => {
+    throw new Error("defect in onDrained");
+  };
+  slow.socket.pause();
+  for (let i = 0; i < 16; i++) {
+    sse.push("x".repeat(1 << 20), true);
+    sse.flush();
+  }
+  slow.socket.resume();
+  await slow.untilClosed();
+  assert.equal((await (await RawClient.open(t, port)).get("/health").answer()).status, 200);
+  assert.match(lines[0]!, /a callback failed.*defect in onGone|defect in onGone.*a callback failed/);
+  assert.match(lines[1]!, /defect in onDrained/);
+});
+
 test("http: onGone is not called when the answer was complete", async (t) => {
   const held = heldRoute();
   const { port } = await startServer(t, [held.route]);
@@ -445,6 +475,29 @@ test("http: onGone is not called when the answer was complete", async (t) => {
   client.socket.destroy();
   await client.untilClosed();
   assert.throws(() => exchange.json(200, {}), /answered twice/);
+});
+
+test("http: a client that leaves a whole answer unread is cut off; a quiet stream is not", async (t) => {
+  const held = heldRoute();
+  const { port } = await startServer(t, [held.route], { stalledWriteMs: 100 });
+  const quiet = await RawClient.open(t, port);
+  quiet.post("/v1/held", "{}");
+  const stream = (await held.next(1)).sse();
+  stream.push("data: a\n\n", true);
+  stream.flush();
+  const stuck = await RawClient.open(t, port);
+  stuck.socket.pause();
+  stuck.post("/v1/held", "{}");
+  const text = "x".repeat(32 << 20);
+  (await held.next(2)).json(200, text);
+  // Longer than the limit: the paused client only learns of its end when it reads on.
+  await new Promise((resolve) => setTimeout(resolve, 300));
+  stuck.socket.resume();
+  await stuck.untilClosed();
+  assert.ok(stuck.received.length < text.length);
+  stream.push("data: b\n\n", true);
+  stream.end();
+  assert.equal((await quiet.answer()).body, "data: a\n\ndata: b\n\n");
 });
 
 test("http: HTTP/1.0 clients get unframed streams that end with the connection", async (t) => {

@@ -23,6 +23,7 @@ import { parseJsonBody } from "./json-body.ts";
  */
 export interface Route {
   readonly method: "GET" | "POST";
+  /** Exact, or a prefix ending in `/*`. */
   readonly path: string;
   readonly family: ApiFamily;
   /** @default "json" for POST, "none" for GET (a body is then discarded) */
@@ -40,6 +41,8 @@ export interface HttpServerOptions {
   readonly logger: Logger;
   readonly clock: Clock;
   readonly metrics: Metrics;
+  /** A connection with unread answer bytes and no progress for this long is closed. @default 60000 */
+  readonly stalledWriteMs?: number;
 }
 
 /** Request line plus headers: cookies and long authorization values fit several times. */
@@ -52,7 +55,6 @@ const MAX_PIPELINED = 16;
 const BODIES_IN_MEMORY = 16;
 /** Above the 60 s after which common proxies reuse a connection last, so that they close first. */
 const KEEP_ALIVE_TIMEOUT_MS = 75_000;
-/** A connection with unread answer bytes and no progress for this long is closed. */
 const STALLED_WRITE_MS = 60_000;
 /** How long a refused client may go on sending before its connection is cut. */
 const LINGER_MS = 1_000;
@@ -146,7 +148,7 @@ export class HttpServer implements ExchangeOwner {
     });
     server.maxHeadersCount = MAX_HEADERS + 1;
     server.maxConnections = limits.connections;
-    server.timeout = STALLED_WRITE_MS;
+    server.timeout = this.#options.stalledWriteMs ?? STALLED_WRITE_MS;
     server.on("connection", (socket: Socket) => this.#onConnection(socket));
     server.on("drop", () => this.#onDrop());
     server.on("request", (request, response) => this.#onRequest(request, response));
@@ -224,11 +226,20 @@ export class HttpServer implements ExchangeOwner {
     if (this.#closing) socket.destroySoon();
   }
 
+  /** Routes whose path ends in `/*`, by what comes before it. */
+  #prefixRoutes(path: string): Map<string, Route> | undefined {
+    for (const [pattern, methods] of this.#routes) {
+      if (pattern.endsWith("/*") && path.startsWith(pattern.slice(0, -1)) && path.length >= pattern.length)
+        return methods;
+    }
+    return undefined;
+  }
+
   #begin(request: IncomingMessage, response: ServerResponse, socket: Socket): void {
     const url = request.url ?? "/";
     const queryAt = url.indexOf("?");
     const path = queryAt < 0 ? url : url.slice(0, queryAt);
-    const methods = this.#routes.get(path);
+    const methods = this.#routes.get(path) ?? this.#prefixRoutes(path);
     const method = request.method === "HEAD" ? "GET" : (request.method ?? "");
     const route = methods?.get(method);
     const id = request.headers["x-request-id"];
@@ -318,11 +329,19 @@ export class HttpServer implements ExchangeOwner {
   #handle(route: Route, exchange: Exchange): void {
     try {
       const running = route.handle(exchange);
-      if (running instanceof Promise)
+      if (running instanceof Promise) {
         running.catch((thrown: unknown) => this.#onHandlerFailed(route, exchange, thrown));
+      }
     } catch (thrown) {
       this.#onHandlerFailed(route, exchange, thrown);
     }
+  }
+
+  /** For exchanges: a defect in a callback costs its own connection, not the process. */
+  onCallbackFailed(exchange: Exchange, thrown: unknown): void {
+    const { diagnostic } = toDynamoError(thrown);
+    this.#logger.error({ x_request_id: exchange.requestId, path: exchange.path, diagnostic }, "a callback failed");
+    exchange.destroy();
   }
 
   #onHandlerFailed(route: Route, exchange: Exchange, thrown: unknown): void {

@@ -21,6 +21,8 @@ export interface SseWriterOptions {
   readonly onOverflow: () => void;
   /** The answer is complete as far as its producer is concerned; bytes may still be on the way. */
   readonly onEnd: () => void;
+  /** `onDrained` threw; nobody above it could catch that. */
+  readonly onDefect: (thrown: unknown) => void;
 }
 
 const NON_ASCII = /[\u0080-\uffff]/;
@@ -39,6 +41,7 @@ export class SseWriter {
   readonly #chunked: boolean;
   readonly #onOverflow: () => void;
   readonly #onEnd: () => void;
+  readonly #onDefect: (thrown: unknown) => void;
   readonly #onWritten: () => void;
   #socket: Socket | undefined = undefined;
   #pending = "";
@@ -54,6 +57,7 @@ export class SseWriter {
     this.#chunked = options.chunked;
     this.#onOverflow = options.onOverflow;
     this.#onEnd = options.onEnd;
+    this.#onDefect = options.onDefect;
     this.#onWritten = () => this.#written();
   }
 
@@ -158,7 +162,14 @@ export class SseWriter {
     this.#watching = false;
     const socket = this.#socket;
     if (socket === undefined || socket.destroyed || this.#ended) return;
-    if (socket.writableLength > 0) this.#watch(socket);
-    else this.onDrained?.();
+    if (socket.writableLength > 0) {
+      this.#watch(socket);
+      return;
+    }
+    try {
+      this.onDrained?.();
+    } catch (thrown) {
+      this.#onDefect(thrown);
+    }
   }
 }

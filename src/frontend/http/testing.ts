@@ -16,7 +16,7 @@ export interface TestServer {
 export async function startServer(
   t: TestContext,
   routes: readonly Route[],
-  options: Partial<Pick<HttpServerOptions, "logger" | "clock">> & {
+  options: Partial<Pick<HttpServerOptions, "logger" | "clock" | "stalledWriteMs">> & {
     limits?: Partial<HttpServerOptions["limits"]>;
   } = {},
 ): Promise<TestServer> {
@@ -28,6 +28,7 @@ export async function startServer(
     logger: options.logger ?? silentLogger,
     clock: options.clock ?? systemClock,
     metrics,
+    ...(options.stalledWriteMs === undefined ? {} : { stalledWriteMs: options.stalledWriteMs }),
     limits: { ...DEFAULT_LIMITS, ...options.limits },
   });
   const { port } = await server.listen();

@@ -124,19 +124,23 @@ export const GENERATION_FIELDS: Readonly<Record<string, FieldReader<GenerationDr
   }),
 };
 
-/** One pass over the own keys of a body; refuses all unknown ones together. */
+/** One pass over the own keys of a body. Unknown fields are refused all together, and before anything else. */
 export function readFields<Draft>(
   body: unknown,
   readers: ReadonlyMap<string, FieldReader<Draft>>,
   draft: Draft,
 ): Draft {
   if (!isObject(body)) throw invalidField("body", "a JSON object", body);
-  let unknown: string[] | undefined;
-  for (const key in body) {
-    if (!readers.has(key)) (unknown ??= []).push(key);
+  try {
+    for (const key in body) {
+      const read = readers.get(key);
+      if (read === undefined) throw unknownFields([key]);
+      read(draft, body[key], key);
+    }
+  } catch (thrown) {
+    const unknown = Object.keys(body).filter((key) => !readers.has(key));
+    throw unknown.length > 0 ? unknownFields(unknown) : thrown;
   }
-  if (unknown !== undefined) throw unknownFields(unknown);
-  for (const key in body) readers.get(key)!(draft, body[key], key);
   return draft;
 }
 
@@ -166,7 +170,8 @@ export function finishOptions(draft: GenerationDraft, defaultMaxTokens: number |
 }
 
 function samplingOf(draft: GenerationDraft): SamplingOptions {
-  return {
+  const { seed, logitBias } = draft;
+  const sampling = {
     temperature: draft.temperature,
     topP: draft.topP,
     topK: draft.topK,
@@ -174,9 +179,9 @@ function samplingOf(draft: GenerationDraft): SamplingOptions {
     presencePenalty: draft.presencePenalty,
     frequencyPenalty: draft.frequencyPenalty,
     repetitionPenalty: draft.repetitionPenalty,
-    ...(draft.seed === undefined ? undefined : { seed: draft.seed }),
-    ...(draft.logitBias === undefined ? undefined : { logitBias: draft.logitBias }),
   };
+  if (seed === undefined && logitBias === undefined) return sampling;
+  return { ...sampling, ...(seed !== undefined && { seed }), ...(logitBias !== undefined && { logitBias }) };
 }
 
 export function requireModel(draft: GenerationDraft): string {

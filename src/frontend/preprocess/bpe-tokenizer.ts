@@ -16,7 +16,7 @@ import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
  * synchronous, `encodeSliced` interleaves with others because only the caches are shared.
  *
  * Text goes into code units once; scanners cut it into pieces; a piece that was seen before costs one hash look-up and no
- * string. Measured (Node 26): see `benchmarks/tokenizer.ts`. Hostile: 100,000 equal letters about 20 ms, sliced.
+ * string. Measured (Node 26): see `benchmarks/tokenizer.ts`. Hostile: 100,000 equal letters take 20 to 60 ms, in slices.
  */
 export class BpeTokenizer implements Tokenizer {
   readonly vocabularySize: number;

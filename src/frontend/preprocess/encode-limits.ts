@@ -5,10 +5,11 @@ export const ENCODE_LIMITS = {
   /** A request body is at most 16 MiB, and a unit takes at least a byte of it. */
   textUnits: 16 * 1024 * 1024,
   /**
-   * One run without a place to cut, such as a million equal letters; merging takes 40 bytes of memory per byte. Models
+   * One run without a place to cut, such as a million equal letters; merging takes 40 bytes of memory per byte, and
+   * the longest step of `encodeSliced` is proportional to it (15 ms). Models
    * without merges have no such limit.
    */
-  pieceBytes: 2 * 1024 * 1024,
+  pieceBytes: 1024 * 1024,
 } as const;
 
 export function checkTextUnits(text: string): void {

@@ -4,7 +4,8 @@ import fc from "fast-check";
 import { CACHED_UNITS_MAX, PieceCache } from "./piece-cache.ts";
 
 function unitsOf(text: string): Uint16Array {
-  return Uint16Array.from({ length: text.length }, (_, index) => text.charCodeAt(index));
+  const buffer = Buffer.from(text, "utf16le");
+  return new Uint16Array(buffer.buffer, buffer.byteOffset, text.length);
 }
 
 function find(

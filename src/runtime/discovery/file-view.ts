@@ -51,6 +51,8 @@ interface LeaseRecord {
   /** By file name; undefined is a file that could not be read: tried again at every look. */
   readonly files: Map<string, KeyFile | undefined>;
   unreadableCount: number;
+  /** Key files not read because the table is full. */
+  leftOutCount: number;
   /** Its folder is not there, without a tombstone: deleted by accident or about to be written again. */
   missing: boolean;
   /** The heartbeat's count at the last look. */
@@ -68,6 +70,8 @@ interface FileViewOptions {
   readonly logger: Logger;
   readonly own: Holder;
   readonly onChanged: (key: string, stored: StoredEntry | undefined) => void;
+  /** @default MAX_ENTRIES */
+  readonly maxEntries?: number;
 }
 
 /**
@@ -84,6 +88,7 @@ interface FileViewOptions {
  */
 export class FileView {
   readonly #options: FileViewOptions;
+  readonly #maxEntries: number;
   readonly #steps = new SerialQueue();
   readonly #leases = new Map<string, LeaseRecord>();
   /** When we first saw a tombstone, or a heartbeat without a lease. */
@@ -99,13 +104,15 @@ export class FileView {
   #tableBytes = 0;
   #unreadable: string | undefined;
   #leasesLeftOut = 0;
-  #entriesLeftOut = 0;
+  /** Readable key files that are kept. */
+  #fileCount = 0;
   /** Something that the table is made from changed. */
   #stale = true;
   #startedMs: number | undefined;
 
   constructor(options: FileViewOptions) {
     this.#options = options;
+    this.#maxEntries = options.maxEntries ?? MAX_ENTRIES;
   }
 
   /** The live entries as of the last refresh. */
@@ -120,8 +127,9 @@ export class FileView {
     if (this.#startedMs !== undefined && clock.monotonicMs() - this.#startedMs > 5_000)
       return "the store does not answer";
     if (this.#leasesLeftOut > 0) return `more than ${MAX_LEASES} leases: ${this.#leasesLeftOut} left out`;
-    if (this.#entriesLeftOut > 0) return `more than ${MAX_ENTRIES} entries: ${this.#entriesLeftOut} left out`;
-    return undefined;
+    let leftOut = 0;
+    for (const lease of this.#leases.values()) leftOut += lease.leftOutCount;
+    return leftOut === 0 ? undefined : `more than ${this.#maxEntries} entries: ${leftOut} left out`;
   }
 
   /**
@@ -243,6 +251,7 @@ export class FileView {
         terms: undefined,
         files: new Map(),
         unreadableCount: 0,
+        leftOutCount: 0,
         missing: false,
         beat: undefined,
         silentMs: 0,
@@ -271,31 +280,43 @@ export class FileView {
 
   async #readKeys(lease: LeaseRecord, names: readonly string[]): Promise<void> {
     const { folder, logger } = this.#options;
-    const there = new Set<string>();
-    lease.unreadableCount = 0;
+    const there = new Map<string, EntryName>();
     for (const name of names) {
-      const parsed = parseEntryName(name);
-      if (parsed === undefined || there.size >= MAX_KEYS_PER_LEASE) continue;
-      there.add(name);
+      const parsed = there.size < MAX_KEYS_PER_LEASE ? parseEntryName(name) : undefined;
+      if (parsed !== undefined) there.set(name, parsed);
+    }
+    // What went makes room before what came is read.
+    for (const name of lease.files.keys()) if (!there.has(name)) this.#forgetFile(lease, name);
+    lease.unreadableCount = 0;
+    lease.leftOutCount = 0;
+    for (const [name, parsed] of there) {
       if (lease.files.get(name) !== undefined) continue; // Immutable under its name.
+      if (this.#fileCount >= this.#maxEntries || this.#tableBytes >= MAX_TABLE_BYTES) {
+        lease.leftOutCount++;
+        continue;
+      }
       const bytes = await folder.readFile(lease.id, name, MAX_ENTRY_FILE_BYTES);
       const file = bytes === undefined ? undefined : parseKeyFile(lease.id, parsed, bytes);
-      if (file !== undefined && this.#tableBytes + file.encoded.length <= MAX_TABLE_BYTES) {
+      if (file !== undefined) {
+        this.#fileCount++;
         this.#tableBytes += file.encoded.length;
         lease.files.set(name, file);
         this.#stale = true;
         continue;
       }
       lease.unreadableCount++;
-      if (lease.files.has(name)) continue; // Logged before.
+      if (bytes === undefined || lease.files.has(name)) continue; // Replaced while we read; or logged before.
       lease.files.set(name, undefined);
       logger.warn({ file: folder.pathOf(lease.id, name) }, "discovery entry is unreadable, ignored for now");
     }
-    for (const name of lease.files.keys()) if (!there.has(name)) this.#forgetFile(lease, name);
   }
 
   #forgetFile(lease: LeaseRecord, name: string): void {
-    this.#tableBytes -= lease.files.get(name)?.encoded.length ?? 0;
+    const file = lease.files.get(name);
+    if (file !== undefined) {
+      this.#fileCount--;
+      this.#tableBytes -= file.encoded.length;
+    }
     lease.files.delete(name);
     this.#stale = true;
   }
@@ -330,15 +351,13 @@ export class FileView {
   #publish(): void {
     if (!this.#stale) return;
     this.#stale = false;
-    this.#entriesLeftOut = 0;
     const winners = new Map<string, KeyFile>();
     for (const lease of this.#leases.values()) {
       if (!lease.live) continue;
       for (const file of lease.files.values()) {
         if (file === undefined) continue;
         const rival = winners.get(file.entry.key);
-        if (rival === undefined && winners.size >= MAX_ENTRIES) this.#entriesLeftOut++;
-        else if (rival === undefined || beats(file, rival)) winners.set(file.entry.key, file);
+        if (rival === undefined || beats(file, rival)) winners.set(file.entry.key, file);
       }
     }
     const before = this.#table;

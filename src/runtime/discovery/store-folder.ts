@@ -37,7 +37,8 @@ const ENTRY_NAME = /^([0-9a-f]{32})\.([1-9]\d{0,14})$/;
 const SUPERSEDED = ".superseded";
 const FILE_MODE = 0o600;
 const FOLDER_MODE = 0o700;
-export const CHANGE_RECORD_BYTES = 17;
+const NO_BYTES = Buffer.alloc(0);
+const CHANGE_RECORD_BYTES = 17;
 /** At this size the log starts over; whoever was behind reads everything once. */
 const MAX_CHANGE_LOG_BYTES = 64 * 1024;
 
@@ -145,8 +146,8 @@ export class StoreFolder {
   }
 
   /**
-   * The file's bytes; undefined when it is gone, longer than `maxBytes`, or no plain file (a named pipe would block the
-   * reader, a link could lead anywhere).
+   * The file's bytes; undefined when it is gone. Empty when it is longer than `maxBytes` or no plain file: a named pipe
+   * would block the reader, a link could lead anywhere.
    */
   async readFile(leaseId: string, name: string, maxBytes: number): Promise<Buffer | undefined> {
     const flags = constants.O_RDONLY | constants.O_NONBLOCK | constants.O_NOFOLLOW;
@@ -155,12 +156,13 @@ export class StoreFolder {
       file = await open(join(this.#leases, leaseId, name), flags);
     } catch (error) {
       const { code } = error as NodeJS.ErrnoException;
-      if (code === "ENOENT" || code === "ELOOP" || code === "ENXIO") return undefined;
+      if (code === "ENOENT") return undefined;
+      if (code === "ELOOP" || code === "ENXIO") return NO_BYTES;
       throw error;
     }
     try {
       const stats = await file.stat();
-      if (!stats.isFile() || stats.size > maxBytes) return undefined;
+      if (!stats.isFile() || stats.size > maxBytes) return NO_BYTES;
       const bytes = Buffer.allocUnsafe(stats.size);
       const { bytesRead } = await file.read(bytes, 0, stats.size, 0);
       return bytes.subarray(0, bytesRead);

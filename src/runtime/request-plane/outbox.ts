@@ -36,6 +36,8 @@ export class Outbox {
   #openAt = -1;
   #openType = 0;
   #spare: Buffer = NO_BYTES;
+  /** All of the slab that `take` gave out last. */
+  #lent: Buffer = NO_BYTES;
 
   /** Bytes that wait for the next `take`. */
   get byteLength(): number {
@@ -109,6 +111,7 @@ export class Outbox {
   take(): Buffer {
     this.#seal();
     const taken = this.#slab.subarray(0, this.#length);
+    this.#lent = this.#slab;
     this.#slab = this.#spare;
     this.#spare = NO_BYTES;
     this.#length = 0;
@@ -117,9 +120,10 @@ export class Outbox {
 
   /** A slab from `take` that nobody reads any more. */
   giveBack(taken: Buffer): void {
-    // The view may be shorter than its slab: recover all of it.
-    const slab = Buffer.from(taken.buffer, 0, taken.buffer.byteLength);
-    if (slab.length > KEPT_SLAB_BYTES) return;
+    const slab = this.#lent;
+    this.#lent = NO_BYTES;
+    // With several on loan only the last one comes back whole; the others are left to the garbage collector.
+    if (slab.buffer !== taken.buffer || slab.length > KEPT_SLAB_BYTES) return;
     if (this.#slab.length === 0) this.#slab = slab;
     else if (this.#spare.length === 0) this.#spare = slab;
   }

@@ -4,9 +4,8 @@ import { once } from "node:events";
 import { connect, createServer, type Server, type Socket } from "node:net";
 import { test } from "node:test";
 import { Metrics, createLogger, type Logger } from "../../observability/index.ts";
-import { ManualClock, systemClock, type Clock } from "../../std/index.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
 import { CLIENT_FRAMES, FRAME, FrameDecoder, HANDSHAKE_FRAMES, decodeError, encodeFrame } from "./frame.ts";
-import { Heartbeat } from "./heartbeat.ts";
 import { decodeHello, encodeHello, encodeWelcome, newNonce, proofOf } from "./hello.ts";
 import { Outbox } from "./outbox.ts";
 import { ENDPOINT, Served, assertReason, open, until } from "./request-plane.battery.ts";
@@ -334,28 +333,6 @@ faultTest("an idle connection stays open as long as both sides answer", async ({
   assert.equal(metrics.gauge("dynamo_transport_tcp_pool_active").labels("client").value, 1);
   stream.end();
   await recorder.ended();
-});
-
-test("heartbeat: a process that was itself stopped hears its peers before it judges them", async () => {
-  const clock = new ManualClock();
-  const heartbeat = new Heartbeat({ clock, beatMs: 1_000, misses: 3 });
-  const connection = {
-    lastReceivedMs: 0,
-    pingCount: 0,
-    frozenCount: 0,
-    ping: () => connection.pingCount++,
-    frozen: () => connection.frozenCount++,
-  };
-  heartbeat.add(connection);
-  clock.advance(250);
-  // Ten seconds in one step, then the timer fires, then the socket is read, then it judges.
-  clock.advance(10_000);
-  connection.lastReceivedMs = clock.monotonicMs();
-  await new Promise((resolve) => setImmediate(resolve));
-  await new Promise((resolve) => setImmediate(resolve));
-  assert.equal(connection.frozenCount, 0);
-  heartbeat.delete(connection);
-  assert.equal(clock.pendingTimerCount, 0);
 });
 
 faultTest("a reset in the middle of streams ends them with worker-lost, new ones connect again", async (tools) => {

@@ -1,0 +1,2 @@
+export { LatencyHistogram, type Percentiles } from "./latency-histogram.ts";
+export { generateLoad, type LoadErrorKind, type LoadOptions, type LoadReport } from "./load-generator.ts";

@@ -1,0 +1,307 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import fc from "fast-check";
+import type { KvEvent } from "../../protocol/index.ts";
+import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
+import { BlockCache, NO_SEQUENCE } from "./block-cache.ts";
+import { BlockIndex } from "./block-index.ts";
+import { FakeModel } from "./fake-model.ts";
+import { NaiveBlockCache } from "./naive-block-cache.ts";
+
+const SIZE = 2;
+const MAX_DEPTH = 8;
+const MAX_SEQUENCES = 4;
+
+/** A sequence that runs on the cache: what the scheduler does, in three steps. */
+interface Running {
+  readonly id: number;
+  readonly tokens: number[];
+  readonly names: string[];
+  readonly hashes: { sequenceHashes: Uint32Array; localHashes: Uint32Array };
+  readonly blocks: Int32Array;
+  blockCount: number;
+  privateCount: number;
+  computed: number;
+}
+
+/** The cache on the fake model's cells, beside its naive twin; every operation compares them. */
+class Twins {
+  readonly model: FakeModel;
+  readonly cache: BlockCache;
+  readonly naive: NaiveBlockCache;
+  readonly running: Running[] = [];
+  readonly events: KvEvent[] = [];
+  readonly #totalBlocks: number;
+  readonly #freeIds: number[];
+  readonly #nameOfHash = new Map<string, string>();
+
+  constructor(totalBlocks: number, holderCount: number) {
+    this.#totalBlocks = totalBlocks;
+    const firstHolder = MAX_SEQUENCES;
+    const sequenceIds = firstHolder + holderCount;
+    this.model = new FakeModel({ cells: totalBlocks * SIZE, maxBatchedTokens: 1, sequenceIds });
+    this.cache = new BlockCache(this.model, {
+      blockSizeTokens: SIZE,
+      totalBlocks,
+      firstHolder,
+      holderCount,
+      maxDepth: MAX_DEPTH,
+    });
+    this.naive = new NaiveBlockCache(totalBlocks);
+    this.#freeIds = Array.from({ length: MAX_SEQUENCES }, (_, id) => id);
+  }
+
+  /** Starts a sequence on what is cached of it. */
+  start(tokens: number[]): Running | undefined {
+    const id = this.#freeIds.pop();
+    if (id === undefined) return undefined;
+    const hashes = hashBlocks(Uint32Array.from(tokens), SIZE, blockHashSeed());
+    const names = Array.from({ length: hashes.blockCount }, (_, i) => tokens.slice(0, (i + 1) * SIZE).join(","));
+    names.forEach((name, i) => this.#nameOfHash.set(hashKey(hashes.sequenceHashes, i), name));
+    const blocks = new Int32Array(MAX_DEPTH);
+    const count = this.cache.findPrefix(hashes.sequenceHashes, names.length, blocks);
+    assert.equal(count, this.naive.findPrefix(names));
+    this.cache.acquire(id, blocks, count);
+    this.naive.acquire(names.slice(0, count));
+    const sequence = { id, tokens, names, hashes, blocks, blockCount: count, privateCount: 0, computed: count * SIZE };
+    this.running.push(sequence);
+    return sequence;
+  }
+
+  /** Computes up to `count` tokens, registering blocks as they fill; false when there was no room. */
+  compute(sequence: Running, count: number): boolean {
+    const end = Math.min(sequence.computed + count, sequence.tokens.length);
+    const needed = Math.ceil(end / SIZE) - sequence.blockCount - sequence.privateCount;
+    const reserved = this.cache.reserve(needed);
+    assert.equal(reserved, this.naive.reserve(needed));
+    if (!reserved) return false;
+    sequence.privateCount += needed;
+    for (; sequence.computed < end; sequence.computed++) {
+      this.model.batch.tokenIds[0] = sequence.tokens[sequence.computed]!;
+      this.model.batch.positions[0] = sequence.computed;
+      this.model.batch.sequenceIds[0] = sequence.id;
+      this.model.decode(1);
+    }
+    const complete = Math.floor(end / SIZE);
+    const { blockCount } = sequence;
+    this.cache.register(sequence.id, sequence.blocks, blockCount, complete, sequence.hashes);
+    this.naive.register(sequence.names.slice(blockCount, complete));
+    sequence.privateCount -= complete - blockCount;
+    sequence.blockCount = complete;
+    return true;
+  }
+
+  end(sequence: Running): void {
+    this.running.splice(this.running.indexOf(sequence), 1);
+    this.#freeIds.push(sequence.id);
+    this.cache.release(sequence.id, sequence.blocks, sequence.blockCount, sequence.privateCount);
+    this.naive.release(sequence.names.slice(0, sequence.blockCount), sequence.privateCount);
+    assert.deepEqual(this.model.positionsOf(sequence.id), { start: 0, end: 0 });
+  }
+
+  /** Everything that must hold between two operations. `exactOrder`: holders never ran out, so evictions agree. */
+  check(exactOrder: boolean): void {
+    const { cache, naive } = this;
+    this.events.push(...cache.takeEvents());
+    assert.equal(cache.freeBlocks, naive.freeBlocks, "free blocks");
+    assert.equal(cache.unusedBlocks, naive.unusedBlocks, "unused blocks");
+    assert.equal(cache.registeredBlocks, naive.names.length, "registered blocks");
+    assert.equal(cache.freeBlocks + cache.unusedBlocks + cache.activeBlocks, this.#totalBlocks);
+    assert(this.model.usedCells <= (this.#totalBlocks - cache.freeBlocks) * SIZE, "no cell is used uncounted");
+    for (const { id, tokens, computed } of this.running) {
+      assert.deepEqual(this.model.tokensOf(id), tokens.slice(0, computed), "a sequence sees its own tokens");
+    }
+    const stored: string[] = [];
+    const removed: string[] = [];
+    for (const event of this.events) {
+      if (event.type === "cleared") continue;
+      for (let i = 0; i < event.sequenceHashes.length / 2; i++) {
+        const name = this.#nameOfHash.get(hashKey(event.sequenceHashes, i))!;
+        if (event.type === "stored") stored.push(name);
+        else removed.push(stored.splice(stored.indexOf(name), 1)[0]!);
+      }
+    }
+    assert.deepEqual(stored.toSorted(), naive.names, "the events tell what is there");
+    if (exactOrder) assert.deepEqual(removed, naive.evictions, "evicted in the same order");
+  }
+}
+
+function hashKey(hashes: Uint32Array, block: number): string {
+  return `${hashes[2 * block]}:${hashes[2 * block + 1]}`;
+}
+
+const aSequence = fc.array(fc.integer({ min: 0, max: 2 }), { minLength: 1, maxLength: MAX_DEPTH * SIZE });
+const anOperation = fc.oneof(
+  { weight: 3, arbitrary: fc.record({ kind: fc.constant("start" as const), tokens: aSequence }) },
+  {
+    weight: 6,
+    arbitrary: fc.record({
+      kind: fc.constant("compute" as const),
+      which: fc.nat({ max: MAX_SEQUENCES - 1 }),
+      count: fc.integer({ min: 1, max: 6 }),
+    }),
+  },
+  { weight: 3, arbitrary: fc.record({ kind: fc.constant("end" as const), which: fc.nat({ max: MAX_SEQUENCES - 1 }) }) },
+  { weight: 1, arbitrary: fc.record({ kind: fc.constant("clear" as const) }) },
+);
+
+function runOperations(twins: Twins, operations: readonly unknown[], check: () => void): void {
+  for (const operation of operations as { kind: string; tokens: number[]; which: number; count: number }[]) {
+    const sequence = twins.running[operation.which % Math.max(1, twins.running.length)];
+    if (operation.kind === "start") twins.start(operation.tokens);
+    else if (operation.kind === "clear") assert.equal(twins.cache.clear(), twins.naive.clear());
+    else if (sequence === undefined) continue;
+    else if (operation.kind === "end" || !twins.compute(sequence, operation.count)) twins.end(sequence);
+    check();
+  }
+  for (const sequence of [...twins.running]) twins.end(sequence);
+  check();
+  assert.equal(twins.model.usedCells, twins.cache.unusedBlocks * SIZE, "what is left is what is cached");
+}
+
+test("block cache: any use leaves the same counts, content, events and evictions as the naive one", () => {
+  fc.assert(
+    fc.property(fc.integer({ min: 1, max: 20 }), fc.array(anOperation, { maxLength: 60 }), (totalBlocks, operations) => {
+      // Every block has a holder of its own if need be.
+      const twins = new Twins(totalBlocks, totalBlocks);
+      runOperations(twins, operations, () => twins.check(true));
+    }),
+    { numRuns: 400 },
+  );
+});
+
+test("block cache: with no more holders than sequences nothing is lost, only evicted sooner", () => {
+  fc.assert(
+    fc.property(fc.array(anOperation, { maxLength: 80 }), (operations) => {
+      const totalBlocks = 40;
+      const twins = new Twins(totalBlocks, MAX_SEQUENCES);
+      runCheckingCells(twins, operations, totalBlocks);
+    }),
+    { numRuns: 300 },
+  );
+});
+
+/** Without the twin, which knows no holders: sequences see their tokens, counts and events agree with the cells. */
+function runCheckingCells(twins: Twins, operations: readonly unknown[], totalBlocks: number): void {
+  const { cache, model } = twins;
+  const present = new Set<string>();
+  const running: { id: number; tokens: number[]; blocks: Int32Array; blockCount: number; privateCount: number; computed: number }[] = []; // prettier-ignore
+  const freeIds = Array.from({ length: MAX_SEQUENCES }, (_, id) => id);
+  const end = (sequence: (typeof running)[number]): void => {
+    running.splice(running.indexOf(sequence), 1);
+    cache.release(sequence.id, sequence.blocks, sequence.blockCount, sequence.privateCount);
+    freeIds.push(sequence.id);
+  };
+  for (const operation of operations as { kind: string; tokens: number[]; which: number }[]) {
+    if (operation.kind === "clear") cache.clear();
+    else if (operation.kind === "start" && freeIds.length > 0) {
+      const { tokens } = operation;
+      const hashes = hashBlocks(Uint32Array.from(tokens), SIZE, blockHashSeed());
+      const blocks = new Int32Array(MAX_DEPTH);
+      const count = cache.findPrefix(hashes.sequenceHashes, hashes.blockCount, blocks);
+      const sequence = { id: freeIds.pop()!, tokens, blocks, blockCount: hashes.blockCount, privateCount: 0, computed: 0 };
+      cache.acquire(sequence.id, blocks, count);
+      const needed = Math.ceil(tokens.length / SIZE) - count;
+      assert(cache.reserve(needed), "40 blocks are enough for 4 sequences of 8");
+      for (let position = count * SIZE; position < tokens.length; position++) {
+        model.batch.tokenIds[0] = tokens[position]!;
+        model.batch.positions[0] = position;
+        model.batch.sequenceIds[0] = sequence.id;
+        model.decode(1);
+      }
+      cache.register(sequence.id, blocks, count, hashes.blockCount, hashes);
+      sequence.privateCount = Math.ceil(tokens.length / SIZE) - hashes.blockCount;
+      running.push(sequence);
+    } else if (running.length > 0 && operation.kind !== "start") {
+      end(running[operation.which % running.length]!);
+    }
+    for (const { id, tokens } of running) assert.deepEqual(model.tokensOf(id), tokens);
+    for (const event of cache.takeEvents()) {
+      if (event.type === "cleared") continue;
+      for (let i = 0; i < event.sequenceHashes.length / 2; i++) {
+        const key = hashKey(event.sequenceHashes, i);
+        if (event.type === "stored") assert(!present.has(key) && present.add(key));
+        else assert(present.delete(key));
+      }
+    }
+    assert.equal(cache.registeredBlocks, present.size);
+    assert(cache.freeBlocks >= 0 && model.usedCells <= (totalBlocks - cache.freeBlocks) * SIZE);
+  }
+  for (const sequence of [...running]) end(sequence);
+  assert.equal(cache.activeBlocks, 0);
+  assert.equal(model.usedCells, cache.unusedBlocks * SIZE);
+}
+
+test("block cache: a block computed twice at the same time is kept once", () => {
+  const twins = new Twins(8, 8);
+  const first = twins.start([1, 1, 2, 2])!;
+  const second = twins.start([1, 1, 2, 2])!;
+  twins.compute(first, 4);
+  twins.compute(second, 4);
+  twins.check(true);
+  assert.equal(twins.cache.activeBlocks, 2);
+  assert.equal(twins.model.usedCells, 4);
+  assert.equal(twins.events.length, 1);
+});
+
+test("block cache: a stored event names its parent and place, and what made room comes before it", () => {
+  const twins = new Twins(2, 2);
+  const first = twins.start([1, 1, 2, 2])!;
+  twins.compute(first, 2);
+  twins.compute(first, 2);
+  twins.end(first);
+  const second = twins.start([1, 1, 0, 0])!;
+  twins.compute(second, 2);
+  twins.check(true);
+  const hash = (event: KvEvent | undefined): number[] => (event?.type === "stored" ? [...event.sequenceHashes] : []);
+  const [root, child, removed, other] = twins.events;
+  assert.deepEqual(
+    twins.events.map((event) => event.type),
+    ["stored", "stored", "removed", "stored"],
+  );
+  assert(root?.type === "stored" && root.parentHash === undefined && root.startBlock === 0);
+  assert(child?.type === "stored" && child.startBlock === 1);
+  assert.deepEqual(child.parentHash, hash(root));
+  assert(removed?.type === "removed");
+  assert.deepEqual([...removed.sequenceHashes], hash(child));
+  assert(other?.type === "stored");
+  assert.deepEqual(other.parentHash, hash(root));
+});
+
+test("block cache: pinning without a sequence keeps blocks from being evicted", () => {
+  const twins = new Twins(2, 2);
+  const sequence = twins.start([1, 1, 2, 2])!;
+  twins.compute(sequence, 4);
+  twins.end(sequence);
+  const blocks = new Int32Array(2);
+  assert.equal(twins.cache.findPrefix(sequence.hashes.sequenceHashes, 2, blocks), 2);
+  twins.cache.acquire(NO_SEQUENCE, blocks, 2);
+  assert.equal(twins.cache.reserve(1), false);
+  assert.equal(twins.cache.clear(), 0);
+  twins.cache.release(NO_SEQUENCE, blocks, 2, 0);
+  assert.equal(twins.cache.reserve(1), true);
+  assert.equal(twins.cache.findPrefix(sequence.hashes.sequenceHashes, 2, blocks), 1);
+});
+
+test("block index: any adds and removals find what a map finds, with hashes that collide", () => {
+  // Eight homes for twelve blocks, so runs grow, wrap and shrink.
+  const hashes = new Uint32Array(24);
+  for (let block = 0; block < 12; block++) hashes.set([block % 3 === 0 ? 7 : block % 2, block], 2 * block);
+  fc.assert(
+    fc.property(fc.array(fc.nat({ max: 11 }), { maxLength: 80 }), (toggles) => {
+      const index = new BlockIndex(hashes);
+      const present = new Set<number>();
+      for (const block of toggles) {
+        if (present.delete(block)) index.remove(block);
+        else {
+          present.add(block);
+          index.add(block);
+        }
+        for (let other = 0; other < 12; other++) {
+          const found = index.find(hashes[2 * other]!, hashes[2 * other + 1]!);
+          assert.equal(found, present.has(other) ? other : -1);
+        }
+      }
+    }),
+  );
+});

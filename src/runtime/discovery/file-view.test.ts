@@ -1,0 +1,49 @@
+import assert from "node:assert/strict";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { describe, it } from "node:test";
+import { silentLogger } from "../../observability/index.ts";
+import { ManualClock } from "../../std/index.ts";
+import { FileDiscovery } from "./file.ts";
+import { FileView } from "./file-view.ts";
+import { ownHolder } from "./holder.ts";
+import { StoreFolder } from "./store-folder.ts";
+
+describe("file view", () => {
+  it("leaves out what is over its limit, says so, and takes it in when there is room again", async () => {
+    const root = await mkdtemp(join(tmpdir(), "discovery-"));
+    const clock = new ManualClock();
+    const writer = new FileDiscovery({ root, clock });
+    try {
+      const folder = new StoreFolder(root);
+      const changed: string[] = [];
+      const view = new FileView({
+        folder,
+        clock,
+        logger: silentLogger,
+        own: ownHolder(),
+        onChanged: (key) => changed.push(key),
+        maxEntries: 3,
+      });
+      const lease = await writer.openLease();
+      for (const key of ["a", "b", "c", "d", "e"]) await lease.put(key, key);
+      await view.refresh({ relist: true, sweep: false });
+      assert.equal(view.table.size, 3);
+      assert.equal(view.trouble, "more than 3 entries: 2 left out");
+      const [first] = view.table.keys();
+      await lease.put(first!, "changed");
+      await view.refresh({ relist: false, sweep: false });
+      assert.equal(view.table.get(first!)?.entry.value, "changed", "a change needs no more room");
+      for (const key of [...view.table.keys()].slice(0, 2)) await lease.delete(key);
+      await view.refresh({ relist: true, sweep: false });
+      await view.refresh({ relist: true, sweep: false });
+      assert.equal(view.table.size, 3);
+      assert.equal(view.trouble, undefined);
+      assert.deepEqual(new Set(changed), new Set(["a", "b", "c", "d", "e"]));
+    } finally {
+      await writer.close();
+      await rm(root, { recursive: true });
+    }
+  });
+});
