@@ -132,6 +132,8 @@ export async function run(): Promise<void> {
   console.log(`event plane / bare library: ${ratio.toFixed(2)} (${ratioRange.map((value) => value.toFixed(2)).join(" to ")})`);
 }
 
-if (process.argv[2] === "publish-ours") await publishOurs();
-else if (process.argv[2] === "publish-bare") await publishBare();
-else if (import.meta.main) await run();
+if (process.argv[2]?.startsWith("publish-")) {
+  // Sockets alone do not keep a process running, and it must outlive what it has sent.
+  process.on("message", () => undefined);
+  await (process.argv[2] === "publish-ours" ? publishOurs() : publishBare());
+} else if (import.meta.main) await run();

@@ -59,19 +59,33 @@ function isRunning(pid: number): boolean {
   }
 }
 
-async function ask(address: string): Promise<number> {
-  const body = JSON.stringify({ model: "echo", max_tokens: 4, messages: [{ role: "user", content: "hello" }] });
-  const response = await fetch(`${address}/v1/chat/completions`, {
+async function post(address: string, request: Record<string, unknown>): Promise<Response> {
+  const body = JSON.stringify({
+    model: "echo",
+    max_tokens: 4,
+    messages: [{ role: "user", content: "hello" }],
+    ...request,
+  });
+  return fetch(`${address}/v1/chat/completions`, {
     method: "POST",
     body,
     headers: { "content-type": "application/json" },
   });
+}
+
+async function ask(address: string): Promise<number> {
+  const response = await post(address, {});
   await response.arrayBuffer();
   return response.status;
 }
 
+/** A stream that takes a while, begun: its headers are there. */
+function longStream(address: string, tokens: number): Promise<Response> {
+  return post(address, { stream: true, ignore_eos: true, max_tokens: tokens });
+}
+
 test("dynamo local: serves, replaces a killed worker, and leaves nothing behind after Ctrl-C", async () => {
-  const cluster = new Cluster(["--workers=2"]);
+  const cluster = new Cluster(["--workers=2", "--echo-step-ms=10"]);
   const { address, pids } = await cluster.serves();
   assert.equal(pids.length, 3);
   assert.equal(await ask(address), 200);
@@ -81,14 +95,27 @@ test("dynamo local: serves, replaces a killed worker, and leaves nothing behind 
   process.kill(pids[1]!, "SIGKILL");
   await cluster.until("the restart", () => /worker-0 serves again/.test(cluster.text));
   assert.match(cluster.text, new RegExp(`worker-0 \\(pid ${pids[1]}\\) was ended by SIGKILL; restarting in 0\\.2 s`));
-  assert.equal(await ask(address), 200);
+  const stream = await longStream(address, 60);
   cluster.child.kill("SIGINT");
+  assert.match(await stream.text(), /data: \[DONE\]\s*$/, "what runs is finished");
   assert.equal(await cluster.ended, 0, cluster.text);
   assert.deepEqual(pids.filter(isRunning), []);
   assert.deepEqual(
     readdirSync(folder).filter((name) => name.startsWith("dynamo-local-")),
     [],
   );
+});
+
+test("dynamo local: a second Ctrl-C ends everything at once, with exit code 130", async () => {
+  const cluster = new Cluster(["--workers=1", "--echo-step-ms=100", "--graceful-shutdown-timeout-secs=600"]);
+  const { address, pids } = await cluster.serves();
+  const stream = await longStream(address, 5_000);
+  cluster.child.kill("SIGINT");
+  await cluster.until("the drain", () => /draining/.test(cluster.text));
+  cluster.child.kill("SIGINT");
+  await assert.rejects(stream.text());
+  assert.equal(await cluster.ended, 130, cluster.text);
+  assert.deepEqual(pids.filter(isRunning), []);
 });
 
 test("dynamo local: when it is killed its children leave by themselves", async () => {

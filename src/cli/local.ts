@@ -90,12 +90,12 @@ class LocalCluster {
       const served = await Promise.race([this.#serves(), this.#interrupted.promise]);
       if (served !== undefined) this.#announce(served);
       await this.#interrupted.promise;
-      return this.#interrupts > 1 ? 130 : 0;
     } finally {
       await this.#leave();
       for (const signal of signals) process.off(signal, onInterrupt);
       if (this.#ownFolder !== undefined) rmSync(this.#ownFolder, { recursive: true, force: true });
     }
+    return this.#interrupts > 1 ? 130 : 0;
   }
 
   #children(): SupervisedProcess[] {

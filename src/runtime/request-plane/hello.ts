@@ -10,7 +10,7 @@ import { FRAME, MAGIC, PROTOCOL_VERSION, encodeError, encodeFrame, malformed } f
  *     client -> HELLO (versions, nonce C, proof of the secret over both nonces)
  *     server -> WELCOME (the version both know, proof of its own) | REFUSE (why)
  *
- * A proof is HMAC-SHA256 over a label with the role, both nonces and the version, so that neither a recorded nor a
+ * A proof is HMAC-SHA256 over a label with the role and both nonces, so that neither a recorded nor a
  * mirrored one is worth anything. Both sides prove, so a client with a secret sends no prompt to a server without it. No
  * secret: no proofs, anybody on the network may connect, which is why the default address is loopback. The proofs
  * authenticate the hello; they do not encrypt what follows.
