@@ -80,7 +80,7 @@ async function bare(): Promise<Round> {
 /** Publishes in batches, a turn apart; returns CPU microseconds per event. */
 async function publishAll(publish: () => void): Promise<number> {
   const before = process.cpuUsage();
-  for (let sent = 0; sent < EVENT_COUNT; ) {
+  for (let sent = 0; sent < EVENT_COUNT;) {
     for (let i = 0; i < BATCH_COUNT && sent < EVENT_COUNT; i++, sent++) publish();
     await new Promise<void>((resolve) => setImmediate(resolve));
   }
@@ -102,9 +102,19 @@ async function publishOurs(): Promise<void> {
 
 async function publishBare(): Promise<void> {
   const zmq = await loadZmq();
-  const socket = new zmq.library.Publisher({ context: zmq.context, linger: 0, sendTimeout: 0, sendHighWaterMark: 100_000 });
+  const socket = new zmq.library.Publisher({
+    context: zmq.context,
+    linger: 0,
+    sendTimeout: 0,
+    sendHighWaterMark: 100_000,
+  });
   await socket.bind("tcp://127.0.0.1:*");
-  const [topic, id, sequence, payload] = [Buffer.from("kv"), Buffer.alloc(8), Buffer.alloc(8), Buffer.alloc(PAYLOAD_BYTES)];
+  const [topic, id, sequence, payload] = [
+    Buffer.from("kv"),
+    Buffer.alloc(8),
+    Buffer.alloc(8),
+    Buffer.alloc(PAYLOAD_BYTES),
+  ];
   const timer = setInterval(() => void socket.send([topic, id, sequence, payload]), 5);
   process.send!(socket.lastEndpoint);
   await once(process, "message");
@@ -129,7 +139,9 @@ export async function run(): Promise<void> {
       { "CPU us per event": "receive, bare library", median: medianB },
     ]),
   );
-  console.log(`event plane / bare library: ${ratio.toFixed(2)} (${ratioRange.map((value) => value.toFixed(2)).join(" to ")})`);
+  console.log(
+    `event plane / bare library: ${ratio.toFixed(2)} (${ratioRange.map((value) => value.toFixed(2)).join(" to ")})`,
+  );
 }
 
 if (process.argv[2]?.startsWith("publish-")) {

@@ -18,7 +18,11 @@ export function machineLine(): string {
 
 function commit(): string {
   const git = (...args: string[]) =>
-    execFileSync("git", args, { cwd: import.meta.dirname, encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
+    execFileSync("git", args, {
+      cwd: import.meta.dirname,
+      encoding: "utf8",
+      stdio: ["ignore", "pipe", "ignore"],
+    }).trim();
   try {
     // Without optional locks: a benchmark only looks.
     const isChanged = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no") !== "";
@@ -43,7 +47,11 @@ export interface Paired {
 }
 
 /** Runs both once as warm-up, then `rounds` times each in alternating order (ab, ba, ...), and compares round by round. */
-export async function paired(a: Measure, b: Measure, { rounds = 7 }: { readonly rounds?: number } = {}): Promise<Paired> {
+export async function paired(
+  a: Measure,
+  b: Measure,
+  { rounds = 7 }: { readonly rounds?: number } = {},
+): Promise<Paired> {
   await a();
   await b();
   const valuesA: number[] = [];

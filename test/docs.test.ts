@@ -11,17 +11,26 @@ const ROOT = resolve(import.meta.dirname, "..");
 function pageRows(path: string): string[] {
   return readFileSync(join(ROOT, path), "utf8")
     .split("\n")
-    .filter((line) => line.startsWith("| `"));
+    .filter((line) => line.startsWith("| `"))
+    .map((line) =>
+      `| ${line
+        .split("|")
+        .slice(1, -1)
+        .map((cell) => cell.trim())
+        .join(" | ")} |`.replaceAll("|  |", "| |"),
+    );
 }
 
 test("docs: errors.md lists every reason with its class and when it happens", () => {
-  const expected = Object.entries(REASONS).map(([reason, entry]) => `| \`${reason}\` | ${entry.class} | ${entry.when} |`);
+  const expected = Object.entries(REASONS).map(
+    ([reason, entry]) => `| \`${reason}\` | ${entry.class} | ${entry.when} |`,
+  );
   assert.deepEqual(pageRows("docs/errors.md"), expected);
 });
 
 test("docs: metrics.md lists every metric with its type, labels and help", () => {
-  const expected = Object.entries(METRICS).map(
-    ([name, entry]) => `| \`${name}\` | ${entry.type} | ${entry.labels.join(", ")} | ${entry.help} |`,
+  const expected = Object.entries(METRICS).map(([name, entry]) =>
+    `| \`${name}\` | ${entry.type} | ${entry.labels.join(", ")} | ${entry.help} |`.replaceAll("|  |", "| |"),
   );
   assert.deepEqual(pageRows("docs/metrics.md"), expected);
 });
@@ -66,13 +75,24 @@ test("docs: every file and every symbol that walk.md names exists, and every arr
 test("docs: the steps of walk.md are the steps of the pipeline, in order", () => {
   const page = readFileSync(join(ROOT, "docs/walk.md"), "utf8");
   const steps = [...page.matchAll(/^## \d+\. (.+?) ·/gm)].map((match) => match[1]);
-  const pipeline = readFileSync(join(ROOT, "src/frontend/pipeline.ts"), "utf8");
-  const marked = [...pipeline.matchAll(/\/\/ Step \d+: ([\w +]+?)\.?$/gm)].map((match) => match[1]);
+  const walk = ["src/frontend/pipeline.ts", "src/frontend/choice-stream.ts"].map((file) =>
+    readFileSync(join(ROOT, file), "utf8"),
+  );
+  const marked = [...walk.join("\n").matchAll(/\/\/ Step \d+: ([\w +]+?)\.?$/gm)].map((match) => match[1]);
   assert.deepEqual(marked, steps);
 });
 
 test("docs: every link between pages of this repository leads somewhere", () => {
-  const pages = ["README.md", "CONTRIBUTING.md", "docs/walk.md", "docs/errors.md", "docs/metrics.md", "docs/dependencies.md", "docs/environment.md", "benchmarks/README.md"];
+  const pages = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/walk.md",
+    "docs/errors.md",
+    "docs/metrics.md",
+    "docs/dependencies.md",
+    "docs/environment.md",
+    "benchmarks/README.md",
+  ];
   for (const page of pages) {
     const text = readFileSync(join(ROOT, page), "utf8");
     for (const [, target] of text.matchAll(/\]\((?!https?:)([^)#]+)[^)]*\)/g)) {

@@ -40,6 +40,10 @@ const model = await testModel();
 const child = spawn(
   process.execPath,
   ["--test", "--test-concurrency=2", "--test-timeout=180000", "--test-reporter=spec", ...flags, ...files],
-  { cwd: ROOT, stdio: "inherit", env: { ...cleanEnvironment(), ...(model === undefined ? {} : { DYN_TEST_MODEL: model }) } },
+  {
+    cwd: ROOT,
+    stdio: "inherit",
+    env: { ...cleanEnvironment(), ...(model === undefined ? {} : { DYN_TEST_MODEL: model }) },
+  },
 );
 child.on("exit", (code, signal) => process.exit(code ?? (signal === null ? 1 : 130)));

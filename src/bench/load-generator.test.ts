@@ -8,8 +8,11 @@ import { generateLoad, type LoadOptions } from "./load-generator.ts";
 
 /** Text deltas, then usage and the end marker, as an OpenAI server frames them. */
 function streamOf(tokens: readonly string[]): string {
-  const head = '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"m","choices":[{"index":0,';
-  const events = tokens.map((token) => `data: ${head}"delta":{"content":${JSON.stringify(token)}},"finish_reason":null}]}`);
+  const head =
+    '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"m","choices":[{"index":0,';
+  const events = tokens.map(
+    (token) => `data: ${head}"delta":{"content":${JSON.stringify(token)}},"finish_reason":null}]}`,
+  );
   return [
     `data: ${head}"delta":{"role":"assistant","content":""},"finish_reason":null}]}`,
     ": a comment",
@@ -23,7 +26,7 @@ function streamOf(tokens: readonly string[]): string {
 
 /** Writes `text` in pieces of random size, one turn each, so that they leave as separate chunks and packets. */
 async function writeInPieces(write: (piece: string) => void, text: string, random: SeededRandom): Promise<void> {
-  for (let at = 0; at < text.length; ) {
+  for (let at = 0; at < text.length;) {
     const to = at + 1 + (random.nextU32() % 60);
     write(text.slice(at, to));
     at = to;
@@ -72,8 +75,8 @@ test("load generator: counts requests and tokens of streams cut at random places
   const server = createServer((request, response) => {
     request.setEncoding("utf8").on("data", (text: string) => bodies.push(text));
     response.setHeader("content-type", "text/event-stream; charset=utf-8");
-    void writeInPieces((piece) => response.write(piece), streamOf(["Hello", ' "world"', "\n", "é", " "]), random).then(() =>
-      response.end(),
+    void writeInPieces((piece) => response.write(piece), streamOf(["Hello", ' "world"', "\n", "é", " "]), random).then(
+      () => response.end(),
     );
   });
   server.on("connection", () => connections++);
@@ -95,7 +98,9 @@ test("load generator: counts requests and tokens of streams cut at random places
 test("load generator: reads JSON answers by content-length and takes their tokens from usage", async () => {
   const server = createServer((_request, response) => {
     response.setHeader("content-type", "application/json");
-    response.end('{"choices":[{"text":"\\"completion_tokens\\": 99"}],"usage":{"prompt_tokens":3,"completion_tokens": 7}}');
+    response.end(
+      '{"choices":[{"text":"\\"completion_tokens\\": 99"}],"usage":{"prompt_tokens":3,"completion_tokens": 7}}',
+    );
   });
   await withServer(server, async (at) => {
     const report = await load(at, { concurrency: 2, requestCount: 10 });
@@ -195,7 +200,9 @@ test("load generator: ends by duration, and at once by signal", async () => {
 test("load generator: an answer is read the same however its bytes are cut, with extensions, trailers and 100 before it", async () => {
   const stream = streamOf(["a", "b", "c"]);
   const chunks = [stream.slice(0, 7), stream.slice(7, 200), stream.slice(200)];
-  const framed = chunks.map((chunk) => `${Buffer.byteLength(chunk).toString(16).toUpperCase()};x=y\r\n${chunk}\r\n`).join("");
+  const framed = chunks
+    .map((chunk) => `${Buffer.byteLength(chunk).toString(16).toUpperCase()};x=y\r\n${chunk}\r\n`)
+    .join("");
   const answer = `HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n${framed}0\r\nx-trailer: 1\r\n\r\n`;
   let cuts: number[] = [];
   await withRawServer(

@@ -313,6 +313,8 @@ function completionTokensOf(pieces: readonly Buffer[]): number {
   const whole = pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces);
   const at = whole.lastIndexOf('"completion_tokens"');
   if (at === -1) return 0;
-  const found = /^"completion_tokens"\s*:\s*(\d{1,9})/.exec(whole.toString("latin1", at, Math.min(whole.length, at + 64)));
+  const found = /^"completion_tokens"\s*:\s*(\d{1,9})/.exec(
+    whole.toString("latin1", at, Math.min(whole.length, at + 64)),
+  );
   return found === null ? 0 : Number(found[1]);
 }

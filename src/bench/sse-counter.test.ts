@@ -37,7 +37,10 @@ const event = fc.oneof(
   fc.constant({ error: { message: "no", content: "x" } }),
 );
 const line = fc.oneof(
-  { weight: 8, arbitrary: fc.tuple(event, fc.constantFrom("data: ", "data:")).map(([data, head]) => head + JSON.stringify(data)) },
+  {
+    weight: 8,
+    arbitrary: fc.tuple(event, fc.constantFrom("data: ", "data:")).map(([data, head]) => head + JSON.stringify(data)),
+  },
   { weight: 1, arbitrary: fc.constantFrom(": comment", "event: x", "", "data: [DONE]") },
 );
 
@@ -51,7 +54,7 @@ test("sse counter: counts what parsing every event counts, however the bytes are
       const counter = new SseCounter();
       // One buffer for all pieces, overwritten each time, as a socket's would be.
       const reused = Buffer.alloc(bytes.length + 10, "X");
-      for (let at = 0; at < bytes.length; ) {
+      for (let at = 0; at < bytes.length;) {
         const length = Math.min(bytes.length - at, lengths.pop() ?? bytes.length);
         reused.fill("X");
         bytes.copy(reused, 5, at, at + length);
@@ -74,14 +77,18 @@ test("sse counter: a line without an end is bounded", () => {
 
 test("latency histogram: percentiles are those of the sorted list, within 1 %", () => {
   fc.assert(
-    fc.property(fc.array(fc.double({ min: 0.001, max: 1e6, noNaN: true }), { minLength: 1 }), fc.integer({ min: 1, max: 100 }), (values, percent) => {
-      const histogram = new LatencyHistogram();
-      for (const value of values) histogram.add(value);
-      const exact = values.toSorted((a, b) => a - b)[Math.ceil((percent / 100) * values.length) - 1]!;
-      const found = histogram.percentile(percent / 100);
-      assert.ok(found >= exact * 0.9999 && found <= exact * 1.0101, `${found} for ${exact}`);
-      assert.equal(histogram.percentiles().max, Math.max(...values));
-    }),
+    fc.property(
+      fc.array(fc.double({ min: 0.001, max: 1e6, noNaN: true }), { minLength: 1 }),
+      fc.integer({ min: 1, max: 100 }),
+      (values, percent) => {
+        const histogram = new LatencyHistogram();
+        for (const value of values) histogram.add(value);
+        const exact = values.toSorted((a, b) => a - b)[Math.ceil((percent / 100) * values.length) - 1]!;
+        const found = histogram.percentile(percent / 100);
+        assert.ok(found >= exact * 0.9999 && found <= exact * 1.0101, `${found} for ${exact}`);
+        assert.equal(histogram.percentiles().max, Math.max(...values));
+      },
+    ),
   );
 });
 

@@ -83,6 +83,15 @@ export const OPTIONS = {
     commands: WORKERS,
     help: "The name clients use.",
   },
+  "custom-jinja-template": {
+    type: "text",
+    default: undefined,
+    defaultText: "the model's own",
+    env: "DYN_CUSTOM_JINJA_TEMPLATE",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "File with a chat template to use instead of the model's own.",
+  },
   engine: {
     type: "choice",
     choices: ["llama", "echo"],

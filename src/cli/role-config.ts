@@ -38,6 +38,7 @@ export function workerConfig(values: OptionValues, store: ModelStore): WorkerCon
     component: values.component,
     engine: engineConfig(values, model),
     modelName: servedName(values, model),
+    ...(values["custom-jinja-template"] === undefined ? {} : { chatTemplatePath: values["custom-jinja-template"] }),
     maxQueuedRequests: values["engine-request-limit"],
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],

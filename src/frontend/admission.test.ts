@@ -41,7 +41,10 @@ test("admission: a full queue is an error at once, with a time after which to re
   const waiting = gate.enter(ignore);
   assert.throws(
     () => void gate.enter(ignore),
-    (error) => error instanceof DynamoError && error.reason === "too-many-requests" && Math.abs(error.retryAfterMs! - 5_000) < 100,
+    (error) =>
+      error instanceof DynamoError &&
+      error.reason === "too-many-requests" &&
+      Math.abs(error.retryAfterMs! - 5_000) < 100,
   );
   permit.release();
   (await waiting).release();

@@ -85,7 +85,8 @@ export class AdmissionGate {
 
   #onRelease(): void {
     const nowMs = this.#clock.monotonicMs();
-    if (this.#lastReleaseMs >= 0) this.#meanIntervalMs += SMOOTHING * (nowMs - this.#lastReleaseMs - this.#meanIntervalMs);
+    if (this.#lastReleaseMs >= 0)
+      this.#meanIntervalMs += SMOOTHING * (nowMs - this.#lastReleaseMs - this.#meanIntervalMs);
     this.#lastReleaseMs = nowMs;
     const next = this.#waiters.values().next();
     if (next.done === true) {

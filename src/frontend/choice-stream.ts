@@ -148,7 +148,8 @@ export class ChoiceStream implements ClientStreamHandler {
       this.decodeMs = OUTPUT.decodeMs;
       if (OUTPUT.error !== undefined) this.#onFailure(OUTPUT.error);
       // The engine only cancels by itself when it is being stopped.
-      else if (OUTPUT.finish === "cancelled") this.#onFailure(new DynamoError("engine-stopped", "the engine stopped while the request ran"));
+      else if (OUTPUT.finish === "cancelled")
+        this.#onFailure(new DynamoError("engine-stopped", "the engine stopped while the request ran"));
     }
   }
 
@@ -326,7 +327,8 @@ class LogprobCollector {
     const startAt = this.#decoded;
     this.#decoded += decoded;
     this.#shown += shown;
-    if (record !== undefined) this.#waiting.push({ entry: this.#entry(tokenId, record), startAt, endAt: this.#decoded });
+    if (record !== undefined)
+      this.#waiting.push({ entry: this.#entry(tokenId, record), startAt, endAt: this.#decoded });
   }
 
   /** What may go out now. At the end everything does, but after a stop match only tokens that have shown text. */

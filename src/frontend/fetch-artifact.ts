@@ -20,7 +20,10 @@ const PARALLEL = 8;
 /** Gets a worker's tokenizer artifact over the request plane and checks its checksum. Rejects with what failed. */
 export async function fetchArtifact(client: RequestPlaneClient, options: FetchArtifactOptions): Promise<Buffer> {
   if (options.bytes > MAX_ARTIFACT_BYTES) {
-    throw new DynamoError("model-file-invalid", `the tokenizer of ${options.bytes} bytes is over the limit of ${MAX_ARTIFACT_BYTES}`);
+    throw new DynamoError(
+      "model-file-invalid",
+      `the tokenizer of ${options.bytes} bytes is over the limit of ${MAX_ARTIFACT_BYTES}`,
+    );
   }
   const whole = Buffer.alloc(options.bytes);
   let next = 0;
@@ -34,21 +37,36 @@ export async function fetchArtifact(client: RequestPlaneClient, options: FetchAr
   await Promise.all(Array.from({ length: PARALLEL }, fetchRanges));
   const sha256 = createHash("sha256").update(whole).digest("hex");
   if (sha256 !== options.sha256) {
-    throw new DynamoError("model-file-invalid", "the tokenizer sent by the worker does not have the checksum of its model card", {
-      diagnostic: `expected ${options.sha256}, got ${sha256} from ${options.address}`,
-    });
+    throw new DynamoError(
+      "model-file-invalid",
+      "the tokenizer sent by the worker does not have the checksum of its model card",
+      {
+        diagnostic: `expected ${options.sha256}, got ${sha256} from ${options.address}`,
+      },
+    );
   }
   return whole;
 }
 
-function fetchRange(client: RequestPlaneClient, options: FetchArtifactOptions, into: Buffer, offset: number): Promise<void> {
+function fetchRange(
+  client: RequestPlaneClient,
+  options: FetchArtifactOptions,
+  into: Buffer,
+  offset: number,
+): Promise<void> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   const length = Math.min(BYTE_RANGE_MAX, options.bytes - offset);
   let received = 0;
   client.open(
     options.address,
     encodeByteRange(offset, length),
-    { endpoint: options.endpoint, requestId: "tokenizer", traceparent: "", timeoutMs: options.timeoutMs, autoCredit: true },
+    {
+      endpoint: options.endpoint,
+      requestId: "tokenizer",
+      traceparent: "",
+      timeoutMs: options.timeoutMs,
+      autoCredit: true,
+    },
     {
       onItem(bytes, start, end) {
         if (received + end - start <= length) into.set(bytes.subarray(start, end), offset + received);

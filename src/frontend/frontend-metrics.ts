@@ -51,7 +51,10 @@ export class ModelMetrics {
   }
 
   setReady(ready: boolean): void {
-    this.#metrics.gauge("dynamo_frontend_model_ready").labels(this.#model).set(ready ? 1 : 0);
+    this.#metrics
+      .gauge("dynamo_frontend_model_ready")
+      .labels(this.#model)
+      .set(ready ? 1 : 0);
   }
 
   cancelled(endpoint: Endpoint, type: RequestType): void {

@@ -17,7 +17,11 @@ export interface RunningFrontend extends RunningRole {
  * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Serves as soon as it listens;
  * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`.
  */
-export async function startFrontend(config: FrontendConfig, planes: Planes, signal: AbortSignal): Promise<RunningFrontend> {
+export async function startFrontend(
+  config: FrontendConfig,
+  planes: Planes,
+  signal: AbortSignal,
+): Promise<RunningFrontend> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
     const models = new ModelRegistry(planes, { namespace: config.namespace, routerMode: config.routerMode });
@@ -42,7 +46,9 @@ export async function startFrontend(config: FrontendConfig, planes: Planes, sign
       pipeline.beginDrain();
       await pipeline.idle();
     });
-    lifecycle.defer("running requests", () => pipeline.failAll(new DynamoError("draining", "the server is shutting down")));
+    lifecycle.defer("running requests", () =>
+      pipeline.failAll(new DynamoError("draining", "the server is shutting down")),
+    );
     lifecycle.ready(signal);
     return Object.assign(lifecycle.role(), { port });
   } catch (thrown) {
@@ -62,9 +68,26 @@ interface RouteContext {
 function routes(context: RouteContext): Route[] {
   const { models, pipeline, planes } = context;
   return [
-    { method: "POST", path: "/v1/chat/completions", family: "openai", body: "json", handle: (exchange) => pipeline.chat(exchange) },
-    { method: "POST", path: "/v1/completions", family: "openai", body: "json", handle: (exchange) => pipeline.completions(exchange) },
-    { method: "GET", path: "/v1/models", family: "openai", handle: (exchange) => exchange.json(200, modelList(models)) },
+    {
+      method: "POST",
+      path: "/v1/chat/completions",
+      family: "openai",
+      body: "json",
+      handle: (exchange) => pipeline.chat(exchange),
+    },
+    {
+      method: "POST",
+      path: "/v1/completions",
+      family: "openai",
+      body: "json",
+      handle: (exchange) => pipeline.completions(exchange),
+    },
+    {
+      method: "GET",
+      path: "/v1/models",
+      family: "openai",
+      handle: (exchange) => exchange.json(200, modelList(models)),
+    },
     { method: "GET", path: "/v1/models/*", family: "openai", handle: (exchange) => sendModel(exchange, models) },
     { method: "GET", path: "/health", family: "plain", handle: (exchange) => sendHealth(exchange, context) },
     { method: "GET", path: "/live", family: "plain", handle: (exchange) => exchange.json(200, { status: "live" }) },
@@ -72,8 +95,10 @@ function routes(context: RouteContext): Route[] {
       method: "GET",
       path: "/metrics",
       family: "plain",
-      handle: async (exchange) => 
-        exchange.text(200, await planes.metrics.render(), { "content-type": "text/plain; version=0.0.4; charset=utf-8" }),
+      handle: async (exchange) =>
+        exchange.text(200, await planes.metrics.render(), {
+          "content-type": "text/plain; version=0.0.4; charset=utf-8",
+        }),
     },
     openApiRoute(context.config.limits, packageVersion()),
   ];
@@ -96,7 +121,8 @@ function modelList(models: ModelRegistry): Record<string, unknown> {
 function sendModel(exchange: Exchange, models: ModelRegistry): void {
   const name = decodeURIComponent(exchange.path.slice("/v1/models/".length));
   const model = models.list().find((candidate) => candidate.name === name);
-  if (model === undefined) exchange.sendError(new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" }));
+  if (model === undefined)
+    exchange.sendError(new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" }));
   else exchange.json(200, modelObject(model));
 }
 

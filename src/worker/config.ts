@@ -10,6 +10,8 @@ export interface WorkerConfig {
   readonly engine: EngineConfig;
   /** The name clients use. */
   readonly modelName: string;
+  /** A Jinja file used instead of the model's own chat template. */
+  readonly chatTemplatePath?: string;
   /** Streams a worker takes before it answers `worker-full`. */
   readonly maxQueuedRequests: number;
   readonly drainTimeoutMs: number;

@@ -50,7 +50,9 @@ export class GenerateService {
     metrics.requestBytes.add(payload.length);
     if (this.#active.size >= maxStreams) {
       metrics.failed("worker-full");
-      throw new DynamoError("worker-full", `the worker already has ${this.#active.size} requests`, { retryAfterMs: 1_000 });
+      throw new DynamoError("worker-full", `the worker already has ${this.#active.size} requests`, {
+        retryAfterMs: 1_000,
+      });
     }
     const request = decodeRequest(payload);
     const id = this.#takeId();

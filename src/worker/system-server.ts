@@ -25,7 +25,10 @@ export async function startSystemServer(options: SystemServerOptions): Promise<S
     else if (path === "/live") json(response, 200, { status: "live" });
     else if (path === "/health") {
       const status = options.status();
-      json(response, status.state === "ready" ? 200 : 503, { status: status.state === "ready" ? "ready" : "notready", ...status });
+      json(response, status.state === "ready" ? 200 : 503, {
+        status: status.state === "ready" ? "ready" : "notready",
+        ...status,
+      });
     } else if (path === "/metrics") {
       void options.metrics.render().then(
         (text) => response.writeHead(200, { "content-type": "text/plain; version=0.0.4; charset=utf-8" }).end(text),
@@ -35,7 +38,13 @@ export async function startSystemServer(options: SystemServerOptions): Promise<S
   });
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   server.once("error", (cause) => {
-    reject(new DynamoError("address-in-use", `the status port ${options.port} cannot be opened; choose another with --system-port`, { cause }));
+    reject(
+      new DynamoError(
+        "address-in-use",
+        `the status port ${options.port} cannot be opened; choose another with --system-port`,
+        { cause },
+      ),
+    );
   });
   server.listen(options.port, "127.0.0.1", resolve);
   await promise;

@@ -2,7 +2,14 @@ import { createHash } from "node:crypto";
 import { hostname } from "node:os";
 import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
 import { toDynamoError } from "../errors/index.ts";
-import { artifactFromGguf, byteArtifact, encodeArtifact, type TokenizerArtifact } from "../model/index.ts";
+import {
+  artifactFromGguf,
+  byteArtifact,
+  chooseChatTemplate,
+  encodeArtifact,
+  type TokenizerArtifact,
+} from "../model/index.ts";
+import type { Logger } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
   GENERATE_ENDPOINT,
@@ -25,7 +32,7 @@ import {
 } from "../runtime/component/index.ts";
 import type { EndpointHandler } from "../runtime/request-plane/index.ts";
 import { runCanary } from "./canary.ts";
-import type { EngineConfig, WorkerConfig } from "./config.ts";
+import type { WorkerConfig } from "./config.ts";
 import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
@@ -69,7 +76,13 @@ async function start(
   const instanceId = newInstanceId();
   const address = (endpoint: string): string =>
     formatEndpoint({ namespace: config.namespace, component: config.component, endpoint });
-  const metrics = new WorkerMetrics(planes.metrics, [config.namespace, config.component, GENERATE_ENDPOINT, instanceId, config.modelName]);
+  const metrics = new WorkerMetrics(planes.metrics, [
+    config.namespace,
+    config.component,
+    GENERATE_ENDPOINT,
+    instanceId,
+    config.modelName,
+  ]);
 
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
@@ -93,7 +106,7 @@ async function start(
       lifecycle.fail(error);
     },
   };
-  const [info, artifact] = await Promise.all([engine.start(sink, signal), loadArtifact(config.engine)]);
+  const [info, artifact] = await Promise.all([engine.start(sink, signal), loadArtifact(config, logger)]);
   metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
 
   const artifactBytes = encodeArtifact(artifact);
@@ -114,7 +127,12 @@ async function start(
       : await startSystemServer({
           port: config.systemPort,
           metrics: planes.metrics,
-          status: () => ({ state: lifecycle.state, instance_id: instanceId, model: config.modelName, load: engine.load() }),
+          status: () => ({
+            state: lifecycle.state,
+            instance_id: instanceId,
+            model: config.modelName,
+            load: engine.load(),
+          }),
         });
   if (systemServer !== undefined) lifecycle.defer("system server", () => systemServer.close());
 
@@ -147,14 +165,24 @@ async function start(
   });
   lifecycle.ready(signal);
   logger.info(
-    { instance: instanceId, model: config.modelName, engine: info.engine, address: server.address, ms: Math.round(clock.monotonicMs() - startMs) },
+    {
+      instance: instanceId,
+      model: config.modelName,
+      engine: info.engine,
+      address: server.address,
+      ms: Math.round(clock.monotonicMs() - startMs),
+    },
     "worker ready",
   );
   return Object.assign(lifecycle.role(), { instanceId, systemPort: systemServer?.port, load: () => engine.load() });
 }
 
-async function loadArtifact(engine: EngineConfig): Promise<TokenizerArtifact> {
-  return engine.modelPath === undefined ? byteArtifact() : artifactFromGguf(engine.modelPath);
+/** Async so that it runs beside the engine's start, and so that its failure is one of both. */
+async function loadArtifact({ engine, chatTemplatePath }: WorkerConfig, logger: Logger): Promise<TokenizerArtifact> {
+  if (engine.modelPath === undefined) return byteArtifact();
+  const { artifact, from } = chooseChatTemplate(artifactFromGguf(engine.modelPath), engine.modelPath, chatTemplatePath);
+  if (from !== "model file") logger.info(`chat template: ${from}`);
+  return artifact;
 }
 
 function modelCard(

@@ -26,7 +26,10 @@ describe("limits and faults of a whole cluster", () => {
           body: JSON.stringify({ model: "echo", prompt: "abc", max_tokens: maxTokens }),
         });
       const four = [post(60), post(60), post(60), post(60)];
-      await until(async () => (await metric(cluster.baseUrl, /^dynamo_frontend_queued_requests/)) === 2, "two to queue");
+      await until(
+        async () => (await metric(cluster.baseUrl, /^dynamo_frontend_queued_requests/)) === 2,
+        "two to queue",
+      );
       const refused = await post(1);
       assert.equal(refused.status, 529);
       assert.ok(Number(refused.headers.get("retry-after")) >= 1);
@@ -50,12 +53,21 @@ describe("limits and faults of a whole cluster", () => {
       const socket = connect(Number(new URL(cluster.baseUrl).port), "127.0.0.1");
       socket.on("error", () => undefined);
       socket.pause();
-      socket.write(`POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}\r\n\r\n${body}`);
-      await until(async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 1, "the stream to run");
+      socket.write(
+        `POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}\r\n\r\n${body}`,
+      );
+      await until(
+        async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 1,
+        "the stream to run",
+      );
       const client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
       const other = await client.completions.create({ model: "echo", prompt: "abc", max_tokens: 50 });
       assert.equal(other.usage!.completion_tokens, 50);
-      await until(async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 0, "the slow reader to be cut off", 60_000);
+      await until(
+        async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 0,
+        "the slow reader to be cut off",
+        60_000,
+      );
       await until(() => cluster.workers[0]!.load().runningRequests === 0, "its work to stop");
       socket.destroy();
     } finally {
@@ -76,7 +88,10 @@ describe("limits and faults of a whole cluster", () => {
       );
       await cluster.addWorker();
       await cluster.settled(1);
-      assert.equal((await client.completions.create({ model: "echo", prompt: "abc", max_tokens: 2 })).choices.length, 1);
+      assert.equal(
+        (await client.completions.create({ model: "echo", prompt: "abc", max_tokens: 2 })).choices.length,
+        1,
+      );
     } finally {
       await cluster.stop();
     }
@@ -87,7 +102,10 @@ describe("limits and faults of a whole cluster", () => {
     try {
       const client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
       const running = client.completions.create({ model: "echo", prompt: "abc", max_tokens: 100 });
-      await until(async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 1, "the request to run");
+      await until(
+        async () => (await metric(cluster.baseUrl, /^dynamo_frontend_active_requests/)) === 1,
+        "the request to run",
+      );
       const drained = cluster.frontend.drain(10_000);
       await until(async () => (await fetch(`${cluster.baseUrl}/health`)).status === 503, "health to say draining");
       await assert.rejects(
@@ -143,7 +161,9 @@ describe("limits and faults of a whole cluster", () => {
       ]) {
         assert.ok(text.includes(family), `${family} is missing in\n${text}`);
       }
-      const openapi = (await (await fetch(`${cluster.baseUrl}/openapi.json`)).json()) as { paths: Record<string, unknown> };
+      const openapi = (await (await fetch(`${cluster.baseUrl}/openapi.json`)).json()) as {
+        paths: Record<string, unknown>;
+      };
       assert.ok(openapi.paths["/v1/chat/completions"] !== undefined);
     } finally {
       await cluster.stop();

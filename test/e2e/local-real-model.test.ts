@@ -11,125 +11,178 @@ const MODEL = process.env["DYN_TEST_MODEL"];
 const FRANCE = [{ role: "user" as const, content: "What is the capital of France?" }];
 
 /** `dynamo local` with the real SmolLM2: two llama workers and a frontend as processes of their own. */
-describe("dynamo local with the real model", { skip: MODEL === undefined ? "no test model (DYN_TEST_MODEL)" : false }, () => {
-  let cluster: ProcessCluster;
-  let client: OpenAI;
-  let model: string;
+describe(
+  "dynamo local with the real model",
+  { skip: MODEL === undefined ? "no test model (DYN_TEST_MODEL)" : false },
+  () => {
+    let cluster: ProcessCluster;
+    let client: OpenAI;
+    let model: string;
 
-  before(async () => {
-    cluster = await startProcessCluster(["--model", MODEL!, "--workers", "2"]);
-    client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
-    model = (await client.models.list()).data[0]!.id;
-  });
-  after(async () => {
-    assert.equal(await cluster.stop("SIGINT"), 0, cluster.output());
-  });
-
-  test("curl streams an answer with Paris", async () => {
-    const body = JSON.stringify({ model, messages: FRANCE, max_tokens: 24, temperature: 0, stream: true });
-    const { stdout } = await run("curl", [
-      "-sN",
-      `${cluster.baseUrl}/v1/chat/completions`,
-      "-H",
-      "content-type: application/json",
-      "-d",
-      body,
-    ]);
-    const events = stdout.split("\n\n").filter((event) => event !== "");
-    assert.equal(events.at(-1), "data: [DONE]");
-    const text = events
-      .slice(0, -1)
-      .map((event) => (JSON.parse(event.slice("data: ".length)) as OpenAI.ChatCompletionChunk).choices[0]?.delta.content ?? "")
-      .join("");
-    assert.match(text, /Paris/);
-  });
-
-  test("streamed and whole greedy answers are the same, and a repeated prompt comes from the cache", async () => {
-    const body = { model, messages: [{ role: "user" as const, content: "Name three colours of the rainbow. ".repeat(6) }], max_tokens: 16, temperature: 0 };
-    const texts: string[] = [];
-    let cached = 0;
-    // Two workers in turn: the third and fourth requests meet a worker that has seen the prompt.
-    for (let i = 0; i < 4; i++) {
-      const answer = await client.chat.completions.create(body);
-      texts.push(answer.choices[0]!.message.content!);
-      cached = Math.max(cached, answer.usage!.prompt_tokens_details!.cached_tokens!);
-    }
-    assert.equal(new Set(texts).size, 1, texts.join("\n---\n"));
-    assert.ok(cached >= 16, `cached tokens: ${cached}`);
-    let streamed = "";
-    for await (const chunk of await client.chat.completions.create({ ...body, stream: true })) {
-      streamed += chunk.choices[0]?.delta.content ?? "";
-    }
-    assert.equal(streamed, texts[0]);
-  });
-
-  test("sampling options are honoured: seeds repeat, logit bias forbids, stop strings stop, logprobs sum up", async () => {
-    const seeded = { model, messages: FRANCE, max_tokens: 12, temperature: 1, seed: 42 };
-    const first = await client.chat.completions.create(seeded);
-    const second = await client.chat.completions.create(seeded);
-    assert.equal(first.choices[0]!.message.content, second.choices[0]!.message.content);
-    const stopped = await client.chat.completions.create({ model, messages: FRANCE, max_tokens: 24, temperature: 0, stop: ["Paris"] });
-    assert.equal(stopped.choices[0]!.finish_reason, "stop");
-    assert.doesNotMatch(stopped.choices[0]!.message.content!, /Paris/);
-    const logprobs = await client.chat.completions.create({ model, messages: FRANCE, max_tokens: 5, temperature: 0, logprobs: true, top_logprobs: 5 });
-    for (const entry of logprobs.choices[0]!.logprobs!.content!) {
-      assert.equal(entry.top_logprobs.length, 5);
-      assert.equal(entry.top_logprobs[0]!.token, entry.token, "greedy takes the most likely token");
-      const mass = entry.top_logprobs.reduce((sum, top) => sum + Math.exp(top.logprob), 0);
-      assert.ok(mass > 0 && mass <= 1.0001);
-    }
-    const choices = await client.chat.completions.create({ model, messages: FRANCE, max_tokens: 8, temperature: 1, seed: 7, n: 3 });
-    assert.equal(choices.choices.length, 3);
-    assert.ok(new Set(choices.choices.map((choice) => choice.message.content)).size > 1, "three samples differ");
-  });
-
-  test("completions: echo with logprobs gives the prompt's too, the first without one", async () => {
-    const answer = await client.completions.create({ model, prompt: "The capital of France is", max_tokens: 2, temperature: 0, echo: true, logprobs: 1 });
-    const logprobs = answer.choices[0]!.logprobs!;
-    assert.ok(answer.choices[0]!.text.startsWith("The capital of France is"));
-    assert.equal(logprobs.tokens!.join(""), answer.choices[0]!.text);
-    assert.equal(logprobs.token_logprobs![0], null);
-    assert.ok(logprobs.token_logprobs!.slice(1).every((value) => typeof value === "number" && value <= 0));
-  });
-
-  test("a worker killed during ten streams: its streams end with a clear error at once, the others go on, new requests succeed, the worker comes back", async () => {
-    const workers = cluster.pids(" worker");
-    assert.equal(workers.length, 2, cluster.output());
-    const body = { model, messages: [{ role: "user" as const, content: "Write a long story about the sea." }], max_tokens: 200, temperature: 0, stream: true as const };
-    const started = Array.from({ length: 10 }, () => Promise.withResolvers<void>());
-    const outcomes = started.map(async (ready) => {
-      let tokens = 0;
-      try {
-        for await (const chunk of await client.chat.completions.create(body)) {
-          if ((chunk.choices[0]?.delta.content ?? "") !== "") tokens++;
-          if (tokens === 2) ready.resolve();
-        }
-        return { tokens, error: undefined, endedMs: performance.now() };
-      } catch (error) {
-        return { tokens, error: error as Error, endedMs: performance.now() };
-      } finally {
-        ready.resolve();
-      }
+    before(async () => {
+      cluster = await startProcessCluster(["--model", MODEL!, "--workers", "2"]);
+      client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
+      model = (await client.models.list()).data[0]!.id;
     });
-    await Promise.all(started.map((ready) => ready.promise));
-    const killedMs = performance.now();
-    process.kill(workers[0]!, "SIGKILL");
-    const next = await Promise.all(
-      Array.from({ length: 8 }, () => client.chat.completions.create({ model, messages: FRANCE, max_tokens: 4, temperature: 0 })),
-    );
-    assert.equal(next.length, 8);
-    const results = await Promise.all(outcomes);
-    const failed = results.filter((result) => result.error !== undefined);
-    assert.equal(failed.length, 5, results.map((result) => String(result.error ?? "ok")).join("\n"));
-    for (const { error, endedMs } of failed) {
-      assert.match(error!.message, /worker/);
-      assert.ok(endedMs - killedMs < 2_000, `ended ${endedMs - killedMs} ms after the kill`);
-    }
-    await until(() => cluster.pids(" worker").filter(alive).length === 2, "the worker to be restarted", 20_000);
-    await until(async () => {
-      const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
-      return health.instances.filter((instance) => instance.problem === undefined).length === 2;
-    }, "both workers to serve", 20_000);
-    assert.match(cluster.output(), /restart/);
-  });
-});
+    after(async () => {
+      assert.equal(await cluster.stop("SIGINT"), 0, cluster.output());
+    });
+
+    test("curl streams an answer with Paris", async () => {
+      const body = JSON.stringify({ model, messages: FRANCE, max_tokens: 24, temperature: 0, stream: true });
+      const { stdout } = await run("curl", [
+        "-sN",
+        `${cluster.baseUrl}/v1/chat/completions`,
+        "-H",
+        "content-type: application/json",
+        "-d",
+        body,
+      ]);
+      const events = stdout.split("\n\n").filter((event) => event !== "");
+      assert.equal(events.at(-1), "data: [DONE]");
+      const text = events
+        .slice(0, -1)
+        .map(
+          (event) =>
+            (JSON.parse(event.slice("data: ".length)) as OpenAI.ChatCompletionChunk).choices[0]?.delta.content ?? "",
+        )
+        .join("");
+      assert.match(text, /Paris/);
+    });
+
+    test("streamed and whole greedy answers are the same, and a repeated prompt comes from the cache", async () => {
+      const body = {
+        model,
+        messages: [{ role: "user" as const, content: "Name three colours of the rainbow. ".repeat(6) }],
+        max_tokens: 16,
+        temperature: 0,
+      };
+      const texts: string[] = [];
+      let cached = 0;
+      // Two workers in turn: the third and fourth requests meet a worker that has seen the prompt.
+      for (let i = 0; i < 4; i++) {
+        const answer = await client.chat.completions.create(body);
+        texts.push(answer.choices[0]!.message.content!);
+        cached = Math.max(cached, answer.usage!.prompt_tokens_details!.cached_tokens!);
+      }
+      assert.equal(new Set(texts).size, 1, texts.join("\n---\n"));
+      assert.ok(cached >= 16, `cached tokens: ${cached}`);
+      let streamed = "";
+      for await (const chunk of await client.chat.completions.create({ ...body, stream: true })) {
+        streamed += chunk.choices[0]?.delta.content ?? "";
+      }
+      assert.equal(streamed, texts[0]);
+    });
+
+    test("sampling options are honoured: seeds repeat, logit bias forbids, stop strings stop, logprobs sum up", async () => {
+      const seeded = { model, messages: FRANCE, max_tokens: 12, temperature: 1, seed: 42 };
+      const first = await client.chat.completions.create(seeded);
+      const second = await client.chat.completions.create(seeded);
+      assert.equal(first.choices[0]!.message.content, second.choices[0]!.message.content);
+      const stopped = await client.chat.completions.create({
+        model,
+        messages: FRANCE,
+        max_tokens: 24,
+        temperature: 0,
+        stop: ["Paris"],
+      });
+      assert.equal(stopped.choices[0]!.finish_reason, "stop");
+      assert.doesNotMatch(stopped.choices[0]!.message.content!, /Paris/);
+      const logprobs = await client.chat.completions.create({
+        model,
+        messages: FRANCE,
+        max_tokens: 5,
+        temperature: 0,
+        logprobs: true,
+        top_logprobs: 5,
+      });
+      for (const entry of logprobs.choices[0]!.logprobs!.content!) {
+        assert.equal(entry.top_logprobs.length, 5);
+        assert.equal(entry.top_logprobs[0]!.token, entry.token, "greedy takes the most likely token");
+        const mass = entry.top_logprobs.reduce((sum, top) => sum + Math.exp(top.logprob), 0);
+        assert.ok(mass > 0 && mass <= 1.0001);
+      }
+      const choices = await client.chat.completions.create({
+        model,
+        messages: FRANCE,
+        max_tokens: 8,
+        temperature: 1,
+        seed: 7,
+        n: 3,
+      });
+      assert.equal(choices.choices.length, 3);
+      assert.ok(new Set(choices.choices.map((choice) => choice.message.content)).size > 1, "three samples differ");
+    });
+
+    test("completions: echo with logprobs gives the prompt's too, the first without one", async () => {
+      const answer = await client.completions.create({
+        model,
+        prompt: "The capital of France is",
+        max_tokens: 2,
+        temperature: 0,
+        echo: true,
+        logprobs: 1,
+      });
+      const logprobs = answer.choices[0]!.logprobs!;
+      assert.ok(answer.choices[0]!.text.startsWith("The capital of France is"));
+      assert.equal(logprobs.tokens!.join(""), answer.choices[0]!.text);
+      assert.equal(logprobs.token_logprobs![0], null);
+      assert.ok(logprobs.token_logprobs!.slice(1).every((value) => typeof value === "number" && value <= 0));
+    });
+
+    test("a worker killed during ten streams: its streams end with a clear error at once, the others go on, new requests succeed, the worker comes back", async () => {
+      const workers = cluster.pids(" worker");
+      assert.equal(workers.length, 2, cluster.output());
+      const body = {
+        model,
+        messages: [{ role: "user" as const, content: "Write a long story about the sea." }],
+        max_tokens: 200,
+        temperature: 0,
+        stream: true as const,
+      };
+      const started = Array.from({ length: 10 }, () => Promise.withResolvers<void>());
+      const outcomes = started.map(async (ready) => {
+        let tokens = 0;
+        try {
+          for await (const chunk of await client.chat.completions.create(body)) {
+            if ((chunk.choices[0]?.delta.content ?? "") !== "") tokens++;
+            if (tokens === 2) ready.resolve();
+          }
+          return { tokens, error: undefined, endedMs: performance.now() };
+        } catch (error) {
+          return { tokens, error: error as Error, endedMs: performance.now() };
+        } finally {
+          ready.resolve();
+        }
+      });
+      await Promise.all(started.map((ready) => ready.promise));
+      const killedMs = performance.now();
+      process.kill(workers[0]!, "SIGKILL");
+      const next = await Promise.all(
+        Array.from({ length: 8 }, () =>
+          client.chat.completions.create({ model, messages: FRANCE, max_tokens: 4, temperature: 0 }),
+        ),
+      );
+      assert.equal(next.length, 8);
+      const results = await Promise.all(outcomes);
+      const failed = results.filter((result) => result.error !== undefined);
+      assert.equal(failed.length, 5, results.map((result) => String(result.error ?? "ok")).join("\n"));
+      for (const { error, endedMs } of failed) {
+        assert.match(error!.message, /worker/);
+        assert.ok(endedMs - killedMs < 2_000, `ended ${endedMs - killedMs} ms after the kill`);
+      }
+      await until(() => cluster.pids(" worker").filter(alive).length === 2, "the worker to be restarted", 20_000);
+      await until(
+        async () => {
+          const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as {
+            instances: { problem?: string }[];
+          };
+          return health.instances.filter((instance) => instance.problem === undefined).length === 2;
+        },
+        "both workers to serve",
+        20_000,
+      );
+      assert.match(cluster.output(), /restart/);
+    });
+  },
+);

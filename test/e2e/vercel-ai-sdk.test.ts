@@ -15,7 +15,12 @@ describe("vercel ai sdk", () => {
     createOpenAICompatible({ name: "dynamo", baseURL: `${cluster.baseUrl}/v1`, includeUsage: true });
 
   test("generateText gives text, finish reason and usage", async () => {
-    const result = await generateText({ model: provider().chatModel("echo"), prompt: "hello", maxOutputTokens: 8, maxRetries: 0 });
+    const result = await generateText({
+      model: provider().chatModel("echo"),
+      prompt: "hello",
+      maxOutputTokens: 8,
+      maxRetries: 0,
+    });
     assert.ok(result.text.length > 0);
     assert.equal(result.finishReason, "length");
     assert.equal(result.usage.outputTokens, 8);

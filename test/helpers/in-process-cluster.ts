@@ -25,7 +25,13 @@ export interface InProcessOptions {
   readonly logger?: Logger;
 }
 
-export const ECHO: WorkerConfig["engine"] = { kind: "echo", contextLength: 4096, maxSequences: 256, blockSizeTokens: 16, stepMs: 0 };
+export const ECHO: WorkerConfig["engine"] = {
+  kind: "echo",
+  contextLength: 4096,
+  maxSequences: 256,
+  blockSizeTokens: 16,
+  stepMs: 0,
+};
 
 /** A whole cluster in this process on memory planes, with the echo engine unless told otherwise: what most tests need. */
 export async function startInProcessCluster(options: InProcessOptions = {}): Promise<InProcessCluster> {

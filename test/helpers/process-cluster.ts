@@ -21,7 +21,10 @@ export interface ProcessCluster {
 }
 
 /** `dynamo local` as a user starts it: real processes, file discovery, TCP and ZMQ planes. Waits until a model is listed. */
-export async function startProcessCluster(flags: readonly string[], environment: NodeJS.ProcessEnv = {}): Promise<ProcessCluster> {
+export async function startProcessCluster(
+  flags: readonly string[],
+  environment: NodeJS.ProcessEnv = {},
+): Promise<ProcessCluster> {
   const port = await freePort();
   const root = mkdtempSync(join(tmpdir(), "dynamo-e2e-"));
   let text = "";

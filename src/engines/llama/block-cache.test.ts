@@ -161,11 +161,15 @@ function runOperations(twins: Twins, operations: readonly unknown[], check: () =
 
 test("block cache: any use leaves the same counts, content, events and evictions as the naive one", () => {
   fc.assert(
-    fc.property(fc.integer({ min: 1, max: 20 }), fc.array(anOperation, { maxLength: 60 }), (totalBlocks, operations) => {
-      // Every block has a holder of its own if need be.
-      const twins = new Twins(totalBlocks, totalBlocks);
-      runOperations(twins, operations, () => twins.check(true));
-    }),
+    fc.property(
+      fc.integer({ min: 1, max: 20 }),
+      fc.array(anOperation, { maxLength: 60 }),
+      (totalBlocks, operations) => {
+        // Every block has a holder of its own if need be.
+        const twins = new Twins(totalBlocks, totalBlocks);
+        runOperations(twins, operations, () => twins.check(true));
+      },
+    ),
     { numRuns: 400 },
   );
 });
@@ -199,7 +203,14 @@ function runCheckingCells(twins: Twins, operations: readonly unknown[], totalBlo
       const hashes = hashBlocks(Uint32Array.from(tokens), SIZE, blockHashSeed());
       const blocks = new Int32Array(MAX_DEPTH);
       const count = cache.findPrefix(hashes.sequenceHashes, hashes.blockCount, blocks);
-      const sequence = { id: freeIds.pop()!, tokens, blocks, blockCount: hashes.blockCount, privateCount: 0, computed: 0 };
+      const sequence = {
+        id: freeIds.pop()!,
+        tokens,
+        blocks,
+        blockCount: hashes.blockCount,
+        privateCount: 0,
+        computed: 0,
+      };
       cache.acquire(sequence.id, blocks, count);
       const needed = Math.ceil(tokens.length / SIZE) - count;
       assert(cache.reserve(needed), "40 blocks are enough for 4 sequences of 8");

@@ -139,7 +139,7 @@ export class BlockCache {
     for (let i = 0; i < count; i++) this.#pin(blocks[i]!);
     if (sequence === NO_SEQUENCE) return;
     // One call per stretch of blocks in the same holder.
-    for (let start = 0; start < count; ) {
+    for (let start = 0; start < count;) {
       const holder = this.#holder[blocks[start]!]!;
       let end = start + 1;
       while (end < count && this.#holder[blocks[end]!] === holder) end++;

@@ -329,7 +329,9 @@ test("engine loop: an abort takes effect before the next step, waiting, in prefi
 
 test("engine loop: higher priority starts first, then arrival decides", () => {
   const harness = new Harness({ maxSequences: 1, maxBatchedTokens: 16 });
-  [0, 5, 0, 5, -1].forEach((priority, id) => harness.submit(id, aRequest(range(4, id * 9), { priority, maxTokens: 1 })));
+  [0, 5, 0, 5, -1].forEach((priority, id) =>
+    harness.submit(id, aRequest(range(4, id * 9), { priority, maxTokens: 1 })),
+  );
   harness.run();
   assert.deepEqual(harness.order, [1, 3, 0, 2, 4]);
 });
@@ -484,7 +486,9 @@ test("engine loop: any mix of requests, aborts and cache sizes gives every strea
         assert(harness.model.usedCells <= (activeBlocks + cachedBlocks) * BLOCK);
       };
       requests.forEach((request, id) => {
-        const prompt = request.parts.flatMap((part) => range(BLOCK, part * 8)).concat(range(request.tail, request.tailFirst));
+        const prompt = request.parts
+          .flatMap((part) => range(BLOCK, part * 8))
+          .concat(range(request.tail, request.tailFirst));
         prompts.push(prompt);
         harness.submit(id, aRequest(prompt, request));
         if (request.abortAfter !== undefined) aborts.set(id, step + request.abortAfter);

@@ -1,4 +1,6 @@
 import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
 import { existsSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
@@ -32,9 +34,7 @@ const END_OF_TURN = 2;
 const FRANCE = 4649;
 const PARIS = 7042;
 // " Spain", " Italy", " Japan" and so on: one token each.
-const COUNTRIES = [
-  7476, 7158, 3085, 3275, 4521, 6054, 4004, 5647, 3089, 4754, 10040, 8050, 12452, 11011, 3996, 7597,
-];
+const COUNTRIES = [7476, 7158, 3085, 3275, 4521, 6054, 4004, 5647, 3089, 4754, 10040, 8050, 12452, 11011, 3996, 7597];
 
 /** The chat `What is the capital of <country>?`, after a turn about each of the countries before the last. */
 function aChat(...countries: number[]): Uint32Array {
@@ -65,7 +65,10 @@ function sameText(a: StreamRecord, b: StreamRecord): boolean {
   assert.equal(a.tokens.length, b.tokens.length);
   const at = a.tokens.findIndex((token, i) => token !== b.tokens[i]);
   if (at < 0) return true;
-  for (const [one, other] of [[a, b], [b, a]] as const) {
+  for (const [one, other] of [
+    [a, b],
+    [b, a],
+  ] as const) {
     const { topIds, topLogprobs } = one.logprobs[at]!;
     const rank = topIds.indexOf(other.tokens[at]!);
     const gap = rank < 0 ? Infinity : topLogprobs[0]! - topLogprobs[rank]!;
@@ -92,7 +95,9 @@ async function withEngine(
 
 void test("llama: the capital of France is Paris", { skip }, () =>
   withEngine({}, async (recorder) => {
-    const answer = await recorder.run(aRequest(aChat(FRANCE), { stop: { maxTokens: 40, stopTokenIds: [END_OF_TURN] } }));
+    const answer = await recorder.run(
+      aRequest(aChat(FRANCE), { stop: { maxTokens: 40, stopTokenIds: [END_OF_TURN] } }),
+    );
     assert.equal(answer.finish, "stop");
     assert(answer.tokens.includes(PARIS), `the answer was ${answer.tokens.join(" ")}`);
   }),
@@ -129,21 +134,24 @@ void test("llama: a prompt seen before comes from the cache and gives the same t
   }),
 );
 
-void test("llama: an abort in the middle of a prefill ends it within a step and keeps what was computed", { skip }, () =>
-  withEngine({ maxBatchedTokens: 32 }, async (recorder, engine) => {
-    const id = recorder.submit(aRequest(aPrompt(500)));
-    await recorder.until(() => recorder.kvEvents.length > 0, "the first chunk");
-    const before = engine.load().steps;
-    recorder.abort(id);
-    await recorder.ended([id]);
-    assert.equal(recorder.record(id).finish, "cancelled");
-    assert(engine.load().steps - before <= 2, "no step after the one that was running");
-    const { activeBlocks, cachedBlocks } = engine.load();
-    assert.equal(activeBlocks, 0);
-    assert.equal(cachedBlocks, replayKvEvents(recorder.kvEvents).size);
-    const again = await recorder.run(aRequest(aPrompt(500), { stop: { maxTokens: 1 } }));
-    assert.equal(again.first?.cachedTokens, cachedBlocks * 16);
-  }),
+void test(
+  "llama: an abort in the middle of a prefill ends it within a step and keeps what was computed",
+  { skip },
+  () =>
+    withEngine({ maxBatchedTokens: 32 }, async (recorder, engine) => {
+      const id = recorder.submit(aRequest(aPrompt(500)));
+      await recorder.until(() => recorder.kvEvents.length > 0, "the first chunk");
+      const before = engine.load().steps;
+      recorder.abort(id);
+      await recorder.ended([id]);
+      assert.equal(recorder.record(id).finish, "cancelled");
+      assert(engine.load().steps - before <= 2, "no step after the one that was running");
+      const { activeBlocks, cachedBlocks } = engine.load();
+      assert.equal(activeBlocks, 0);
+      assert.equal(cachedBlocks, replayKvEvents(recorder.kvEvents).size);
+      const again = await recorder.run(aRequest(aPrompt(500), { stop: { maxTokens: 1 } }));
+      assert.equal(again.first?.cachedTokens, cachedBlocks * 16);
+    }),
 );
 
 void test("llama: with a cache too small for all, streams are preempted and still say the right thing", { skip }, () =>
@@ -198,6 +206,32 @@ void test("llama: imported bytes that are no block are refused and the engine li
     assert.equal(answer.tokens.length, 2);
   }),
 );
+
+void test("llama: an idle engine takes no CPU time and answers at once when called", { skip }, () =>
+  withEngine({}, async (_recorder, engine) => {
+    await engine.clearBlocks();
+    const before = process.cpuUsage();
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    const { user, system } = process.cpuUsage(before);
+    assert(user + system < 100_000, `${(user + system) / 1000} ms of CPU time in 500 ms`);
+    const roundTrips: number[] = [];
+    for (let i = 0; i < 21; i++) {
+      const startedAt = performance.now();
+      await engine.clearBlocks();
+      roundTrips.push(performance.now() - startedAt);
+    }
+    const median = roundTrips.toSorted((a, b) => a - b)[10]!;
+    // 0.15 ms on a free machine.
+    assert(median < 20, `${median} ms from call to answer`);
+  }),
+);
+
+void test("llama: a sleeping engine does not keep the process from ending", { skip }, async () => {
+  const program = path.join(import.meta.dirname, "fixtures", "exit-while-idle.ts");
+  const child = spawn(process.execPath, [program, MODEL_PATH], { stdio: "inherit", timeout: 60_000 });
+  const [code, signal] = (await once(child, "exit")) as [number | null, string | null];
+  assert.deepEqual([code, signal], [0, null]);
+});
 
 void test("llama: a file that is no model is refused with what the library says", async () => {
   const engine = new LlamaEngine({ ...CONFIG, modelPath: path.join(os.tmpdir(), "there-is-no-such.gguf") });

@@ -4,14 +4,7 @@ import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
 import { StepWriter, forEachStepEntry, type LoadSnapshot, type PreprocessedRequest } from "../../protocol/index.ts";
 import { systemClock, type Clock } from "../../std/index.ts";
-import type {
-  Engine,
-  EngineInfo,
-  EngineSink,
-  ExportedBlocks,
-  ImportedBlocks,
-  LlamaEngineConfig,
-} from "../index.ts";
+import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks, LlamaEngineConfig } from "../index.ts";
 import { MAX_SEQUENCE_IDS } from "./llama-context.ts";
 import { LoadBoard, type Command, type PlainError, type Report, type ThreadData } from "./messages.ts";
 
@@ -177,7 +170,6 @@ export class LlamaEngine implements Engine {
     }
     await this.#threadGone;
     this.#state = "dead";
-    if (this.#flush !== undefined) clearImmediate(this.#flush);
     this.#sink = undefined;
   }
 
@@ -213,7 +205,8 @@ export class LlamaEngine implements Engine {
         Atomics.notify(this.#wake, 0);
       }
       if (this.#refusals.entryCount > 0) {
-        const step = this.#refusals.view();
+        // A copy, because the sink may submit again.
+        const step = new Uint8Array(this.#refusals.view());
         this.#refusals.reset();
         this.#deliver(step);
       }
@@ -264,8 +257,12 @@ export class LlamaEngine implements Engine {
   #onEnded(error: DynamoError | undefined): void {
     if (this.#state === "dead") return;
     const wasStarting = this.#started;
-    const expected = this.#state === "stopping" || wasStarting !== undefined;
+    const expected = this.#state === "stopping" || this.#state === "starting";
     this.#state = "dead";
+    clearImmediate(this.#flush);
+    this.#flush = undefined;
+    this.#commands = [];
+    this.#refusals.reset();
     const stopped = new DynamoError("engine-stopped", "the engine stopped", {
       ...(error?.diagnostic === undefined ? {} : { diagnostic: error.diagnostic }),
       cause: error,

@@ -27,7 +27,7 @@ async function main(port: MessagePort, data: ThreadData): Promise<void> {
     // Lines that other threads logged while this one captured the library's log arrive in this turn.
     await nextTurn();
 
-    for (let stepsInTurn = 0; ; ) {
+    for (let stepsInTurn = 0; ;) {
       // Read before the port: what is posted after this changes the counter, so the sleep below cannot miss it.
       const seen = Atomics.load(wake, 0);
       const replies: Replies = [];

@@ -155,7 +155,7 @@ export class Scheduler<S extends Sequence> {
 
   #admit(): void {
     const { running, waiting } = this;
-    for (let i = 0; i < waiting.length; ) {
+    for (let i = 0; i < waiting.length;) {
       if (running.length === this.#options.maxSequences || this.#tokenBudget === 0) return;
       const sequence = waiting[i]!;
       const cached = this.#findCached(sequence);

@@ -107,7 +107,7 @@ export class LongMerge {
       const key = this.#pop();
       const rank = Math.floor(key / POSITIONS);
       const position = key - rank * POSITIONS;
-      this.#merge(position);
+      if (this.#ranks[position] === rank) this.#merge(position);
     }
     return true;
   }

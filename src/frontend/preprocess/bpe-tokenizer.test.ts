@@ -137,14 +137,13 @@ for (const [name, load] of SOURCES) {
     );
     fc.assert(
       fc.property(fc.array(part, { maxLength: 12 }), (parts) => {
-        const text = parts.join("");
+        const text = name === "smollm2" ? parts.join("").replace(SMOLLM2_LACKS, "") : parts.join("");
         assertSame(pair, text);
-        if (name === "smollm2") return; // Its vocabulary lacks some control characters, which are dropped.
         const bytes = Buffer.concat(Array.from(pair.own.encode(text, RAW), (id) => pair.own.tokenBytes(id)));
         const wellFormed = text.toWellFormed();
         assert.equal(bytes.toString("utf8"), name === "qwen3" ? composed(pair.own, wellFormed) : wellFormed);
       }),
-      { numRuns: 150 },
+      { numRuns: 120 },
     );
   });
 
@@ -173,6 +172,12 @@ for (const [name, load] of SOURCES) {
     assert.deepEqual(await pair.own.encodeSliced(text, RAW), pair.own.encode(text, RAW));
   });
 }
+
+/**
+ * Characters with bytes that SmolLM2's vocabulary lacks. The native library drops those bytes before merging and so do we;
+ * the JavaScript one drops them afterwards.
+ */
+const SMOLLM2_LACKS = new RegExp(String.raw`[\x04\x06\x13\x14\x16\x1d\u{40000}-\u{bffff}]`, "gu");
 
 /** What the text reads after NFC between added tokens: the parts are composed apart. */
 function composed(own: BpeTokenizer, text: string): string {
@@ -267,6 +272,13 @@ test("the lowest rank merges first, the leftmost of equals, and a merge needs bo
 test("bytes without a token become the unknown token, or nothing where there is none", () => {
   const vocab = { a: 0, b: 1, "?": 2 };
   assert.deepEqual([...aTokenizer({ vocab }).encode("axxb", RAW)], [0, 1]);
+  // As the native library does: what was dropped does not keep its neighbours apart.
+  const merging = aTokenizer({ vocab: { ...vocab, ab: 3 }, merges: ["a b"] });
+  assert.deepEqual([...merging.encode("axb", RAW)], [3]);
+  assert.deepEqual(
+    [...merging.encode("ab".repeat(200) + "x", RAW)],
+    Array.from({ length: 200 }, () => 3),
+  );
   assert.deepEqual([...aTokenizer({ vocab, unk_token: "?" }).encode("axxb", RAW)], [0, 2, 2, 1]);
   assert.deepEqual([...aTokenizer({ vocab, unk_token: "?", fuse_unk: true }).encode("axxb", RAW)], [0, 2, 1]);
 });

@@ -1,6 +1,6 @@
 import * as library from "@huggingface/jinja";
 import { DynamoError } from "../../errors/index.ts";
-import type { ChatMessage } from "../../protocol/openai/types.ts";
+import type { ChatMessage } from "../../protocol/openai/index.ts";
 import { strftime } from "./strftime.ts";
 
 /**

@@ -1,6 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import type { TokenizerArtifact } from "../../model/index.ts";
-import type { ChatRequest, GenerationOptions } from "../../protocol/openai/types.ts";
+import type { ChatRequest, GenerationOptions } from "../../protocol/openai/index.ts";
 import { ChatTemplate } from "./chat-template.ts";
 import { loadTokenizer, type Tokenizer } from "./tokenizer.ts";
 

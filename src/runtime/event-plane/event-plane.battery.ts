@@ -51,7 +51,7 @@ export function range(from: number, to: number): number[] {
 
 /** Every event plane passes these. */
 export function eventPlaneBattery(name: string, openCluster: () => Cluster): void {
-  const battery = (title: string, body: (cluster: Cluster) => Promise<void>) =>
+  const battery = (title: string, body: (cluster: Cluster) => Promise<void>): void => {
     test(`${name}: ${title}`, { timeout: 30_000 }, async () => {
       const cluster = openCluster();
       try {
@@ -60,6 +60,7 @@ export function eventPlaneBattery(name: string, openCluster: () => Cluster): voi
         await cluster.close();
       }
     });
+  };
 
   battery("a subscriber sees each event of a later publisher, from 1 upwards and in order", async (cluster) => {
     const witness = new Witness();
@@ -73,17 +74,20 @@ export function eventPlaneBattery(name: string, openCluster: () => Cluster): voi
     );
   });
 
-  battery("the last event arrives even if it is published with the announcement and nothing follows", async (cluster) => {
-    const plane = cluster.open();
-    const witness = new Witness();
-    await cluster.open().subscribe("load", witness);
-    for (let i = 0; i < 5; i++) {
-      const publisher = await plane.publish("load");
-      publisher.publish(text("only"));
-    }
-    await until(() => witness.calls.length === 5, "one event of each of five publishers came");
-    assert.deepEqual(witness.gaps, []);
-  });
+  battery(
+    "the last event arrives even if it is published with the announcement and nothing follows",
+    async (cluster) => {
+      const plane = cluster.open();
+      const witness = new Witness();
+      await cluster.open().subscribe("load", witness);
+      for (let i = 0; i < 5; i++) {
+        const publisher = await plane.publish("load");
+        publisher.publish(text("only"));
+      }
+      await until(() => witness.calls.length === 5, "one event of each of five publishers came");
+      assert.deepEqual(witness.gaps, []);
+    },
+  );
 
   battery("a late joiner without replay starts at the current sequence, without a gap", async (cluster) => {
     const publisher = await cluster.open().publish("load");
@@ -100,34 +104,40 @@ export function eventPlaneBattery(name: string, openCluster: () => Cluster): voi
     assert.deepEqual(witness.gaps, []);
   });
 
-  battery("a late joiner with replay gets the ring first, then the live events, none twice and none lost", async (cluster) => {
-    const publisher = await cluster.open().publish("kv-events", { ringSize: 5000 });
-    for (let i = 1; i <= 700; i++) publisher.publish(text(`event ${i}`));
-    const witness = new Witness();
-    const joining = cluster.open().subscribe("kv-events", witness, { replay: true });
-    let published = 700;
-    await until(() => {
-      if (published < 1500) publisher.publish(text(`event ${++published}`));
-      return witness.sequences.length === 1500;
-    }, "1,500 events came");
-    await joining;
-    assert.deepEqual(
-      witness.calls,
-      range(1, 1500).map((i) => `${publisher.publisherId} ${i} event ${i}`),
-    );
-  });
+  battery(
+    "a late joiner with replay gets the ring first, then the live events, none twice and none lost",
+    async (cluster) => {
+      const publisher = await cluster.open().publish("kv-events", { ringSize: 5000 });
+      for (let i = 1; i <= 700; i++) publisher.publish(text(`event ${i}`));
+      const witness = new Witness();
+      const joining = cluster.open().subscribe("kv-events", witness, { replay: true });
+      let published = 700;
+      await until(() => {
+        for (let i = 0; i < 10 && published < 1500; i++) publisher.publish(text(`event ${++published}`));
+        return witness.sequences.length === 1500;
+      }, "1,500 events came");
+      await joining;
+      assert.deepEqual(
+        witness.calls,
+        range(1, 1500).map((i) => `${publisher.publisherId} ${i} event ${i}`),
+      );
+    },
+  );
 
-  battery("a late joiner with replay starts at the oldest event that the ring holds, without a gap", async (cluster) => {
-    const publisher = await cluster.open().publish("kv-events", { ringSize: 10 });
-    for (let i = 1; i <= 100; i++) publisher.publish(text(`event ${i}`));
-    const witness = new Witness();
-    await cluster.open().subscribe("kv-events", witness, { replay: true });
-    await until(() => witness.sequences.length >= 10, "the ring came");
-    publisher.publish(text("event 101"));
-    await until(() => witness.sequences.at(-1) === 101, "the live event came");
-    assert.deepEqual(witness.sequences, range(91, 101));
-    assert.deepEqual(witness.gaps, []);
-  });
+  battery(
+    "a late joiner with replay starts at the oldest event that the ring holds, without a gap",
+    async (cluster) => {
+      const publisher = await cluster.open().publish("kv-events", { ringSize: 10 });
+      for (let i = 1; i <= 100; i++) publisher.publish(text(`event ${i}`));
+      const witness = new Witness();
+      await cluster.open().subscribe("kv-events", witness, { replay: true });
+      await until(() => witness.sequences.length >= 10, "the ring came");
+      publisher.publish(text("event 101"));
+      await until(() => witness.sequences.at(-1) === 101, "the live event came");
+      assert.deepEqual(witness.sequences, range(91, 101));
+      assert.deepEqual(witness.gaps, []);
+    },
+  );
 
   battery("publishers of one process and of several are numbered each for itself", async (cluster) => {
     const one = cluster.open();
@@ -188,34 +198,37 @@ export function eventPlaneBattery(name: string, openCluster: () => Cluster): voi
     assert.equal(closed.calls.length, 1);
   });
 
-  battery("a handler that closes its subscription is not called again, not even for what already waits", async (cluster) => {
-    const plane = cluster.open();
-    const publisher = await cluster.open().publish("load");
-    for (let i = 0; i < 10; i++) publisher.publish(text("past"));
-    let calls = 0;
-    const closed = Promise.withResolvers<void>();
-    const subscription = await plane.subscribe(
-      "load",
-      {
-        onEvent() {
-          calls++;
-          subscription.close().then(closed.resolve, closed.reject);
+  battery(
+    "a handler that closes its subscription is not called again, not even for what already waits",
+    async (cluster) => {
+      const plane = cluster.open();
+      const publisher = await cluster.open().publish("load");
+      for (let i = 0; i < 10; i++) publisher.publish(text("past"));
+      let calls = 0;
+      const closed = Promise.withResolvers<void>();
+      const subscription = await plane.subscribe(
+        "load",
+        {
+          onEvent() {
+            calls++;
+            subscription.close().then(closed.resolve, closed.reject);
+          },
+          onGap() {
+            calls++;
+          },
+          onPublisherGone() {
+            calls++;
+          },
         },
-        onGap() {
-          calls++;
-        },
-        onPublisherGone() {
-          calls++;
-        },
-      },
-      { replay: true },
-    );
-    await closed.promise;
-    const witness = new Witness();
-    await plane.subscribe("load", witness, { replay: true });
-    await until(() => witness.calls.length === 10, "a later subscription saw all");
-    assert.equal(calls, 1);
-  });
+        { replay: true },
+      );
+      await closed.promise;
+      const witness = new Witness();
+      await plane.subscribe("load", witness, { replay: true });
+      await until(() => witness.calls.length === 10, "a later subscription saw all");
+      assert.equal(calls, 1);
+    },
+  );
 
   battery("a closed publisher is reported gone; one with the same id afterwards starts anew at 1", async (cluster) => {
     const publisherId = "00000000000000cc";

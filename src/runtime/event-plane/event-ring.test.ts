@@ -5,7 +5,11 @@ import { EventRing } from "./event-ring.ts";
 
 test("event ring: holds what a plain list's tail holds, by count and by bytes, and pages through it", () => {
   const event = fc.nat(12);
-  const ask = fc.record({ from: fc.integer({ min: 1, max: 30 }), length: fc.nat(30), events: fc.integer({ min: 1, max: 9 }) });
+  const ask = fc.record({
+    from: fc.integer({ min: 1, max: 30 }),
+    length: fc.nat(30),
+    events: fc.integer({ min: 1, max: 9 }),
+  });
   fc.assert(
     fc.property(fc.integer({ min: 1, max: 9 }), fc.array(event, { maxLength: 40 }), ask, (size, lengths, asked) => {
       const maxBytes = 40;

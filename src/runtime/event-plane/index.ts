@@ -1,5 +1,10 @@
 export * from "./base.ts";
 export { MapDirectory } from "./map-directory.ts";
-export { MemoryEventBus, MemoryEventPlane, type MemoryEventBusOptions, type MemoryEventPlaneOptions } from "./memory.ts";
+export {
+  MemoryEventBus,
+  MemoryEventPlane,
+  type MemoryEventBusOptions,
+  type MemoryEventPlaneOptions,
+} from "./memory.ts";
 export type { EventPlaneStatistics } from "./statistics.ts";
 export { ZmqEventPlane, type ZmqEventPlaneOptions } from "./zmq.ts";

@@ -31,7 +31,7 @@ export const BEACON_DELAYS_MS = [250, 1_000, 4_000] as const;
 
 const TOPIC = /^[A-Za-z0-9._-]{1,128}$/;
 const PUBLISHER_ID = /^[0-9a-f]{16}$/;
-const ADDRESS = /^(?:tcp|ipc):\/\/[^\s]{1,255}$/;
+const ADDRESS = /^tcp:\/\/(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Za-z:.%]{2,60}\]):(\d{1,5})$/;
 
 export function checkTopic(topic: string): void {
   if (!TOPIC.test(topic)) {
@@ -60,7 +60,12 @@ export function publisherIdOf(given: string | undefined): string {
 
 /** Records come from other processes through discovery. */
 export function isPublisherRecord(record: PublisherRecord): boolean {
-  return PUBLISHER_ID.test(record.publisherId) && ADDRESS.test(record.address) && ADDRESS.test(record.replayAddress);
+  return PUBLISHER_ID.test(record.publisherId) && isAddress(record.address) && isAddress(record.replayAddress);
+}
+
+function isAddress(address: string): boolean {
+  const port = Number(ADDRESS.exec(address)?.[1] ?? 0);
+  return port >= 1 && port <= 65_535;
 }
 
 export function planeClosed(): DynamoError {

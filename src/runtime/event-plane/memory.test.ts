@@ -91,7 +91,10 @@ test("memory event plane: an unanswered replay is given up at its deadline", asy
   clock.advance(REPLAY_DEADLINE_MS - 1);
   assert.deepEqual(witness.sequences, [1]);
   clock.advance(1);
-  assert.deepEqual(witness.gaps.map(({ from, to }) => [from, to]), [[2, 2]]);
+  assert.deepEqual(
+    witness.gaps.map(({ from, to }) => [from, to]),
+    [[2, 2]],
+  );
   assert.deepEqual(witness.sequences, [1, 3]);
   await plane.close();
   assert.equal(clock.pendingTimerCount, 0);
@@ -105,7 +108,10 @@ test("memory event plane: a full queue drops the newest, which come by replay or
   for (let i = 0; i < 1000; i++) publisher.publish(text("x"));
   settle();
   assert.equal(plane.statistics.overflows, 900);
-  assert.deepEqual(witness.gaps.map(({ from, to }) => [from, to]), [[101, 950]]);
+  assert.deepEqual(
+    witness.gaps.map(({ from, to }) => [from, to]),
+    [[101, 950]],
+  );
   assert.deepEqual(witness.sequences, [...range(1, 100), ...range(951, 1000)]);
   await plane.close();
 });
@@ -128,7 +134,10 @@ test("memory event plane: closing while events, replays and deadlines are pendin
 });
 
 test("memory event plane: whatever is lost at random, every subscriber can account for every sequence", async () => {
-  const loss = fc.record({ losses: fc.array(fc.boolean(), { maxLength: 200 }), ringSize: fc.integer({ min: 1, max: 64 }) });
+  const loss = fc.record({
+    losses: fc.array(fc.boolean(), { maxLength: 200 }),
+    ringSize: fc.integer({ min: 1, max: 64 }),
+  });
   await fc.assert(
     fc.asyncProperty(loss, fc.integer({ min: 1, max: 80 }), async ({ losses, ringSize }, queueEvents) => {
       let at = 0;

@@ -27,7 +27,12 @@ export interface MemoryEventBusOptions {
   /** Events that wait for one subscription's handler; above that the newest are dropped (replay, else gap). @default 100,000 */
   readonly queueEvents?: number;
   /** Loses a message when it returns true: for tests and the simulator. */
-  readonly drop?: (kind: "event" | "beacon" | "replay", topic: string, publisherId: string, sequence: number) => boolean;
+  readonly drop?: (
+    kind: "event" | "beacon" | "replay",
+    topic: string,
+    publisherId: string,
+    sequence: number,
+  ) => boolean;
 }
 
 interface Topic {

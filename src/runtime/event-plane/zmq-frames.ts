@@ -59,7 +59,12 @@ export function decodeBeacon(frames: readonly Buffer[]): Beacon | undefined {
   }
   const newest = readSequence(newestFrame!);
   if (newest < 0) return undefined;
-  return { topic: topic!.toString("latin1", 1), publisherId: id!.toString("hex"), newest, epoch: epoch!.toString("hex") };
+  return {
+    topic: topic!.toString("latin1", 1),
+    publisherId: id!.toString("hex"),
+    newest,
+    epoch: epoch!.toString("hex"),
+  };
 }
 
 export interface ReplayRequest {

@@ -55,7 +55,8 @@ export class ZmqPublishers {
   /** Binds both sockets to free ports of `host`; others are told to connect to `advertisedHost`. */
   static async open({ host, advertisedHost, queueEvents, context }: ZmqPublishersOptions): Promise<ZmqPublishers> {
     const zmq = await loadZmq();
-    const options = socketOptions(zmq, host.includes(":"));
+    // What comes in here are subscriptions and replay requests, all of them short.
+    const options = { ...socketOptions(zmq, host.includes(":")), maxMessageSize: 1_024 };
     const events = new zmq.library.XPublisher({
       ...options,
       sendTimeout: 0,
@@ -179,7 +180,10 @@ export class ZmqPublishers {
 
   #readEnded(thrown: unknown): void {
     if (this.#isClosed) return;
-    this.#context.logger.error({ err: thrown }, "event plane: a publishing socket failed; replays are not answered any more");
+    this.#context.logger.error(
+      { err: thrown },
+      "event plane: a publishing socket failed; replays are not answered any more",
+    );
   }
 
   #malformed(): void {

@@ -10,7 +10,14 @@ import type {
   PublisherOptions,
   PublisherRecord,
 } from "./base.ts";
-import { DEFAULT_QUEUE_EVENTS, DEFAULT_RING_EVENTS, checkTopic, isPublisherRecord, planeClosed, publisherIdOf } from "./limits.ts";
+import {
+  DEFAULT_QUEUE_EVENTS,
+  DEFAULT_RING_EVENTS,
+  checkTopic,
+  isPublisherRecord,
+  planeClosed,
+  publisherIdOf,
+} from "./limits.ts";
 import { PublisherSource, type SourceContext } from "./publisher-source.ts";
 import { newStatistics, type EventPlaneStatistics } from "./statistics.ts";
 import { loadZmq, type Zmq } from "./zmq-context.ts";
