@@ -53,7 +53,9 @@ export async function run(): Promise<void> {
     threads: THREADS,
   });
   const cpu = os.cpus()[0]?.model ?? "unknown processor";
-  console.log(`engine: ${cpu} x ${os.availableParallelism()}, Node ${process.versions.node}, libllama ${info.engineVersion}`); // prettier-ignore
+  console.log(
+    `engine: ${cpu} x ${os.availableParallelism()}, Node ${process.versions.node}, libllama ${info.engineVersion}`,
+  );
   console.log(`command: node benchmarks/engine.ts (${path.basename(MODEL)}, ${THREADS} threads, ${ROUNDS} rounds)`);
   for (const streams of [1, 16]) {
     // One round each to warm caches up.

@@ -93,7 +93,7 @@ test("tidy: every folder of src/ imports only what the layout allows, through in
       const to = folderOf(target);
       if (to === from || isTestFile(file) || allowed.includes("*")) continue;
       if (!allowed.includes(to)) violations.push(`${file}: ${from}/ may not import ${to}/`);
-      else if (!/\/index\.ts$/.test(target) && !isEngineDoor(from, target)) {
+      else if (!target.endsWith("/index.ts") && !isEngineDoor(from, target)) {
         violations.push(`${file}: enter ${to}/ through an index.ts, not ${target}`);
       }
     }

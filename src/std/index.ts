@@ -5,3 +5,4 @@ export * from "./random.ts";
 export * from "./timer-wheel.ts";
 export * from "./wasm-assembler.ts";
 export * from "./version.ts";
+export * from "./hash-index.ts";

@@ -1,7 +1,7 @@
 import { readdirSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
-import type { TypeObject } from "koffi";
+import type * as Koffi from "koffi";
 import { DynamoError } from "../../errors/index.ts";
 
 /**
@@ -164,8 +164,7 @@ function load(): Libllama {
   const require = createRequire(import.meta.url);
   const folder = findLibraryFolder(require);
   try {
-    // eslint-disable-next-line typescript/consistent-type-imports
-    return bind(require("koffi") as typeof import("koffi"), folder);
+    return bind(require("koffi") as typeof Koffi, folder);
   } catch (cause) {
     if (cause instanceof DynamoError) throw cause;
     throw new DynamoError("library-unavailable", "the inference library could not be loaded", {
@@ -175,10 +174,9 @@ function load(): Libllama {
   }
 }
 
-type Koffi = typeof import("koffi");
-type KoffiFunction = ReturnType<ReturnType<Koffi["load"]>["func"]>;
+type KoffiFunction = ReturnType<Koffi.LibraryHandle["func"]>;
 
-function bind(koffi: Koffi, folder: string): Libllama {
+function bind(koffi: typeof Koffi, folder: string): Libllama {
   const files = readdirSync(folder);
   const find = (pattern: RegExp): string => {
     const file = files.find((name) => pattern.test(name));
@@ -219,7 +217,7 @@ function bind(koffi: Koffi, folder: string): Libllama {
   checkContextLayout(contextDefaults(), version);
   library.func("llama_backend_init", "void", [])();
 
-  const call = (name: string, result: string, parameters: (string | TypeObject)[]): KoffiFunction =>
+  const call = (name: string, result: string, parameters: (string | Koffi.TypeObject)[]): KoffiFunction =>
     library.func(name, result, parameters);
   const pointer = "void *";
   const functions: LibllamaFunctions = {
@@ -302,7 +300,7 @@ class LineAssembler {
 
 type SetLog = (callback: Pointer, userData: null) => void;
 
-function bindLog(koffi: Koffi, setLog: SetLog, dropLine: Pointer): Libllama["captureLog"] {
+function bindLog(koffi: typeof Koffi, setLog: SetLog, dropLine: Pointer): Libllama["captureLog"] {
   const lines = new LineAssembler();
   let callback: Pointer | undefined;
   return (sink, during) => {

@@ -25,6 +25,7 @@ export interface LlamaContextOptions {
 /** The library computes a batch in pieces of this size; larger ones cost memory and gain nothing on a CPU. */
 const MAX_MICRO_BATCH_TOKENS = 512;
 export const MAX_SEQUENCE_IDS = 256;
+const MAX_LOG_LINES = 50;
 
 const DECODE_OK = 0;
 /** Copy everything of a sequence, not only parts of it. */
@@ -58,12 +59,13 @@ export class LlamaContext implements TokenModel {
     this.#library = library;
     this.#options = options;
     this.libraryVersion = library.version;
-    // The last lines of the library's log are the only explanation it gives.
-    const explain = (): string => lines.map((line) => line.text).join("; ").slice(-2000); // prettier-ignore
-    const keep = (line: LibraryLine): void => void lines.push(line);
+    // The library's log is the only explanation it gives.
+    const failure = (reason: "model-file-invalid" | "engine-failed", text: string): DynamoError =>
+      new DynamoError(reason, text, { diagnostic: lines.map((line) => line.text).join("; ") });
+    const keep = (line: LibraryLine): void => void (lines.length < MAX_LOG_LINES && lines.push(line));
 
     const model = library.captureLog(keep, () => functions.modelLoad(options.modelPath, library.modelDefaults()));
-    if (model === null) throw new DynamoError("model-file-invalid", "the model could not be loaded", { diagnostic: explain() }); // prettier-ignore
+    if (model === null) throw failure("model-file-invalid", "the model could not be loaded");
     this.#model = model;
     this.vocabularySize = functions.vocabularySize(functions.modelVocabulary(model));
     this.trainedContextLength = functions.modelTrainedContext(model);
@@ -76,7 +78,7 @@ export class LlamaContext implements TokenModel {
     const context = library.captureLog(keep, () => functions.contextCreate(model, contextParams(library, options)));
     if (context === null) {
       functions.modelFree(model);
-      throw new DynamoError("engine-failed", "the model's context could not be created", { diagnostic: explain() });
+      throw failure("engine-failed", "the model's context could not be created");
     }
     this.#context = context;
     this.#memory = functions.contextMemory(context);

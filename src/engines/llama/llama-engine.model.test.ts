@@ -5,7 +5,7 @@ import { existsSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import test from "node:test";
-import { DynamoError } from "../../errors/index.ts";
+import type { DynamoError } from "../../errors/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { LlamaEngineConfig } from "../index.ts";
 import { engineBattery } from "../engine.battery.ts";
@@ -139,7 +139,7 @@ void test(
   { skip },
   () =>
     withEngine({ maxBatchedTokens: 32 }, async (recorder, engine) => {
-      const id = recorder.submit(aRequest(aPrompt(500)));
+      const id = recorder.submit(aRequest(aPrompt(300)));
       await recorder.until(() => recorder.kvEvents.length > 0, "the first chunk");
       const before = engine.load().steps;
       recorder.abort(id);
@@ -149,7 +149,7 @@ void test(
       const { activeBlocks, cachedBlocks } = engine.load();
       assert.equal(activeBlocks, 0);
       assert.equal(cachedBlocks, replayKvEvents(recorder.kvEvents).size);
-      const again = await recorder.run(aRequest(aPrompt(500), { stop: { maxTokens: 1 } }));
+      const again = await recorder.run(aRequest(aPrompt(300), { stop: { maxTokens: 1 } }));
       assert.equal(again.first?.cachedTokens, cachedBlocks * 16);
     }),
 );
@@ -157,14 +157,14 @@ void test(
 void test("llama: with a cache too small for all, streams are preempted and still say the right thing", { skip }, () =>
   withEngine({ kvCacheTokens: 256, contextLength: 128, maxSequences: 8 }, async (recorder, engine) => {
     const prompts = COUNTRIES.slice(0, 8).map((country) => aChat(country));
-    const ids = prompts.map((prompt) => recorder.submit(aTextRequest(prompt, 40)));
+    const ids = prompts.map((prompt) => recorder.submit(aTextRequest(prompt, 28)));
     await recorder.ended(ids);
     const { preemptions, activeBlocks, cachedBlocks } = engine.load();
     assert(preemptions > 0, "the test is about preemption");
     assert.equal(activeBlocks, 0);
     assert.equal(cachedBlocks, replayKvEvents(recorder.kvEvents).size);
     for (const [i, prompt] of prompts.slice(0, 4).entries()) {
-      sameText(recorder.record(ids[i]!), await recorder.run(aTextRequest(prompt, 40)));
+      sameText(recorder.record(ids[i]!), await recorder.run(aTextRequest(prompt, 28)));
     }
   }),
 );

@@ -43,7 +43,14 @@ for (const [streamId, how] of [
     const engine = new LlamaEngine(CONFIG, { threadUrl: DYING_THREAD });
     const recorder = new EngineRecorder(engine);
     await recorder.start();
-    recorder.streams.set(streamId, { tokens: [], first: undefined, finish: undefined, error: undefined, logprobs: [], promptLogprobs: undefined }); // prettier-ignore
+    recorder.streams.set(streamId, {
+      tokens: [],
+      first: undefined,
+      finish: undefined,
+      error: undefined,
+      logprobs: [],
+      promptLogprobs: undefined,
+    });
     engine.submit(streamId, aRequest(Uint32Array.of(1, 2)));
     const call = engine.clearBlocks();
     const drained = engine.drain();

@@ -90,8 +90,8 @@ export class LlamaEngine implements Engine {
     this.#threadGone = new Promise((resolve) => thread.once("exit", resolve));
     thread.on("message", (report: Report) => this.#onReport(report));
     // Both are followed by `exit`; a thread that ends in order reports `ended` before.
-    thread.on("error", (cause) => this.#onEnded(threadError("the engine's thread failed", cause)));
-    thread.on("exit", (code) => this.#onEnded(threadError(`the engine's thread ended with code ${code}`, undefined)));
+    thread.on("error", (cause: Error) => this.#onEnded(threadError("the engine's thread failed", cause)));
+    thread.on("exit", (code) => this.#onEnded(threadError(`the engine's thread ended with code ${code}`)));
     return new Promise((resolve, reject) => {
       this.#started = { resolve, reject };
       const cancel = (): void => {
@@ -284,11 +284,9 @@ export class LlamaEngine implements Engine {
   }
 }
 
-function threadError(text: string, cause: unknown): DynamoError {
-  return new DynamoError("engine-failed", text, {
-    ...(cause === undefined ? {} : { diagnostic: cause instanceof Error ? (cause.stack ?? cause.message) : String(cause) }), // prettier-ignore
-    cause,
-  });
+function threadError(text: string, cause?: Error): DynamoError {
+  if (cause === undefined) return new DynamoError("engine-failed", text);
+  return new DynamoError("engine-failed", text, { diagnostic: cause.stack ?? cause.message, cause });
 }
 
 function revive(error: PlainError): DynamoError {

@@ -1,10 +1,6 @@
-import type { RoutingPolicy, WorkerCandidate } from "./base.ts";
+import { requestLoad, type RoutingPolicy } from "./base.ts";
 
-/**
- * load = max(requests this router has there, requests the worker reports running or waiting); the least wins, ties are
- * drawn uniformly. The own count is exact and at once, so a burst between two reports still spreads; the reported one
- * adds what other routers sent.
- */
+/** The least `requestLoad` wins, ties are drawn uniformly. */
 export const leastLoadedPolicy: RoutingPolicy = {
   name: "least-loaded",
   choose({ candidates, random }) {
@@ -12,7 +8,7 @@ export const leastLoadedPolicy: RoutingPolicy = {
     let bestLoad = Infinity;
     let ties = 0;
     for (let i = 0; i < candidates.length; i++) {
-      const load = loadOf(candidates[i]!);
+      const load = requestLoad(candidates[i]!);
       if (load < bestLoad) {
         best = i;
         bestLoad = load;
@@ -23,11 +19,6 @@ export const leastLoadedPolicy: RoutingPolicy = {
         if (random.nextFloat() * ties < 1) best = i;
       }
     }
-    return { index: best, reason: `least loaded with ${bestLoad} requests` };
+    return { index: best, reason: "least loaded" };
   },
 };
-
-function loadOf(candidate: WorkerCandidate): number {
-  const reported = candidate.reportedLoad.runningRequests + candidate.reportedLoad.waitingRequests;
-  return Math.max(candidate.activeRequests, reported);
-}

@@ -164,13 +164,28 @@ test("sequence tracker: a full hold-back buffer drops the newest and asks for th
   ]);
 });
 
-test("sequence tracker: the hold-back buffer is bounded in bytes too", () => {
-  const { tracker } = aTracker("latest", 1000, 100);
+test("sequence tracker: the hold-back buffer is bounded in bytes too, and its room comes back", () => {
+  const { sink, tracker } = aTracker("latest", 1000, 100);
   tracker.beacon("a", 0);
-  tracker.live(2, new Uint8Array(60));
-  tracker.live(3, new Uint8Array(60));
-  assert.equal(tracker.heldCount, 1);
-  assert.equal(tracker.overflowCount, 1);
+  for (let first = 1; first <= 9; first += 4) {
+    tracker.live(first + 1, new Uint8Array(60));
+    tracker.live(first + 2, new Uint8Array(60));
+    assert.equal(tracker.heldCount, 1);
+    tracker.replayed("a", first, first + 2, [new Uint8Array(60)]);
+    tracker.replayed("a", first + 2, first + 2, [new Uint8Array(60)]);
+    tracker.live(first + 3, new Uint8Array(60));
+  }
+  assert.equal(tracker.overflowCount, 3);
+  assert.equal(sink.take().filter((call) => call.startsWith("deliver")).length, 12);
+});
+
+test("sequence tracker: the next event in order needs no room in a full hold-back buffer", () => {
+  const { sink, tracker } = aTracker("latest", 1);
+  tracker.beacon("a", 0);
+  tracker.live(2, bytes(2));
+  tracker.live(1, bytes(1));
+  assert.deepEqual(sink.take(), ["ask 1-1", "doubt", "deliver 1 1", "deliver 2 2"]);
+  assert.equal(tracker.overflowCount, 0);
 });
 
 test("sequence tracker: an absurd sequence number costs one ask and one gap, not a walk over the distance", () => {

@@ -1,0 +1,166 @@
+import assert from "node:assert/strict";
+import { CONTROL, RECORD_HI, RECORD_LO, RECORD_WORDS, type FlatKvMemory } from "./flat-kv-memory.ts";
+
+/**
+ * Which record holds a sequence hash: extendible hashing over segments of open addressing.
+ *
+ *   directory  [ s0 s0 s1 s2 ]   by the top bits of the mixed hash; several entries may name one segment
+ *   segment    [ 1,024 slots ]   linear probing from the low 10 bits; a full segment splits in two by one more bit
+ *   slot       6-bit tag | 26-bit record; 0 = empty. The tag spares a record that is not it 63 times of 64.
+ *
+ * Growth costs one segment (about 20 us) at a time, never a rehash of everything, and the table needs no second copy of
+ * itself. Removal moves later entries of the run back (Knuth, vol. 3, 6.4, algorithm R): no tombstones. Hashes come from
+ * outside, so they are mixed with a secret of this index: nobody can aim at one segment.
+ */
+const SEGMENT_SLOTS = 1_024;
+const SLOT_MASK = SEGMENT_SLOTS - 1;
+/** 80 % of a segment; with splits at random times the table is 57 % full on average. */
+const SEGMENT_LIMIT = 820;
+const RECORD_BITS = 26;
+const RECORD_MASK = 2 ** RECORD_BITS - 1;
+/** A directory of 4 MiB. */
+const MAX_DIRECTORY_BITS = 20;
+
+/** Mixed hash, as an i32. Bits 0-9 slot, 10-15 tag, from the top the directory. */
+function mix(control: Int32Array, lo: number, hi: number): number {
+  let hash = Math.imul(lo ^ control[CONTROL.seedA]!, 0x9e3779b1) ^ Math.imul(hi ^ control[CONTROL.seedB]!, 0x85ebca77);
+  hash = Math.imul(hash ^ (hash >>> 15), 0xc2b2ae3d);
+  return hash ^ (hash >>> 13);
+}
+
+/** The record with this sequence hash, or 0. Also for readers: whatever the memory holds, it ends and stays in bounds. */
+export function findBlock(memory: FlatKvMemory, lo: number, hi: number): number {
+  const { control, records, slots, directory } = memory;
+  const hash = mix(control, lo, hi);
+  const base = directory[hash >>> control[CONTROL.directoryShift]!]!;
+  const tag = (hash >>> 10) & 63;
+  for (let i = 0, at = hash & SLOT_MASK; i < SEGMENT_SLOTS; i++, at = (at + 1) & SLOT_MASK) {
+    const slot = slots[base + at]!;
+    if (slot === 0) return 0;
+    if (slot >>> RECORD_BITS !== tag) continue;
+    const record = slot & RECORD_MASK;
+    if (records[record * RECORD_WORDS + RECORD_LO] === lo && records[record * RECORD_WORDS + RECORD_HI] === hi) {
+      return record;
+    }
+  }
+  return 0;
+}
+
+/** The writer's side: adds and removes. */
+export class BlockTable {
+  readonly #memory: FlatKvMemory;
+  readonly #maxSegments: number;
+  /** By segment: entries, and bits of hash that all of them share. */
+  readonly #counts: number[] = [];
+  readonly #bits: number[] = [];
+  #directoryBits = 1;
+  readonly #splitting = new Uint32Array(SEGMENT_SLOTS);
+
+  /** `maxSlots`: the table takes no more than that, whatever the hashes. */
+  constructor(memory: FlatKvMemory, maxSlots: number) {
+    this.#memory = memory;
+    this.#maxSegments = Math.max(2, Math.floor(maxSlots / SEGMENT_SLOTS));
+    memory.control[CONTROL.directoryShift] = 31;
+    memory.directory[0] = this.#addSegment(1);
+    memory.directory[1] = this.#addSegment(1);
+  }
+
+  /** Adds a record whose hash is not in the table yet. False: the table is full. */
+  tryAdd(record: number): boolean {
+    const memory = this.#memory;
+    for (;;) {
+      const hash = this.#hashOf(record);
+      const base = memory.directory[hash >>> (32 - this.#directoryBits)]!;
+      const segment = base / SEGMENT_SLOTS;
+      if (this.#counts[segment]! < SEGMENT_LIMIT) {
+        put(memory.slots, base, hash, record);
+        this.#counts[segment]!++;
+        return true;
+      }
+      if (!this.#trySplit(segment, hash)) return false;
+    }
+  }
+
+  /** Removes a record that is in the table, while its hash still stands in it. */
+  remove(record: number): void {
+    const { slots, directory } = this.#memory;
+    const hash = this.#hashOf(record);
+    const base = directory[hash >>> (32 - this.#directoryBits)]!;
+    let hole = hash & SLOT_MASK;
+    while ((slots[base + hole]! & RECORD_MASK) !== record) {
+      assert(slots[base + hole] !== 0, "a record that is removed is in the table");
+      hole = (hole + 1) & SLOT_MASK;
+    }
+    for (let at = (hole + 1) & SLOT_MASK; slots[base + at] !== 0; at = (at + 1) & SLOT_MASK) {
+      // An entry may move back to the hole unless its home lies behind the hole.
+      const home = this.#hashOf(slots[base + at]! & RECORD_MASK) & SLOT_MASK;
+      if (((at - home) & SLOT_MASK) < ((at - hole) & SLOT_MASK)) continue;
+      slots[base + hole] = slots[base + at]!;
+      hole = at;
+    }
+    slots[base + hole] = 0;
+    this.#counts[base / SEGMENT_SLOTS]!--;
+  }
+
+  #trySplit(segment: number, hash: number): boolean {
+    const bits = this.#bits[segment]!;
+    if (this.#counts.length >= this.#maxSegments) return false;
+    if (bits === this.#directoryBits && !this.#tryDoubleDirectory()) return false;
+    const base = segment * SEGMENT_SLOTS;
+    const newBase = this.#addSegment(bits + 1);
+    const { slots, directory } = this.#memory;
+    this.#bits[segment] = bits + 1;
+    // The directory entries of the segment are one run; its upper half goes to the new segment.
+    const runLength = 2 ** (this.#directoryBits - bits);
+    const first = (hash >>> (32 - bits)) * runLength;
+    directory.fill(newBase, first + runLength / 2, first + runLength);
+    this.#splitting.set(slots.subarray(base, base + SEGMENT_SLOTS));
+    slots.fill(0, base, base + SEGMENT_SLOTS);
+    let moved = 0;
+    for (const slot of this.#splitting) {
+      if (slot === 0) continue;
+      const slotHash = this.#hashOf(slot & RECORD_MASK);
+      const isUpper = (slotHash >>> (31 - bits)) & 1;
+      moved += isUpper;
+      put(slots, isUpper === 1 ? newBase : base, slotHash, slot & RECORD_MASK);
+    }
+    this.#counts[segment]! -= moved;
+    this.#counts[newBase / SEGMENT_SLOTS] = moved;
+    return true;
+  }
+
+  #tryDoubleDirectory(): boolean {
+    if (this.#directoryBits === MAX_DIRECTORY_BITS) return false;
+    const size = 2 ** this.#directoryBits;
+    this.#memory.ensureDirectory(2 * size);
+    const { directory, control } = this.#memory;
+    for (let i = size - 1; i >= 0; i--) {
+      directory[2 * i] = directory[i]!;
+      directory[2 * i + 1] = directory[i]!;
+    }
+    this.#directoryBits++;
+    control[CONTROL.directoryShift] = 32 - this.#directoryBits;
+    return true;
+  }
+
+  /** Returns where it starts. */
+  #addSegment(bits: number): number {
+    const segment = this.#counts.length;
+    this.#memory.ensureSlots((segment + 1) * SEGMENT_SLOTS);
+    this.#counts.push(0);
+    this.#bits.push(bits);
+    return segment * SEGMENT_SLOTS;
+  }
+
+  #hashOf(record: number): number {
+    const { control, records } = this.#memory;
+    const at = record * RECORD_WORDS;
+    return mix(control, records[at + RECORD_LO]!, records[at + RECORD_HI]!);
+  }
+}
+
+function put(slots: Uint32Array, base: number, hash: number, record: number): void {
+  let at = hash & SLOT_MASK;
+  while (slots[base + at] !== 0) at = (at + 1) & SLOT_MASK;
+  slots[base + at] = (((hash >>> 10) & 63) << RECORD_BITS) | record;
+}
