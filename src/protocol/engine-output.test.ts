@@ -11,6 +11,11 @@ import {
   type TokenLogprob,
 } from "./engine-output.ts";
 
+/** Ordinary objects, as the decoder makes them. */
+function aRecord<T>(model: { [K in keyof T]: fc.Arbitrary<T[K]> }): fc.Arbitrary<T> {
+  return fc.record(model, { noNullPrototype: true }) as fc.Arbitrary<T>;
+}
+
 const aU32 = fc.nat(0xffffffff);
 const anF32 = fc.float({ noNaN: true });
 const aLogprob: fc.Arbitrary<TokenLogprob> = fc
@@ -30,9 +35,9 @@ interface Payload {
   error: DynamoError | undefined;
 }
 
-const aPayload: fc.Arbitrary<Payload> = fc.record({
+const aPayload: fc.Arbitrary<Payload> = aRecord({
   tokens: fc.array(aU32, { maxLength: 100 }),
-  first: fc.option(fc.record({ promptTokens: aU32, cachedTokens: aU32, queueMs: anF32, prefillMs: anF32 }), {
+  first: fc.option(aRecord({ promptTokens: aU32, cachedTokens: aU32, queueMs: anF32, prefillMs: anF32 }), {
     nil: undefined,
   }),
   logprobs: fc.option(fc.array(aLogprob, { maxLength: 4 }), { nil: undefined }),

@@ -4,6 +4,11 @@ import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
 import { decodeKvEvents, encodeKvEvents, type KvEvent } from "./kv-event.ts";
 
+/** Ordinary objects, as the decoder makes them. */
+function aRecord<T>(model: { [K in keyof T]: fc.Arbitrary<T[K]> }): fc.Arbitrary<T> {
+  return fc.record(model, { noNullPrototype: true }) as fc.Arbitrary<T>;
+}
+
 const aU32 = fc.nat(0xffffffff);
 const aTier = fc.constantFrom("device", "host", "disk", "external");
 const someHashes = (blocks: number): fc.Arbitrary<Uint32Array> =>
@@ -12,7 +17,7 @@ const aHashPair = fc.tuple(aU32, aU32);
 
 const anEvent: fc.Arbitrary<KvEvent> = fc.nat(20).chain((blocks) =>
   fc.oneof(
-    fc.record({
+    aRecord({
       type: fc.constant("stored" as const),
       dpRank: aU32,
       tier: aTier,
@@ -21,13 +26,13 @@ const anEvent: fc.Arbitrary<KvEvent> = fc.nat(20).chain((blocks) =>
       sequenceHashes: someHashes(blocks),
       localHashes: someHashes(blocks),
     }),
-    fc.record({
+    aRecord({
       type: fc.constant("removed" as const),
       dpRank: aU32,
       tier: aTier,
       sequenceHashes: someHashes(blocks),
     }),
-    fc.record({ type: fc.constant("cleared" as const), dpRank: aU32 }),
+    aRecord({ type: fc.constant("cleared" as const), dpRank: aU32 }),
   ),
 ) as fc.Arbitrary<KvEvent>;
 const someEvents = fc.array(anEvent, { maxLength: 10 });

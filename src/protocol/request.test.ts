@@ -4,6 +4,11 @@ import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
 import { GREEDY, decodeRequest, encodeRequest, type PreprocessedRequest } from "./request.ts";
 
+/** Ordinary objects, as the decoder makes them. */
+function aRecord<T>(model: { [K in keyof T]: fc.Arbitrary<T[K]> }): fc.Arbitrary<T> {
+  return fc.record(model, { noNullPrototype: true }) as fc.Arbitrary<T>;
+}
+
 const aNumber = fc.double({ noNaN: true, noDefaultInfinity: true }).map((value) => (Object.is(value, -0) ? 0 : value));
 const aU32 = fc.nat(0xffffffff);
 
@@ -20,22 +25,23 @@ const someSampling = fc.record(
     logitBias: fc.array(fc.tuple(aU32, aNumber), { maxLength: 5 }),
   },
   {
+    noNullPrototype: true,
     requiredKeys: ["temperature", "topP", "topK", "minP", "presencePenalty", "frequencyPenalty", "repetitionPenalty"],
   },
 );
 
-const aRequest: fc.Arbitrary<PreprocessedRequest> = fc.record({
+const aRequest: fc.Arbitrary<PreprocessedRequest> = aRecord({
   requestId: fc.string({ unit: "binary" }),
   model: fc.string({ unit: "grapheme" }),
   tokenIds: fc.uint32Array({ maxLength: 300 }).map((tokens) => Uint32Array.from(tokens)),
   sampling: someSampling,
-  stop: fc.record({
+  stop: aRecord({
     maxTokens: aU32,
     minTokens: aU32,
     stopTokenIds: fc.array(aU32, { maxLength: 8 }),
     ignoreEos: fc.boolean(),
   }),
-  output: fc.record({ topLogprobs: fc.integer({ min: -1, max: 20 }), promptLogprobs: fc.boolean() }),
+  output: aRecord({ topLogprobs: fc.integer({ min: -1, max: 20 }), promptLogprobs: fc.boolean() }),
   priority: fc.integer({ min: -100, max: 100 }),
   cacheNamespace: fc.string(),
 });

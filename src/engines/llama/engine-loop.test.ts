@@ -371,7 +371,9 @@ test("engine loop: prompt logprobs survive a preemption in the middle of the pro
 
 test("engine loop: prompts that do not fit together run one after the other, without preemption", () => {
   const harness = new Harness({ totalBlocks: 12, contextLength: 48 });
-  for (let id = 0; id < 3; id++) harness.submit(id, aRequest(range(32, id * 11), { maxTokens: 4 }));
+  // The first computes a few tokens a step, so that its blocks are promised long before they are taken.
+  harness.submit(0, aRequest(range(32), { maxTokens: 4, promptLogprobs: true }));
+  for (let id = 1; id < 3; id++) harness.submit(id, aRequest(range(32, id * 11), { maxTokens: 4 }));
   harness.run();
   assert.equal(harness.loop.load().preemptions, 0);
   assert.deepEqual(harness.order, [0, 1, 2]);
@@ -380,7 +382,7 @@ test("engine loop: prompts that do not fit together run one after the other, wit
 
 test("engine loop: a sequence leaves room for the next block of those that run", () => {
   const harness = new Harness({ totalBlocks: 12, contextLength: 48 });
-  harness.submit(1, aRequest(range(4), { maxTokens: 12 }));
+  harness.submit(1, aRequest(range(2), { maxTokens: 12 }));
   harness.step();
   // Its 11 blocks and the one in use are all there are, but the first stream is about to need one more.
   harness.submit(2, aRequest(range(42, 5), { maxTokens: 2 }));

@@ -24,8 +24,8 @@ export const MAX_RECORDS = 2 ** 26 - 1;
 export const CONTROL = {
   /** Odd while the writer is inside a section. */
   sequence: 0,
-  /** Counts growths of the arrays. */
-  growth: 1,
+  /** Pages of 64 KiB that the arrays have together. */
+  pages: 1,
   /** A reader asks for a pause. */
   wanted: 2,
   /** Counts lookups that ended after they had asked. */
@@ -60,6 +60,8 @@ export class FlatKvMemory {
   sets: Uint32Array<SharedArrayBuffer>;
   touched: Uint8Array<SharedArrayBuffer>;
   readonly #arenas: Record<"records" | "slots" | "directory" | "sets" | "touched", SharedArena>;
+  /** What the views cover. */
+  #seenPages: number;
 
   constructor(share?: FlatKvShare) {
     const control = share?.control ?? new SharedArrayBuffer(CONTROL_WORDS * 4 + FIGURE_COUNT * 8);
@@ -78,12 +80,12 @@ export class FlatKvMemory {
     this.directory = directory.words;
     this.sets = sets.words;
     this.touched = new Uint8Array(touched.words.buffer);
+    this.#seenPages = this.#pages();
+    if (share === undefined) this.control[CONTROL.pages] = this.#seenPages;
   }
 
   get bytes(): number {
-    let bytes = this.control.buffer.byteLength;
-    for (const arena of Object.values(this.#arenas)) bytes += arena.bytes;
-    return bytes;
+    return this.control.buffer.byteLength + this.#seenPages * 65_536;
   }
 
   share(): FlatKvShare {
@@ -118,13 +120,25 @@ export class FlatKvMemory {
 
   #grown(): void {
     this.#takeViews();
-    Atomics.add(this.control, CONTROL.growth, 1);
+    Atomics.store(this.control, CONTROL.pages, this.#pages());
   }
 
-  /** Reader: sees what the writer added. */
-  refresh(): void {
+  /**
+   * Reader, before each read: sees what the writer added. False when this thread does not see all of it yet, which
+   * takes the engine some microseconds.
+   */
+  tryRefresh(): boolean {
+    const pages = Atomics.load(this.control, CONTROL.pages);
+    if (pages === this.#seenPages) return true;
     for (const arena of Object.values(this.#arenas)) arena.refresh();
     this.#takeViews();
+    return this.#seenPages >= pages;
+  }
+
+  #pages(): number {
+    let bytes = 0;
+    for (const arena of Object.values(this.#arenas)) bytes += arena.bytes;
+    return bytes / 65_536;
   }
 
   #takeViews(): void {
@@ -134,5 +148,6 @@ export class FlatKvMemory {
     this.directory = directory.words;
     this.sets = sets.words;
     this.touched = new Uint8Array(touched.words.buffer);
+    this.#seenPages = this.#pages();
   }
 }

@@ -15,8 +15,8 @@ import { CONTROL } from "./flat-kv-memory.ts";
 const PAUSE_SPINS = 4_000;
 /** Lost attempts before a reader asks for a pause. */
 const POLITE_ATTEMPTS = 3;
-/** Lost attempts before a lookup gives up: some tens of milliseconds, longer than any section lasts. */
-const MAX_ATTEMPTS = 1_000;
+/** Lost attempts before a lookup gives up: some milliseconds, many times what a section lasts. */
+export const MAX_READ_ATTEMPTS = 1_000;
 /** Spins of one attempt on an odd sequence. */
 const WAIT_SPINS = 1_000;
 
@@ -55,20 +55,21 @@ export class ReadGate {
     this.#control = control;
   }
 
-  /** Runs `attempt` until no write fell into it. Returns the number of tries, or 0 when it had to give up. */
-  read(attempt: () => void): number {
+  /** Before reading: an even sequence, or -1 when the writer stayed inside a section for too long. `tries` counts from 0. */
+  enter(tries: number): number {
     const control = this.#control;
-    for (let tries = 1; tries <= MAX_ATTEMPTS; tries++) {
-      if (tries > POLITE_ATTEMPTS) Atomics.store(control, CONTROL.wanted, 1);
-      let sequence = Atomics.load(control, CONTROL.sequence);
-      for (let i = 0; (sequence & 1) === 1 && i < WAIT_SPINS; i++) sequence = Atomics.load(control, CONTROL.sequence);
-      if ((sequence & 1) === 1) continue;
-      attempt();
-      Atomics.add(this.#fence, 0, 1);
-      if (Atomics.load(control, CONTROL.sequence) !== sequence) continue;
-      if (tries > POLITE_ATTEMPTS) Atomics.add(control, CONTROL.served, 1);
-      return tries;
-    }
-    return 0;
+    if (tries >= POLITE_ATTEMPTS) Atomics.store(control, CONTROL.wanted, 1);
+    let sequence = Atomics.load(control, CONTROL.sequence);
+    for (let i = 0; (sequence & 1) === 1 && i < WAIT_SPINS; i++) sequence = Atomics.load(control, CONTROL.sequence);
+    return (sequence & 1) === 1 ? -1 : sequence;
+  }
+
+  /** After reading: whether what was read since `enter` is one state. */
+  leave(sequence: number, tries: number): boolean {
+    const control = this.#control;
+    Atomics.add(this.#fence, 0, 1);
+    if (Atomics.load(control, CONTROL.sequence) !== sequence) return false;
+    if (tries >= POLITE_ATTEMPTS) Atomics.add(control, CONTROL.served, 1);
+    return true;
   }
 }

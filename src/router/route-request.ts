@@ -1,0 +1,91 @@
+import type { BlockHashes } from "../tokens/index.ts";
+import type { RouterConfig } from "./config.ts";
+import type { PreferredTaint } from "./worker-set.ts";
+
+/**
+ * What the router is asked. Keep the object for further attempts of the same request: the router puts the prompt's
+ * hashes into it at first use.
+ */
+export interface RouteRequest {
+  /** For the explanation and for replicas. @default made up */
+  readonly requestId?: string;
+  /** length = prompt tokens. */
+  readonly tokenIds: Uint32Array;
+  /** Isolates KV reuse: enters the hash seed. @default shared */
+  readonly cacheNamespace?: string;
+  /** Workers already tried for this request. */
+  readonly excluded?: ReadonlySet<string>;
+  /** Only these workers. @default all */
+  readonly allowed?: ReadonlySet<string>;
+  /** This worker and no other; without a rank the policy chooses among its ranks. */
+  readonly pinned?: { readonly instanceId: string; readonly dpRank?: number };
+  readonly requiredTaints?: readonly string[];
+  readonly preferredTaints?: readonly PreferredTaint[];
+  /** Requests of one session stay on one worker while session affinity is on. */
+  readonly sessionId?: string;
+  /** Larger first, before anything else. @default 0 */
+  readonly strictPriority?: number;
+  /** A head start in the queue, seconds. @default 0 */
+  readonly priorityJump?: number;
+  /** Tokens the caller expects to get. @default 0 = unknown */
+  readonly expectedOutputTokens?: number;
+  /** On the monotonic clock: a request that still waits then fails. @default none */
+  readonly deadlineMs?: number;
+  /** Settings for this request only. */
+  readonly overrides?: RouteOverrides;
+  /** Set by the router. */
+  hashes?: BlockHashes;
+}
+
+export type RouteOverrides = Partial<
+  Pick<
+    RouterConfig,
+    | "overlapScoreCredit"
+    | "prefillLoadScale"
+    | "temperature"
+    | "assumeKvReuse"
+    | "trackPrefillTokens"
+    | "sharedCacheMultiplier"
+  >
+>;
+
+/** How a request ended on its worker. */
+export interface RequestEnd {
+  /** `finished`, or the reason of the error. */
+  readonly outcome: string;
+}
+
+export interface RoutingDecision {
+  readonly instanceId: string;
+  readonly address: string;
+  readonly dpRank: number;
+  readonly policy: string;
+  readonly reason: string;
+  readonly candidateCount: number;
+  /** Leading prompt blocks that the chosen rank should have, in any tier. */
+  readonly overlapBlocks: number;
+  /** Time in the router's queue. */
+  readonly queuedMs: number;
+  /** The worker's first word on the request: the prompt is computed, and so much of it came from its cache. */
+  firstToken(cachedTokens: number): void;
+  /** Generated tokens, as they come. */
+  addTokens(count: number): void;
+  /** Must be called exactly when the request left the worker, however it ended. Further calls do nothing. */
+  release(end?: RequestEnd): void;
+}
+
+/** What replicas tell each other of their bookings; output growth is not told, as in Dynamo. */
+export type BookingEvent =
+  | {
+      readonly type: "add";
+      readonly requestId: string;
+      readonly instanceId: string;
+      readonly dpRank: number;
+      /** (lo, hi) pairs; undefined when the blocks are not shared. */
+      readonly sequenceHashes: Uint32Array | undefined;
+      readonly blockCount: number;
+      readonly prefillTokens: number;
+      readonly expectedOutputTokens: number;
+    }
+  | { readonly type: "prefill-completed"; readonly requestId: string }
+  | { readonly type: "free"; readonly requestId: string };

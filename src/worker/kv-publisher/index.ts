@@ -1,0 +1,1 @@
+export { KvPublisher, type KvPublisherOptions } from "./kv-publisher.ts";
