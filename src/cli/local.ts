@@ -172,7 +172,7 @@ Try it:
   curl -N ${address}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model":"${this.#modelName}","stream":true,"messages":[{"role":"user","content":"What is the capital of France?"}]}'
 
-Look at it:  dynamo status --file-kv ${this.#folder}${this.#values.namespace === "dynamo" ? "" : ` --namespace ${this.#values.namespace}`}
+Look at it:  npx dynamo status --file-kv ${this.#folder}${this.#values.namespace === "dynamo" ? "" : ` --namespace ${this.#values.namespace}`}
 Stop it:     Ctrl-C
 `);
   }

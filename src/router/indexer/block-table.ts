@@ -1,5 +1,12 @@
 import assert from "node:assert/strict";
-import { CONTROL, RECORD_HI, RECORD_LO, RECORD_WORDS, type FlatKvMemory } from "./flat-kv-memory.ts";
+import {
+  CONTROL,
+  MAX_DIRECTORY_BITS,
+  RECORD_HI,
+  RECORD_LO,
+  RECORD_WORDS,
+  type FlatKvMemory,
+} from "./flat-kv-memory.ts";
 
 /**
  * Which record holds a sequence hash: extendible hashing over segments of open addressing.
@@ -18,8 +25,6 @@ const SLOT_MASK = SEGMENT_SLOTS - 1;
 const SEGMENT_LIMIT = 820;
 const RECORD_BITS = 26;
 const RECORD_MASK = 2 ** RECORD_BITS - 1;
-/** A directory of 4 MiB. */
-const MAX_DIRECTORY_BITS = 20;
 
 /** Mixed hash, as an i32. Bits 0-9 slot, 10-15 tag, from the top the directory. */
 function mix(control: Int32Array, lo: number, hi: number): number {
@@ -50,6 +55,7 @@ export function findBlock(memory: FlatKvMemory, lo: number, hi: number): number 
 export class BlockTable {
   readonly #memory: FlatKvMemory;
   readonly #maxSegments: number;
+  readonly #maxDirectoryBits: number;
   /** By segment: entries, and bits of hash that all of them share. */
   readonly #counts: number[] = [];
   readonly #bits: number[] = [];
@@ -60,6 +66,8 @@ export class BlockTable {
   constructor(memory: FlatKvMemory, maxSlots: number) {
     this.#memory = memory;
     this.#maxSegments = Math.max(2, Math.floor(maxSlots / SEGMENT_SLOTS));
+    // Three bits more than equal segments would need: mixed hashes do not ask for more.
+    this.#maxDirectoryBits = Math.min(MAX_DIRECTORY_BITS, Math.ceil(Math.log2(this.#maxSegments)) + 3);
     memory.control[CONTROL.directoryShift] = 31;
     memory.directory[0] = this.#addSegment(1);
     memory.directory[1] = this.#addSegment(1);
@@ -130,7 +138,7 @@ export class BlockTable {
   }
 
   #tryDoubleDirectory(): boolean {
-    if (this.#directoryBits === MAX_DIRECTORY_BITS) return false;
+    if (this.#directoryBits === this.#maxDirectoryBits) return false;
     const size = 2 ** this.#directoryBits;
     this.#memory.ensureDirectory(2 * size);
     const { directory, control } = this.#memory;

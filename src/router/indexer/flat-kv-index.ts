@@ -9,6 +9,11 @@ import {
   CONTROL,
   FIGURES,
   FlatKvMemory,
+  LINK_CHILDREN,
+  LINK_LOCAL_HI,
+  LINK_LOCAL_LO,
+  LINK_PARENT,
+  LINK_WORDS,
   MAX_RECORDS,
   RECORD_CHILD,
   RECORD_HI,
@@ -61,18 +66,11 @@ const SECTION_SCAN = 4_096;
 /** Evicted at once when the budget is reached: one pass of the hand serves many stores. */
 const EVICTION_SHARE = 1 / 64;
 
-/** Private words of a record. */
-export const LINK_WORDS = 4;
-export const LINK_PARENT = 0;
-export const LINK_CHILDREN = 1;
-export const LINK_LOCAL_LO = 2;
-export const LINK_LOCAL_HI = 3;
-
 const PLANE_OF_TIER: Readonly<Record<StorageTier, number>> = { device: 0, host: 1, disk: 2, external: 3 };
 
 export class FlatKvIndex implements KvIndex {
-  readonly #memory = new FlatKvMemory();
-  readonly #links = new SharedArena();
+  readonly #memory: FlatKvMemory;
+  readonly #links: SharedArena;
   readonly #table: BlockTable;
   readonly #pool: RankSetPool;
   readonly #gate: WriteGate;
@@ -94,13 +92,17 @@ export class FlatKvIndex implements KvIndex {
 
   constructor({ maxBytes = DEFAULT_INDEX_BYTES, random }: FlatKvIndexOptions = {}) {
     assert(maxBytes >= MIN_INDEX_BYTES, `Expected maxBytes to be at least ${MIN_INDEX_BYTES}, got ${maxBytes}`);
+    const recordBytes = (maxBytes - FIXED_BYTES) * RECORD_SHARE;
+    this.#maxRecords = Math.min(MAX_RECORDS, Math.floor(recordBytes / (RECORD_BYTES + MAX_SLOT_BYTES_PER_RECORD)));
+    const maxSlots = (this.#maxRecords * MAX_SLOT_BYTES_PER_RECORD) / 4;
+    const maxNodes = Math.floor((maxBytes - FIXED_BYTES - recordBytes) / NODE_BYTES);
+    this.#memory = new FlatKvMemory({ records: this.#maxRecords, slots: maxSlots, nodes: maxNodes });
+    this.#links = new SharedArena({ maxWords: this.#maxRecords * LINK_WORDS });
     const { control } = this.#memory;
     control[CONTROL.seedA] = random?.nextU32() ?? randomBytes(4).readInt32LE();
     control[CONTROL.seedB] = random?.nextU32() ?? randomBytes(4).readInt32LE();
-    const recordBytes = (maxBytes - FIXED_BYTES) * RECORD_SHARE;
-    this.#maxRecords = Math.min(MAX_RECORDS, Math.floor(recordBytes / (RECORD_BYTES + MAX_SLOT_BYTES_PER_RECORD)));
-    this.#table = new BlockTable(this.#memory, (this.#maxRecords * MAX_SLOT_BYTES_PER_RECORD) / 4);
-    this.#pool = new RankSetPool(this.#memory, Math.floor((maxBytes - FIXED_BYTES - recordBytes) / NODE_BYTES));
+    this.#table = new BlockTable(this.#memory, maxSlots);
+    this.#pool = new RankSetPool(this.#memory, maxNodes);
     this.#gate = new WriteGate(control);
     this.#matcher = new PrefixMatcher(this.#memory);
     this.#publish();
@@ -155,7 +157,7 @@ export class FlatKvIndex implements KvIndex {
     if (plane === undefined || event.sequenceHashes.length % 2 !== 0) return "invalid-block";
     this.#gate.open();
     const status = event.type === "stored" ? this.#store(rank, plane, event) : this.#remove(rank, plane, event);
-    this.#pinned = 0;
+    this.#unpin();
     this.#publish();
     this.#gate.close();
     return status;
@@ -193,10 +195,7 @@ export class FlatKvIndex implements KvIndex {
         if (to === NO_ROOM) {
           this.#pinned = record;
           to = this.#makeRoomAndRetry(from, member);
-          if (to === NO_ROOM) {
-            this.#freeIfUnused(record);
-            return this.#giveUp(blockCount - block);
-          }
+          if (to === NO_ROOM) return this.#giveUp(blockCount - block);
         }
         this.#pool.move(from, to);
         memory.records[record * RECORD_WORDS + RECORD_SET] = to;
@@ -208,6 +207,13 @@ export class FlatKvIndex implements KvIndex {
     }
     memory.touched[parent] = 1;
     return "ok";
+  }
+
+  /** What the hand spared may have nothing left to stay for. */
+  #unpin(): void {
+    const record = this.#pinned;
+    this.#pinned = 0;
+    this.#freeIfUnused(record);
   }
 
   /** Blocks of a rank that do not fit the budget are as good as evicted. */

@@ -17,8 +17,19 @@ export const RECORD_HI = 1;
 export const RECORD_SET = 2;
 /** Some child of the record, or 0; in a free record the next free one. */
 export const RECORD_CHILD = 3;
+/** Words of a record that the writer keeps to itself. */
+export const LINK_WORDS = 4;
+export const LINK_PARENT = 0;
+export const LINK_CHILDREN = 1;
+export const LINK_LOCAL_LO = 2;
+export const LINK_LOCAL_HI = 3;
+/** Of a node of the rank sets. */
+export const NODE_WORDS = 8;
 /** What 26 bits number. */
 export const MAX_RECORDS = 2 ** 26 - 1;
+
+/** A directory of 4 MiB. */
+export const MAX_DIRECTORY_BITS = 20;
 
 /** Words of the control block. */
 export const CONTROL = {
@@ -51,6 +62,13 @@ export interface FlatKvShare {
   readonly touched: SharedMemory;
 }
 
+/** The writer's bounds; memory is taken as it is needed. */
+export interface FlatKvLimits {
+  readonly records: number;
+  readonly slots: number;
+  readonly nodes: number;
+}
+
 export class FlatKvMemory {
   readonly control: Int32Array<SharedArrayBuffer>;
   readonly figures: Float64Array<SharedArrayBuffer>;
@@ -59,21 +77,16 @@ export class FlatKvMemory {
   directory: Uint32Array<SharedArrayBuffer>;
   sets: Uint32Array<SharedArrayBuffer>;
   touched: Uint8Array<SharedArrayBuffer>;
-  readonly #arenas: Record<"records" | "slots" | "directory" | "sets" | "touched", SharedArena>;
+  readonly #arenas: Arenas;
   /** What the views cover. */
   #seenPages: number;
 
-  constructor(share?: FlatKvShare) {
+  constructor(from: FlatKvShare | FlatKvLimits) {
+    const share = "control" in from ? from : undefined;
     const control = share?.control ?? new SharedArrayBuffer(CONTROL_WORDS * 4 + FIGURE_COUNT * 8);
     this.control = new Int32Array(control, 0, CONTROL_WORDS);
     this.figures = new Float64Array(control, CONTROL_WORDS * 4, FIGURE_COUNT);
-    this.#arenas = {
-      records: new SharedArena(share?.records),
-      slots: new SharedArena(share?.slots),
-      directory: new SharedArena(share?.directory),
-      sets: new SharedArena(share?.sets),
-      touched: new SharedArena(share?.touched),
-    };
+    this.#arenas = "control" in from ? arenasOf(from) : arenasFor(from);
     const { records, slots, directory, sets, touched } = this.#arenas;
     this.records = records.words;
     this.slots = slots.words;
@@ -150,4 +163,26 @@ export class FlatKvMemory {
     this.touched = new Uint8Array(touched.words.buffer);
     this.#seenPages = this.#pages();
   }
+}
+
+type Arenas = Record<"records" | "slots" | "directory" | "sets" | "touched", SharedArena>;
+
+function arenasOf(share: FlatKvShare): Arenas {
+  return {
+    records: new SharedArena(share.records),
+    slots: new SharedArena(share.slots),
+    directory: new SharedArena(share.directory),
+    sets: new SharedArena(share.sets),
+    touched: new SharedArena(share.touched),
+  };
+}
+
+function arenasFor(limits: FlatKvLimits): Arenas {
+  return {
+    records: new SharedArena({ maxWords: limits.records * RECORD_WORDS }),
+    slots: new SharedArena({ maxWords: limits.slots }),
+    directory: new SharedArena({ maxWords: 2 ** MAX_DIRECTORY_BITS }),
+    sets: new SharedArena({ maxWords: limits.nodes * NODE_WORDS }),
+    touched: new SharedArena({ maxWords: Math.ceil(limits.records / 4) }),
+  };
 }

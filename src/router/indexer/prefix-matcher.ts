@@ -1,7 +1,16 @@
 import type { OverlapScores } from "./base.ts";
 import { findBlock } from "./block-table.ts";
-import { CONTROL, RECORD_CHILD, RECORD_HI, RECORD_LO, RECORD_SET, RECORD_WORDS, type FlatKvMemory } from "./flat-kv-memory.ts";
-import { EMPTY_SET, NODE_CONTINUATION, NODE_PAIRS, NODE_WORDS, PLANE_KEY_BITS } from "./rank-set-pool.ts";
+import {
+  CONTROL,
+  NODE_WORDS,
+  RECORD_CHILD,
+  RECORD_HI,
+  RECORD_LO,
+  RECORD_SET,
+  RECORD_WORDS,
+  type FlatKvMemory,
+} from "./flat-kv-memory.ts";
+import { EMPTY_SET, NODE_CONTINUATION, NODE_PAIRS, PLANE_KEY_BITS } from "./rank-set-pool.ts";
 
 /**
  * The lookup: walks a chain from its first block and tells per rank how far it is covered. From one block to the next it
@@ -158,7 +167,8 @@ export class PrefixMatcher {
 
 function endDevice(ranks: number, word: number, block: number, into: OverlapScores): void {
   const { device } = into;
-  for (let bits = ranks | 0; bits !== 0; bits &= bits - 1) device[(word << 5) | (31 - Math.clz32(bits & -bits))] = block;
+  for (let bits = ranks | 0; bits !== 0; bits &= bits - 1)
+    device[(word << 5) | (31 - Math.clz32(bits & -bits))] = block;
 }
 
 function endHost(ranks: number, word: number, block: number, into: OverlapScores): void {

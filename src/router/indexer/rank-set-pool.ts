@@ -1,4 +1,4 @@
-import type { FlatKvMemory } from "./flat-kv-memory.ts";
+import { NODE_WORDS, type FlatKvMemory } from "./flat-kv-memory.ts";
 
 /**
  * Interned sets of (tier, rank): all blocks with the same owners share one set, so a block pays one word for its owners
@@ -15,7 +15,6 @@ import type { FlatKvMemory } from "./flat-kv-memory.ts";
  *
  * Owned by the writer; readers walk the nodes (prefix-matcher.ts).
  */
-export const NODE_WORDS = 8;
 export const NODE_CONTINUATION = 3;
 export const NODE_PAIRS = 4;
 const NODE_BUCKET_NEXT = 0;

@@ -27,9 +27,19 @@ export class SharedArena {
   /** All of the memory. Replaced when it grows: do not keep it across a call that may grow it. */
   words: Uint32Array<SharedArrayBuffer>;
 
-  constructor(memory?: SharedMemory) {
-    const { WebAssembly } = globalThis as unknown as { readonly WebAssembly: WebAssemblyMemories };
-    this.memory = memory ?? new WebAssembly.Memory({ initial: 1, maximum: MAX_PAGES, shared: true });
+  readonly #maxPages: number;
+
+  /** A new memory of one page that will hold up to `maxWords`, or another thread's. */
+  constructor(from: { readonly maxWords: number } | SharedMemory) {
+    if ("maxWords" in from) {
+      const { WebAssembly } = globalThis as unknown as { readonly WebAssembly: WebAssemblyMemories };
+      this.#maxPages = Math.max(1, Math.ceil((from.maxWords * 4) / PAGE_BYTES));
+      assert(this.#maxPages <= MAX_PAGES, "an arena stays under 4 GiB");
+      this.memory = new WebAssembly.Memory({ initial: 1, maximum: this.#maxPages, shared: true });
+    } else {
+      this.#maxPages = 0;
+      this.memory = from;
+    }
     this.words = new Uint32Array(this.memory.buffer);
   }
 
@@ -42,8 +52,8 @@ export class SharedArena {
     if (wordCount <= this.words.length) return false;
     const havePages = this.words.byteLength / PAGE_BYTES;
     const needPages = Math.ceil((wordCount * 4) / PAGE_BYTES);
-    assert(needPages <= MAX_PAGES, "an arena stays under 4 GiB");
-    const pages = Math.min(MAX_PAGES, Math.max(needPages, havePages + (havePages >>> 3)));
+    assert(needPages <= this.#maxPages, "the owner stays within the bound it gave");
+    const pages = Math.min(this.#maxPages, Math.max(needPages, havePages + (havePages >>> 3)));
     this.memory.grow(pages - havePages);
     this.words = new Uint32Array(this.memory.buffer);
     return true;

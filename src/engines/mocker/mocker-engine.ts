@@ -1,0 +1,385 @@
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import { DynamoError } from "../../errors/index.ts";
+import type { Logger } from "../../observability/index.ts";
+import { parseProfile, polynomialTiming, profileTiming, withSpeedup, type TimingModel } from "../../perf-model/index.ts";
+import {
+  EMPTY_LOAD,
+  StepWriter,
+  type KvEvent,
+  type LoadSnapshot,
+  type PreprocessedRequest,
+  type TokenLogprob,
+} from "../../protocol/index.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
+import { blockHashSeed } from "../../tokens/index.ts";
+import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
+import type { MockerEngineConfig } from "../config.ts";
+import { BlockChain } from "./block-chain.ts";
+import { MOCK_BLOCK_BYTES, isBlockPayload, writeBlockPayload } from "./block-payload.ts";
+import { MockScheduler, type PassObserver } from "./mock-scheduler.ts";
+import { checkMockerConfig, schedulerConfig } from "./mocker-config.ts";
+import { RankDriver } from "./rank-driver.ts";
+import { Sequence, type SequenceEnd } from "./sequence.ts";
+
+/**
+ * An engine that schedules, caches, preempts and takes its time like a real one and computes nothing: MockScheduler on the
+ * worker's clock. Answers are a pure function of the tokens before them (token-source.ts): the same prompt gets the same
+ * answer on every worker, and a request that moves to another worker with the tokens it has goes on as if it had stayed.
+ *
+ * Data-parallel ranks are schedulers of their own; a request goes to the one with the fewest. `EngineInfo` and `load` tell
+ * the sum of all ranks. Roles: `prefill` ends each stream after its first token; `decode` waits for the KV cache of each
+ * prompt over a link that its transfers share, in place of computing it. Exported blocks hold bytes that say which block
+ * they are, so that a transfer that mixes them up is found out.
+ */
+export interface MockerEngineOptions {
+  /** @default the system's clock */
+  readonly clock?: Clock;
+  readonly logger?: Logger;
+  /** Streams that wait for a place beyond `maxSequences`; more end with `worker-full`. @default 4096 */
+  readonly maxWaitingRequests?: number;
+}
+
+const ENGINE_VERSION = "1";
+/** The wire's bound on one batch of KV events. */
+const MAX_EVENTS_PER_BATCH = 4_096;
+
+interface Stream {
+  readonly sequence: Sequence;
+  readonly driver: RankDriver;
+  readonly output: PreprocessedRequest["output"];
+  /** Kept only for prompt logprobs. */
+  readonly promptTokenIds: Uint32Array | undefined;
+  hasFirst: boolean;
+}
+
+type EngineState = "new" | "starting" | "running" | "draining" | "stopped";
+
+export class MockerEngine implements Engine {
+  readonly #config: MockerEngineConfig;
+  readonly #clock: Clock;
+  readonly #maxWaitingRequests: number;
+  readonly #writer = new StepWriter();
+  readonly #observer: PassObserver;
+
+  #state: EngineState = "new";
+  #sink: EngineSink | undefined = undefined;
+  #drivers: readonly RankDriver[] = [];
+  readonly #streams = new Map<number, Stream>();
+  /** Ended before they began; told with the next turn, because a sink is never called inside `submit`. */
+  #refused: { readonly streamId: number; readonly error: DynamoError }[] = [];
+  /** Looked at after each turn; those that return true are done. */
+  #afterTurn: (() => boolean)[] = [];
+  #stopping: Promise<void> | undefined = undefined;
+  readonly #stopSignal = new AbortController();
+  /** Of the stopped engine: the counters stay. */
+  #finalLoad: LoadSnapshot = EMPTY_LOAD;
+
+  constructor(config: MockerEngineConfig, options: MockerEngineOptions = {}) {
+    this.#config = config;
+    this.#clock = options.clock ?? systemClock;
+    this.#maxWaitingRequests = options.maxWaitingRequests ?? 4_096;
+    this.#observer = { onOutput: (sequence, tokenId, end) => this.#onOutput(sequence, tokenId, end) };
+  }
+
+  async start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo> {
+    if (signal.aborted) throw startCancelled();
+    if (this.#state !== "new") throw new DynamoError("engine-stopped", "an engine starts only once");
+    this.#state = "starting";
+    checkMockerConfig(this.#config);
+    const timing = await this.#timing();
+    const { dataParallelSize, startupTimeMs } = this.#config;
+    const schedulers = Array.from(
+      { length: dataParallelSize },
+      (_, rank) => new MockScheduler(schedulerConfig(this.#config, rank, timing)),
+    );
+    if (startupTimeMs > 0) await this.#startupTime(startupTimeMs, signal);
+    if (signal.aborted || this.#stopSignal.signal.aborted) throw startCancelled();
+    this.#sink = sink;
+    const hooks = { onTurn: () => this.#beginTurn(), onTurnEnd: (events: readonly KvEvent[]) => this.#endTurn(events) };
+    this.#drivers = schedulers.map((scheduler) => new RankDriver(scheduler, this.#clock, this.#observer, hooks));
+    this.#state = "running";
+    return this.#info(schedulers[0]!.config.contextLength);
+  }
+
+  submit(streamId: number, request: PreprocessedRequest): void {
+    if (this.#state !== "running" && this.#state !== "draining") {
+      throw new DynamoError("engine-stopped", "the engine is not running");
+    }
+    assert(!this.#streams.has(streamId), "a stream id is unique among live streams");
+    const driver = this.#leastBusy();
+    const error = this.#refusal(request, driver.scheduler.config.contextLength);
+    if (error === undefined) this.#accept(streamId, request, driver);
+    else this.#refused.push({ streamId, error });
+    driver.kick();
+    // A busy rank tells refusals only when its pass ends: as late as a real engine's step would.
+  }
+
+  abort(streamId: number): void {
+    const stream = this.#streams.get(streamId);
+    if (stream === undefined) return;
+    stream.driver.scheduler.abort(streamId);
+    stream.driver.kick();
+  }
+
+  load(): LoadSnapshot {
+    if (this.#drivers.length === 0) return this.#finalLoad;
+    const loads = this.#drivers.map(({ scheduler }) => scheduler.load());
+    return loads.length === 1 ? loads[0]! : sumOfLoads(loads);
+  }
+
+  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    const wanted = { sequenceHashes, blockCount: sequenceHashes.length / 2 };
+    let count = 0;
+    for (const { scheduler } of this.#drivers) count = Math.max(count, scheduler.countCached(wanted));
+    const data = new Uint8Array(count * MOCK_BLOCK_BYTES);
+    for (let i = 0; i < count; i++) writeBlockPayload(sequenceHashes, i, data, i);
+    return Promise.resolve({ sequenceHashes: sequenceHashes.slice(0, 2 * count), blockBytes: MOCK_BLOCK_BYTES, data });
+  }
+
+  /** Takes the leading blocks whose hashes follow from their tokens. Throws `malformed-frame` for bytes of another block. */
+  async importBlocks(blocks: ImportedBlocks): Promise<number> {
+    if (this.#drivers.length === 0) return 0;
+    const { sequenceHashes, data, tokenIds, blockBytes } = blocks;
+    const chain = new BlockChain(tokenIds, this.#config.blockSizeTokens, blockHashSeed());
+    if (blockBytes !== MOCK_BLOCK_BYTES) {
+      throw new DynamoError("malformed-frame", `blocks of ${MOCK_BLOCK_BYTES} bytes are expected, got ${blockBytes}`);
+    }
+    let count = 0;
+    const most = Math.min(chain.blockCount, sequenceHashes.length / 2);
+    while (count < most && isSamePair(chain.sequenceHashes, sequenceHashes, count)) {
+      if (!isBlockPayload(sequenceHashes, count, data)) {
+        throw new DynamoError("malformed-frame", `imported block ${count} does not hold what its hash says`);
+      }
+      count++;
+    }
+    chain.blockCount = count;
+    const driver = this.#leastBusy();
+    const taken = driver.scheduler.importChain(chain);
+    await this.#afterNextTurn(driver, () => true);
+    return taken;
+  }
+
+  async clearBlocks(): Promise<number> {
+    let count = 0;
+    for (const driver of this.#drivers) {
+      count += driver.scheduler.clearBlocks();
+      await this.#afterNextTurn(driver, () => true);
+    }
+    return count;
+  }
+
+  drain(): Promise<void> {
+    const [driver] = this.#drivers;
+    if (driver === undefined) return Promise.resolve();
+    this.#state = "draining";
+    return this.#afterNextTurn(driver, () => this.#streams.size === 0 && this.#refused.length === 0);
+  }
+
+  stop(): Promise<void> {
+    this.#stopping ??= this.#stop();
+    return this.#stopping;
+  }
+
+  async #stop(): Promise<void> {
+    this.#state = "stopped";
+    this.#stopSignal.abort();
+    for (const driver of this.#drivers) driver.stop();
+    // The last entries, too, come outside of any method call.
+    await new Promise<void>((resolve) => setImmediate(resolve));
+    const error = new DynamoError("engine-stopped", "the engine was stopped");
+    this.#writer.reset();
+    for (const { streamId } of this.#refused) this.#writer.errorEntry(streamId, error);
+    for (const streamId of this.#streams.keys()) this.#writer.errorEntry(streamId, error);
+    this.#refused = [];
+    this.#streams.clear();
+    const events: KvEvent[] = [];
+    for (const { scheduler } of this.#drivers) {
+      scheduler.stop();
+      events.push(...scheduler.takeKvEvents());
+    }
+    this.#deliver(events);
+    this.#finalLoad = this.load();
+    this.#drivers = [];
+    this.#sink = undefined;
+    const waiters = this.#afterTurn;
+    this.#afterTurn = [];
+    for (const settle of waiters) settle();
+  }
+
+  async #timing(): Promise<TimingModel> {
+    const { profilePath, speedupRatio, decodeSpeedupRatio } = this.#config;
+    let model = polynomialTiming;
+    if (profilePath !== undefined) {
+      const text = await readFile(profilePath, "utf8").catch((cause: unknown) => {
+        throw new DynamoError("invalid-config", `the performance profile ${profilePath} cannot be read`, { cause });
+      });
+      model = profileTiming(parseProfile(text));
+    }
+    return withSpeedup(model, { speedupRatio, decodeSpeedupRatio });
+  }
+
+  #startupTime(ms: number, signal: AbortSignal): Promise<void> {
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const timer = this.#clock.setTimer(ms, resolve);
+    const either = AbortSignal.any([signal, this.#stopSignal.signal]);
+    const onAbort = (): void => reject(startCancelled());
+    either.addEventListener("abort", onAbort, { once: true });
+    return promise.finally(() => {
+      timer.cancel();
+      either.removeEventListener("abort", onAbort);
+    });
+  }
+
+  #info(contextLength: number): EngineInfo {
+    const { blockSizeTokens, totalBlocks, maxSequences, maxBatchedTokens, dataParallelSize } = this.#config;
+    return {
+      engine: "mocker",
+      engineVersion: ENGINE_VERSION,
+      contextLength,
+      blockSizeTokens,
+      totalBlocks: totalBlocks * dataParallelSize,
+      maxSequences: maxSequences * dataParallelSize,
+      maxBatchedTokens: maxBatchedTokens * dataParallelSize,
+      dataParallelSize,
+      vocabularySize: this.#config.vocabularySize,
+      blockBytes: MOCK_BLOCK_BYTES,
+    };
+  }
+
+  /** The rank with the fewest streams; the lowest of equals. */
+  #leastBusy(): RankDriver {
+    let best = this.#drivers[0]!;
+    for (const driver of this.#drivers) if (driver.scheduler.liveCount < best.scheduler.liveCount) best = driver;
+    return best;
+  }
+
+  #refusal({ tokenIds }: PreprocessedRequest, contextLength: number): DynamoError | undefined {
+    if (this.#state === "draining") return new DynamoError("draining", "the engine is shutting down");
+    if (tokenIds.length === 0) {
+      return new DynamoError("invalid-field", "expected a prompt of at least 1 token, got 0", { param: "prompt" });
+    }
+    if (tokenIds.length >= contextLength) {
+      return new DynamoError(
+        "context-length",
+        `the model's context is ${contextLength} tokens, the prompt has ${tokenIds.length}`,
+      );
+    }
+    const { maxSequences, dataParallelSize } = this.#config;
+    if (this.#streams.size >= this.#maxWaitingRequests + maxSequences * dataParallelSize) {
+      return new DynamoError("worker-full", `the engine's queue of ${this.#maxWaitingRequests} requests is full`);
+    }
+    return undefined;
+  }
+
+  #accept(streamId: number, request: PreprocessedRequest, driver: RankDriver): void {
+    const { tokenIds, stop, sampling, output, cacheNamespace } = request;
+    const { contextLength } = driver.scheduler.config;
+    const sequence = new Sequence({
+      id: streamId,
+      tokenIds,
+      maxTokens: Math.min(stop.maxTokens, contextLength - tokenIds.length),
+      minTokens: stop.minTokens,
+      stopTokenIds: stop.stopTokenIds,
+      priority: request.priority,
+      seed: sampling.temperature > 0 ? sampling.seed : undefined,
+      hashSeed: blockHashSeed({ cacheNamespace }),
+      usesPrefixCache: !output.promptLogprobs,
+      blockSizeTokens: this.#config.blockSizeTokens,
+      vocabularySize: this.#config.vocabularySize,
+      reasoning: this.#config.reasoning,
+      arrivedMs: this.#clock.monotonicMs(),
+    });
+    const promptTokenIds = output.promptLogprobs ? tokenIds : undefined;
+    this.#streams.set(streamId, { sequence, driver, output, promptTokenIds, hasFirst: false });
+    driver.scheduler.submit(sequence);
+  }
+
+  #beginTurn(): void {
+    this.#writer.reset();
+    for (const { streamId, error } of this.#refused) this.#writer.errorEntry(streamId, error);
+    this.#refused = [];
+  }
+
+  #endTurn(kvEvents: readonly KvEvent[]): void {
+    this.#deliver(kvEvents);
+    if (this.#afterTurn.length > 0) this.#afterTurn = this.#afterTurn.filter((settle) => !settle());
+  }
+
+  #deliver(kvEvents: readonly KvEvent[]): void {
+    const sink = this.#sink;
+    if (sink === undefined) return;
+    for (let at = 0; at < kvEvents.length; at += MAX_EVENTS_PER_BATCH) {
+      sink.onKvEvents(kvEvents.slice(at, at + MAX_EVENTS_PER_BATCH));
+    }
+    if (this.#writer.entryCount > 0) sink.onStep(this.#writer.view());
+  }
+
+  #onOutput(sequence: Sequence, tokenId: number, end: SequenceEnd | undefined): void {
+    const stream = this.#streams.get(sequence.id)!;
+    const writer = this.#writer;
+    writer.beginEntry(sequence.id);
+    if (!stream.hasFirst) this.#writeFirst(stream);
+    if (tokenId >= 0) {
+      writer.token(tokenId);
+      const { topLogprobs } = stream.output;
+      if (topLogprobs >= 0) writer.logprobs([this.#logprobOf(tokenId, topLogprobs)]);
+    }
+    if (end !== undefined) {
+      const nowMs = this.#clock.monotonicMs();
+      writer.finish(end, sequence.firstTokenMs < 0 ? 0 : nowMs - sequence.firstTokenMs);
+      this.#streams.delete(sequence.id);
+    }
+    writer.endEntry();
+  }
+
+  #writeFirst(stream: Stream): void {
+    stream.hasFirst = true;
+    const { sequence, promptTokenIds, output } = stream;
+    const nowMs = this.#clock.monotonicMs();
+    const startedMs = sequence.startedMs < 0 ? nowMs : sequence.startedMs;
+    this.#writer.first({
+      promptTokens: sequence.promptTokens,
+      cachedTokens: sequence.cachedTokens,
+      queueMs: startedMs - sequence.arrivedMs,
+      prefillMs: nowMs - startedMs,
+    });
+    if (promptTokenIds === undefined || sequence.firstTokenMs < 0) return;
+    const records: TokenLogprob[] = [];
+    for (const id of promptTokenIds.subarray(1)) records.push(this.#logprobOf(id, Math.max(0, output.topLogprobs)));
+    this.#writer.promptLogprobs(records);
+  }
+
+  /** A constant: the token has half of the mass, each id after it half of what is left. */
+  #logprobOf(token: number, top: number): TokenLogprob {
+    const size = Math.max(this.#config.vocabularySize, token + 1);
+    const topIds = Array.from({ length: top }, (_, i) => (token + i) % size);
+    return { logprob: -Math.LN2, topIds, topLogprobs: topIds.map((_, i) => -(i + 1) * Math.LN2) };
+  }
+
+  /** Resolves after the first turn after which `done` is true, or when the engine stops. */
+  #afterNextTurn(driver: RankDriver, done: () => boolean): Promise<void> {
+    return new Promise((resolve) => {
+      this.#afterTurn.push(() => {
+        const isSettled = this.#state === "stopped" || done();
+        if (isSettled) resolve();
+        return isSettled;
+      });
+      driver.kick();
+    });
+  }
+}
+
+function isSamePair(a: Uint32Array, b: Uint32Array, i: number): boolean {
+  return a[2 * i] === b[2 * i] && a[2 * i + 1] === b[2 * i + 1];
+}
+
+function sumOfLoads(loads: readonly LoadSnapshot[]): LoadSnapshot {
+  const sum: Record<string, number> = { ...EMPTY_LOAD };
+  for (const load of loads) for (const [field, value] of Object.entries(load)) sum[field]! += Number(value);
+  return sum as unknown as LoadSnapshot;
+}
+
+function startCancelled(): DynamoError {
+  return new DynamoError("cancelled", "the engine's start was cancelled");
+}
