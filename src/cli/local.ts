@@ -123,7 +123,14 @@ class LocalCluster {
     return new SupervisedProcess({
       name,
       command: process.execPath,
-      args: [...(command === "frontend" ? FRONTEND_NODE_FLAGS : []), mainModule(), command, ...forwarded, ...own, ...flags],
+      args: [
+        ...(command === "frontend" ? FRONTEND_NODE_FLAGS : []),
+        mainModule(),
+        command,
+        ...forwarded,
+        ...own,
+        ...flags,
+      ],
       env: childEnvironment(env, this.#values["cluster-secret"] ?? this.#secret),
       clock: systemClock,
       // A prefix would break a JSON line; it names its role itself.

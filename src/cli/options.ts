@@ -134,8 +134,9 @@ export const OPTIONS = {
   },
   "kv-cache-tokens": {
     type: "integer",
-    // 377 MB for SmolLM2-135M (23,040 bytes a token): 16 conversations of 1,000 tokens side by side.
-    default: 16_384,
+    // 189 MB for SmolLM2-135M (23,040 bytes a token). Attention visits every cell up to the last one in use, cached
+    // prefixes too, so a cache that is larger than the load needs slows each step (benchmarks/README.md).
+    default: 8_192,
     min: 256,
     max: 1_073_741_824,
     env: "DYN_KV_CACHE_TOKENS",

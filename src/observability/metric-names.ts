@@ -8,7 +8,7 @@ interface MetricEntry {
   readonly labels: readonly string[];
   readonly help: string;
   /** Histograms only. @default seconds */
-  readonly buckets?: "seconds" | "tokens" | "milliseconds";
+  readonly buckets?: "seconds" | "tokens" | "milliseconds" | "ratio";
 }
 
 const REQUEST = ["model", "endpoint", "request_type"] as const;
@@ -136,7 +136,37 @@ export const METRICS = {
     labels: ["worker_id", "dp_rank", "worker_type"],
     help: "Of the worker's newest request.",
   },
+  dynamo_frontend_worker_last_inter_token_latency_seconds: {
+    type: "gauge",
+    labels: ["worker_id", "dp_rank", "worker_type"],
+    help: "Of the worker's newest tokens.",
+  },
   dynamo_frontend_router_workers: { type: "gauge", labels: ["model"], help: "Workers the router can choose from." },
+  dynamo_frontend_router_worker_state: {
+    type: "gauge",
+    labels: ["model", "state", "reason"],
+    help: "Workers by what the router may do with them: eligible, inhibited, busy.",
+  },
+  dynamo_frontend_router_queue_pending_requests: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Requests that wait in the router for a worker.",
+  },
+  dynamo_frontend_router_queue_pending_isl_tokens: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Prompt tokens of the requests that wait in the router.",
+  },
+  dynamo_frontend_router_queue_pending_cached_tokens: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Those of them that some worker has cached.",
+  },
+  dynamo_frontend_router_queue_backpressure_total: {
+    type: "counter",
+    labels: ["model", "reason"],
+    help: "Requests that the router's queue refused.",
+  },
   // Router.
   dynamo_component_router_requests_total: {
     type: "counter",
@@ -148,6 +178,67 @@ export const METRICS = {
     labels: ["router_id"],
     buckets: "milliseconds",
     help: "Time of one routing decision, ms.",
+  },
+  dynamo_router_overhead_block_hashing: {
+    type: "histogram",
+    labels: ["router_id"],
+    buckets: "milliseconds",
+    help: "Time to hash a prompt's blocks, ms.",
+  },
+  dynamo_router_overhead_indexer_find_matches: {
+    type: "histogram",
+    labels: ["router_id"],
+    buckets: "milliseconds",
+    help: "Time to look a prompt up in the index, ms.",
+  },
+  dynamo_router_overhead_scheduling: {
+    type: "histogram",
+    labels: ["router_id"],
+    buckets: "milliseconds",
+    help: "Time to choose and to book, ms.",
+  },
+  dynamo_component_router_requests_started_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Requests the router began to place.",
+  },
+  dynamo_component_router_kv_hit_rate: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "ratio",
+    help: "Part of a prompt's blocks that the chosen worker should have, per request.",
+  },
+  dynamo_component_router_non_max_overlap_selections_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Decisions for another worker than the one with the longest cached prefix.",
+  },
+  dynamo_component_router_overlap_blocks_lost: {
+    type: "counter",
+    labels: ["model"],
+    help: "Cached blocks given up by those decisions.",
+  },
+  dynamo_component_router_input_sequence_tokens: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "tokens",
+    help: "Prompt tokens per routed request.",
+  },
+  dynamo_component_router_output_sequence_tokens: {
+    type: "histogram",
+    labels: ["model"],
+    buckets: "tokens",
+    help: "Generated tokens per routed request.",
+  },
+  dynamo_component_router_time_to_first_token_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time from decision to the worker's first token.",
+  },
+  dynamo_component_router_inter_token_latency_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time between tokens of a routed request.",
   },
   // Worker.
   dynamo_component_requests_total: { type: "counter", labels: COMPONENT, help: "Requests the worker ended." },

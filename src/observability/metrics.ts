@@ -124,7 +124,9 @@ const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 /** Powers of two up to 128 k: tokens per request. */
 const TOKENS = Array.from({ length: 18 }, (_, i) => 2 ** i);
 const MILLISECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000];
-const BUCKETS = { seconds: SECONDS, tokens: TOKENS, milliseconds: MILLISECONDS } as const;
+/** Parts of a whole, 0 to 1. */
+const RATIO = Array.from({ length: 21 }, (_, i) => i / 20);
+const BUCKETS = { seconds: SECONDS, tokens: TOKENS, milliseconds: MILLISECONDS, ratio: RATIO } as const;
 
 export class Metrics {
   readonly registry = new Registry();

@@ -240,8 +240,7 @@ export class Router implements DecisionOwner {
   /** Where the request would go now, without sending it: nothing is booked or counted. Throws as `route` does. */
   preview(request: RouteRequest): DecisionExplanation {
     const evaluation = this.#evaluate(request, this.#eligible(request));
-    const { record } = this.#choose(request, evaluation, 0);
-    return renderDecision(record, this.#columns);
+    return renderDecision(this.#choose(request, evaluation, 0), this.#columns);
   }
 
   /** The decisions for a request, its retries and its samples, oldest first; empty when they are too long ago. */
@@ -481,12 +480,18 @@ export class Router implements DecisionOwner {
     if (this.#policy.usesOverlap !== true) return NO_DEGRADATION;
     if (!isLooked) return NO_INDEX;
     if (this.indexDegradation !== undefined) return [this.indexDegradation];
-    if (this.#index !== undefined && this.#index.rankCount === 0) return EMPTY_INDEX;
+    if (this.#index !== undefined && !this.#hasOverlap() && this.#index.stats().blocks === 0) return EMPTY_INDEX;
     return NO_DEGRADATION;
   }
 
+  #hasOverlap(): boolean {
+    const { count, device, host, disk } = this.#columns;
+    for (let i = 0; i < count; i++) if (device[i]! + host[i]! + disk[i]! > 0) return true;
+    return false;
+  }
+
   /** Session, or policy. */
-  #choose(request: RouteRequest, evaluation: Evaluation, queuedMs: number): { record: DecisionRecord } {
+  #choose(request: RouteRequest, evaluation: Evaluation, queuedMs: number): DecisionRecord {
     const { eligible, prompt, weights } = evaluation;
     const bound = this.#sessionRank(request, eligible);
     const record = new DecisionRecord({
@@ -517,7 +522,7 @@ export class Router implements DecisionOwner {
     }
     const { device, host, disk } = this.#columns;
     record.overlapBlocks = device[record.chosen]! + host[record.chosen]! + disk[record.chosen]!;
-    return { record };
+    return record;
   }
 
   #book(request: RouteRequest, eligible: Eligible, queuedMs: number): BookedDecision {
@@ -526,7 +531,7 @@ export class Router implements DecisionOwner {
     this.metrics.started.add();
     const evaluation = this.#evaluate(request, eligible);
     const scheduleMs = clock.monotonicMs();
-    const { record } = this.#choose(request, evaluation, queuedMs);
+    const record = this.#choose(request, evaluation, queuedMs);
     this.#turn = (this.#turn + 1) % 0x40000000;
     this.#log.add(record, this.#columns);
     this.#countOverlap(record);
@@ -604,8 +609,8 @@ export class Router implements DecisionOwner {
     const lease = this.#leases.get(decision);
     this.#leases.delete(decision);
     if (lease !== undefined) this.#sessions.release(sessionId, lease);
-    // It never got a first token: the worker is not where the session lives.
-    else if (this.#sessions.find(sessionId)?.instanceId === decision.instanceId) this.#sessions.invalidate(sessionId);
+    // The worker failed it before its first token: the session does not go there again.
+    else if (FAILED_OUTCOME.test(decision.record.outcome)) this.#sessions.invalidate(sessionId);
   }
 
   #collectStates(): void {
@@ -623,6 +628,8 @@ export class Router implements DecisionOwner {
 }
 
 const SHARED_SEED = blockHashSeed();
+/** Reasons of the catalogue that speak of the worker, not of the request or its client. */
+const FAILED_OUTCOME = /^(worker|engine)-/;
 
 function queueItem(request: RouteRequest): QueuedRoute {
   const { excluded, allowed, pinned, requiredTaints } = request;

@@ -82,6 +82,7 @@ export const i64 = {
 };
 
 export const f32 = {
+  max: binary(0x97),
   const: (value: number): Code => [0x43, ...new Uint8Array(Float32Array.of(value).buffer)],
 };
 
@@ -99,6 +100,7 @@ const lane =
 export const v128 = {
   load: load(...simd(0x00)),
   and: binary(...simd(0x4e)),
+  or: binary(...simd(0x50)),
   isAnyTrue: unary(...simd(0x53)),
 };
 

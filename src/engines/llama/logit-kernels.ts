@@ -1,59 +1,14 @@
 import type { TokenLogprob } from "../../protocol/index.ts";
+import { BLOCK_TOKENS, CUTOFF, borrowRow, expOfNegative, type LogitRow } from "./logit-row.ts";
 
 /**
- * The loops over a whole vocabulary that the sampler is made of: maximum, softmax sum, candidate selection. They take
- * and return numbers and typed arrays, never allocate in steady state, and read `logits` only: it is a view of the
- * model's own memory.
+ * Draws a token from a row, and reads logprobs off it: what the sampler does with a row once bias and penalties are in.
+ * The passes over the whole vocabulary that can be vectorised are in `logit-row.ts`; here are those that pick candidates.
+ * Nothing allocates in steady state.
  *
- * All of them treat NaN and -Infinity as "cannot come". Weights are exp((logit - max) / temperature), so the best token
- * has weight 1. What lies more than 30 below the best is left out: with 2^20 tokens that is at most 1e-7 of the mass.
- *
- * Scratch arrays belong to this module: one sampler at a time per thread, which synchronous calls guarantee.
- * Cost for 49,152 logits: see benchmarks/sampler.ts; about 25 us for the maximum, 100 us for the sum.
+ * Scratch arrays belong to this module: one draw at a time per thread, which synchronous calls guarantee.
+ * Cost: the draw from a whole row one sum; a filtered draw one pass more and work on the few that are left.
  */
-const CUTOFF = 30;
-const STEPS_PER_UNIT = 32;
-/** exp(-i / 32). With the cubic below the relative error stays under 3e-9. */
-const EXP_TABLE = Float64Array.from({ length: CUTOFF * STEPS_PER_UNIT + 2 }, (_, i) => Math.exp(-i / STEPS_PER_UNIT));
-/** Sums are kept per block, so that a draw only has to look into one of them again. */
-const BLOCK_TOKENS = 256;
-
-/** exp(x) for -30 <= x <= 0. */
-export function expOfNegative(x: number): number {
-  const step = (x * -STEPS_PER_UNIT + 0.5) | 0;
-  const rest = x + step / STEPS_PER_UNIT;
-  return EXP_TABLE[step]! * (1 + rest * (1 + rest * (0.5 + rest * (1 / 6))));
-}
-
-/** Index of the largest logit, the lowest one among equals; 0 when none is a number above -Infinity. */
-export function argmax(logits: Float32Array): number {
-  const max = maximum(logits);
-  if (max === -Infinity) return 0;
-  return logits.indexOf(max);
-}
-
-/** The largest logit; -Infinity when there is none. Four lanes, because each comparison waits for the one before. */
-export function maximum(logits: Float32Array): number {
-  let a = -Infinity;
-  let b = -Infinity;
-  let c = -Infinity;
-  let d = -Infinity;
-  const unrolledEnd = logits.length & ~3;
-  for (let i = 0; i < unrolledEnd; i += 4) {
-    const w = logits[i]!;
-    const x = logits[i + 1]!;
-    const y = logits[i + 2]!;
-    const z = logits[i + 3]!;
-    if (w > a) a = w;
-    if (x > b) b = x;
-    if (y > c) c = y;
-    if (z > d) d = z;
-  }
-  for (let i = unrolledEnd; i < logits.length; i++) if (logits[i]! > a) a = logits[i]!;
-  return Math.max(a, b, c, d);
-}
-
-let blockSums = new Float64Array(0);
 let candidateIds = new Int32Array(0);
 let candidateLogits = new Float32Array(0);
 let candidateWeights = new Float64Array(0);
@@ -62,54 +17,41 @@ let candidateCount = 0;
 
 function ensureScratch(vocabularySize: number): void {
   if (candidateIds.length >= vocabularySize) return;
-  blockSums = new Float64Array(Math.ceil(vocabularySize / BLOCK_TOKENS));
   candidateIds = new Int32Array(vocabularySize);
   candidateLogits = new Float32Array(vocabularySize);
   candidateWeights = new Float64Array(vocabularySize);
   candidateOrder = new Int32Array(vocabularySize);
 }
 
-/** Sum of all weights; leaves the sum of each block in `blockSums`. */
-function sumWeights(logits: Float32Array, max: number, perTemperature: number): number {
-  const sums = blockSums;
-  let total = 0;
-  for (let start = 0, block = 0; start < logits.length; start += BLOCK_TOKENS, block++) {
-    const end = Math.min(start + BLOCK_TOKENS, logits.length);
-    let sum = 0;
-    for (let i = start; i < end; i++) {
-      const x = (logits[i]! - max) * perTemperature;
-      if (x > -CUTOFF) sum += expOfNegative(x);
-    }
-    sums[block] = sum;
-    total += sum;
-  }
-  return total;
+/** Index of the largest logit, the lowest one among equals; 0 when none is a number above -Infinity. */
+export function argmax(row: LogitRow): number {
+  const max = row.maximum();
+  return max === -Infinity ? 0 : row.indexOf(max);
 }
 
 /** A token drawn from the whole softmax: the first whose cumulated weight, by id, exceeds `uniform` x total. */
-export function drawFromAll(logits: Float32Array, max: number, perTemperature: number, uniform: number): number {
-  ensureScratch(logits.length);
-  let left = uniform * sumWeights(logits, max, perTemperature);
-  const blockCount = Math.ceil(logits.length / BLOCK_TOKENS);
-  let block = 0;
-  // Rounding may leave a rest after the last block that weighs anything: then the last token that can come is taken.
-  let lastBlock = 0;
-  for (; block < blockCount; block++) {
+export function drawFromAll(row: LogitRow, max: number, perTemperature: number, uniform: number): number {
+  const { logits, blockSums } = row;
+  let left = uniform * row.sumWeights(max, perTemperature);
+  // Rounding may leave a rest after the last block that weighs anything: then its last token is taken.
+  let chosenBlock = 0;
+  for (let block = 0; block < blockSums.length; block++) {
     const sum = blockSums[block]!;
     if (sum === 0) continue;
-    lastBlock = block;
+    chosenBlock = block;
     if (left < sum) break;
     left -= sum;
   }
-  const start = lastBlock * BLOCK_TOKENS;
+  const start = chosenBlock * BLOCK_TOKENS;
   const end = Math.min(start + BLOCK_TOKENS, logits.length);
   let token = start;
   for (let i = start; i < end; i++) {
     const x = (logits[i]! - max) * perTemperature;
-    if (!(x > -CUTOFF)) continue;
+    // The row may have rounded a logit at the cutoff to the other side.
+    if (!(x > -CUTOFF - 1)) continue;
     token = i;
-    left -= expOfNegative(x);
-    if (block < blockCount && left < 0) break;
+    left -= expOfNegative(Math.max(-CUTOFF, x));
+    if (left < 0) break;
   }
   return token;
 }
@@ -125,12 +67,13 @@ export interface Filters {
 
 /** A token drawn from what top-k, then top-p, then min-p leave; by id among those, as `drawFromAll`. */
 export function drawFiltered(
-  logits: Float32Array,
+  row: LogitRow,
   max: number,
   perTemperature: number,
   uniform: number,
   filters: Filters,
 ): number {
+  const { logits } = row;
   ensureScratch(logits.length);
   const { topK, topP, minP } = filters;
   let cut = -1;
@@ -139,7 +82,7 @@ export function drawFiltered(
     if (topP < 1) cut = selectPrefix(topP * weighCandidates(max, perTemperature), candidateWeights);
     else weighCandidates(max, perTemperature);
   } else if (topP < 1) {
-    cut = selectPrefix(topP * collectMass(logits, max, perTemperature, topP), candidateWeights);
+    cut = selectPrefix(topP * collectMass(row, max, perTemperature, topP), candidateWeights);
   } else {
     collectAbove(logits, max + Math.max(-CUTOFF, Math.log(minP) - 1e-6) / perTemperature);
     weighCandidates(max, perTemperature);
@@ -229,10 +172,10 @@ function weighCandidates(max: number, perTemperature: number): number {
  * Candidates: enough of the best tokens to hold `topP` of the mass; returns the whole mass. Takes what lies within 8 of
  * the best at first, which is nearly always enough, and widens that when it is not.
  */
-function collectMass(logits: Float32Array, max: number, perTemperature: number, topP: number): number {
-  const total = sumWeights(logits, max, perTemperature);
+function collectMass(row: LogitRow, max: number, perTemperature: number, topP: number): number {
+  const total = row.sumWeights(max, perTemperature);
   for (let reach = 8; ; reach *= 2) {
-    collectAbove(logits, max - Math.min(reach, CUTOFF) / perTemperature);
+    collectAbove(row.logits, max - Math.min(reach, CUTOFF) / perTemperature);
     if (weighCandidates(max, perTemperature) >= topP * total || reach >= CUTOFF) return total;
   }
 }
@@ -309,13 +252,13 @@ const bestLogits: number[] = [];
 
 /**
  * log-softmax of unmodified logits: of `tokenId`, and of the `top` best tokens, best first, lower id among equals.
- * Impossible tokens have -9999. Cost: one maximum, one sum, one pass for the best.
+ * Impossible tokens have -9999. Cost: one copy, one maximum, one sum, one pass for the best.
  */
 export function tokenLogprob(logits: Float32Array, tokenId: number, top: number): TokenLogprob {
-  ensureScratch(logits.length);
-  const max = maximum(logits);
+  const row = borrowRow(logits);
+  const max = row.maximum();
   if (!Number.isFinite(max)) return { logprob: LOWEST_LOGPROB, topIds: [], topLogprobs: [] };
-  const logSum = max + Math.log(sumWeights(logits, max, 1));
+  const logSum = max + Math.log(row.sumWeights(max, 1));
   const logprob = (logit: number): number => (logit >= LOWEST_LOGPROB + logSum ? logit - logSum : LOWEST_LOGPROB);
   if (top > 0) collectBest(logits, top);
   else bestIds.length = bestLogits.length = 0;

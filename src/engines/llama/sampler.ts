@@ -1,6 +1,7 @@
 import type { SamplingOptions, TokenLogprob } from "../../protocol/index.ts";
 import { SeededRandom } from "../../std/index.ts";
-import { argmax, drawFiltered, drawFromAll, maximum, tokenLogprob } from "./logit-kernels.ts";
+import { argmax, drawFiltered, drawFromAll, tokenLogprob } from "./logit-kernels.ts";
+import { borrowRow, type LogitRow } from "./logit-row.ts";
 
 /**
  * Turns a row of logits into the next token of one stream. The order of the steps is that of vLLM's V1 sampler up to the
@@ -24,9 +25,6 @@ export interface SamplerOptions {
   /** u32. */
   readonly seed: number;
 }
-
-/** The row with bias and penalties in it; shared, because it lives for one call only. */
-let adjustedLogits = new Float32Array(0);
 
 export class Sampler {
   readonly #sampling: SamplingOptions;
@@ -54,7 +52,7 @@ export class Sampler {
     const row = this.#adjust(logits, suppress);
     if (this.#sampling.temperature === 0) return argmax(row);
     const uniform = this.#random.nextFloat();
-    const max = maximum(row);
+    const max = row.maximum();
     // One token that outweighs all others, or none at all.
     if (!Number.isFinite(max)) return argmax(row);
     // A temperature so small that its inverse overflows is greedy.
@@ -78,18 +76,16 @@ export class Sampler {
     return tokenLogprob(logits, tokenId, top);
   }
 
-  /** The row to sample from: `logits` itself when nothing has to be changed. */
-  #adjust(logits: Float32Array, suppress: readonly number[] | undefined): Float32Array {
+  /** The row to sample from: the model's, with what the request wants changed in it. */
+  #adjust(logits: Float32Array, suppress: readonly number[] | undefined): LogitRow {
+    const row = borrowRow(logits);
     const { logitBias } = this.#sampling;
-    const hasBias = logitBias !== undefined && logitBias.length > 0;
-    const hasSuppressed = suppress !== undefined && suppress.length > 0;
-    if (!hasBias && !hasSuppressed && this.#generatedCounts.size === 0) return logits;
-    if (adjustedLogits.length !== logits.length) adjustedLogits = new Float32Array(logits.length);
-    const row = adjustedLogits;
-    row.set(logits);
-    if (hasSuppressed) for (const id of suppress) if (id < row.length) row[id] = -Infinity;
-    if (hasBias) for (const [id, bias] of logitBias) if (id < row.length) row[id] = row[id]! + bias;
-    if (this.#generatedCounts.size > 0) this.#penalise(row);
+    const adjusted = row.logits;
+    if (suppress !== undefined) for (const id of suppress) if (id < adjusted.length) adjusted[id] = -Infinity;
+    if (logitBias !== undefined) {
+      for (const [id, bias] of logitBias) if (id < adjusted.length) adjusted[id] = adjusted[id]! + bias;
+    }
+    if (this.#generatedCounts.size > 0) this.#penalise(adjusted);
     return row;
   }
 

@@ -1,6 +1,6 @@
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import type { CounterChild, GaugeChild, Logger, Metrics } from "../../observability/index.ts";
-import { KV_EVENTS_TOPIC, decodeKvEventBatch, kvQueryEndpoint, type KvAnswer, type KvEvent } from "../../protocol/index.ts";
+import { KV_EVENTS_TOPIC, decodeKvEventBatch, kvQueryEndpoint, type KvEvent } from "../../protocol/index.ts";
 import type { EventPlane, EventSubscription } from "../../runtime/event-plane/index.ts";
 import type { RequestPlaneClient } from "../../runtime/request-plane/index.ts";
 import type { Clock, TimerHandle } from "../../std/index.ts";
@@ -59,19 +59,14 @@ const BACK_OFF_MS = 25;
 const MAX_BACK_OFF_MS = 5_000;
 /** Ranks of one worker; a card that claims more is damaged. */
 const MAX_RANKS = 1_024;
-const STATUSES: Record<ApplyStatus, string> = {
-  ok: "ok",
-  "parent-block-not-found": "parent_block_not_found",
-  "block-not-found": "block_not_found",
-  "invalid-block": "invalid_block",
-};
 
 export class KvEventFeed {
   readonly #options: KvEventFeedOptions;
   readonly #workers = new Map<string, FedWorker>();
   readonly #healths = new Map<KvIndex, KvFeedHealth>();
   readonly #counters: FeedCounters;
-  readonly #queue: FedRank[] = [];
+  /** Asks that wait for room, oldest first; at most one per rank that is not cancelled. */
+  readonly #queue: { readonly ask: Ask; readonly isCancelled: () => boolean }[] = [];
   #querying = 0;
   #subscription: EventSubscription | undefined;
   #closed = false;
@@ -124,7 +119,7 @@ export class KvEventFeed {
     const { index, model } = worker.options;
     const health = this.health(index);
     for (const rank of worker.ranks) {
-      rank.close();
+      rank.cancel();
       health.rankCount--;
       if (!rank.isRecovering) continue;
       health.recoveringCount--;
@@ -182,10 +177,9 @@ export class KvEventFeed {
     }
   }
 
-  // Called by the ranks.
-
-  /** Keeps the counts of recovering ranks, and says once per worker and cause when one begins. */
+  /** Keeps the counts of recovering ranks, and says once per worker that events are missing. */
   #afterEvents(rank: FedRank): void {
+    rank.countDropped();
     const { recovering } = rank.recovery;
     if (recovering === rank.isRecovering) return;
     rank.isRecovering = recovering;
@@ -200,78 +194,89 @@ export class KvEventFeed {
     );
   }
 
-  schedule(rank: FedRank, delayMs: number): void {
-    if (delayMs === 0) {
-      this.#enqueue(rank);
-      return;
-    }
-    rank.timer = this.#options.clock.setTimer(delayMs, () => this.#enqueue(rank));
-  }
-
-  #enqueue(rank: FedRank): void {
-    this.#queue.push(rank);
-    this.#pump();
+  /** Called by a rank: asks the worker after `delayMs`, when there is room for one more query. */
+  schedule(ask: Ask, delayMs: number): TimerHandle {
+    let cancelled = false;
+    const enqueue = (): void => {
+      this.#queue.push(waiting);
+      this.#pump();
+    };
+    const waiting = { ask, isCancelled: () => cancelled };
+    const timer = delayMs === 0 ? undefined : this.#options.clock.setTimer(delayMs, enqueue);
+    const handle = {
+      cancel: () => {
+        cancelled = true;
+        timer?.cancel();
+      },
+    };
+    if (timer === undefined) enqueue();
+    return handle;
   }
 
   #pump(): void {
     const limit = this.#options.maxQueries ?? MAX_QUERIES;
     while (this.#querying < limit && !this.#closed) {
-      const rank = this.#queue.shift();
-      if (rank === undefined) return;
-      if (!rank.isClosed) this.#query(rank);
+      const waiting = this.#queue.shift();
+      if (waiting === undefined) return;
+      if (!waiting.isCancelled()) this.#query(waiting.ask);
     }
   }
 
-  #query(rank: FedRank): void {
-    const { askNumber, start } = rank;
-    const { client, queryTimeoutMs = QUERY_TIMEOUT_MS, logger } = this.#options;
-    const { address, endpointPrefix, instanceId } = rank.worker.options;
+  #query({ rank, askNumber, start }: Ask): void {
+    const { client, queryTimeoutMs = QUERY_TIMEOUT_MS } = this.#options;
+    const { address, endpointPrefix } = rank.worker.options;
     const endpoint = `${endpointPrefix}.${kvQueryEndpoint(rank.dpRank)}`;
     this.#querying++;
-    let done = false;
-    const finish = (): void => {
-      if (done) return;
-      done = true;
-      this.#querying--;
-      delete rank.cancelQuery;
+    let ended = false;
+    const end = (): void => {
+      if (!ended) this.#querying--;
+      ended = true;
     };
     const query = queryKvEvents(
       { client, address, endpoint, dpRank: rank.dpRank, start, timeoutMs: queryTimeoutMs },
       {
-        onAnswer: (answer: KvAnswer) => {
-          const isLast = answer.type !== "tree-dump" || answer.page === answer.pageCount - 1;
-          if (isLast) {
-            finish();
+        onAnswer: (answer) => {
+          const isWhole = answer.type !== "tree-dump" || answer.page === answer.pageCount - 1;
+          if (isWhole) {
+            end();
             this.#counters.restored(answer.type === "tree-dump" ? "full" : "incremental", "ok");
           }
           rank.recovery.onAnswer(askNumber, answer);
           this.#afterEvents(rank);
-          if (isLast) this.#pump();
         },
         onEnd: (error) => {
-          finish();
+          end();
           if (error !== undefined) {
-            this.#counters.restored(start === undefined ? "full" : "incremental", "failed");
-            if (!rank.worker.hasLoggedFailure) {
-              rank.worker.hasLoggedFailure = true;
-              logger.warn(
-                { instance: instanceId, dp_rank: rank.dpRank, reason: error.reason, diagnostic: error.diagnostic },
-                `cannot restore KV events, trying again: ${error.publicMessage}`,
-              );
-            }
+            this.#onFailure(rank, start, error);
             rank.recovery.onFailure(askNumber);
           }
           this.#pump();
         },
       },
     );
-    if (!done) {
-      rank.cancelQuery = () => {
-        finish();
+    rank.began({
+      cancel: () => {
         query.cancel();
-      };
-    }
+        end();
+      },
+    });
   }
+
+  #onFailure(rank: FedRank, start: number | undefined, error: DynamoError): void {
+    this.#counters.restored(start === undefined ? "full" : "incremental", "failed");
+    if (rank.worker.hasLoggedFailure) return;
+    rank.worker.hasLoggedFailure = true;
+    this.#options.logger.warn(
+      { instance: rank.worker.options.instanceId, dp_rank: rank.dpRank, reason: error.reason, diagnostic: error.diagnostic },
+      `cannot restore the KV events of this worker, trying again: ${error.publicMessage}`,
+    );
+  }
+}
+
+interface Ask {
+  readonly rank: FedRank;
+  readonly askNumber: number;
+  readonly start: number | undefined;
 }
 
 class FedWorker {
@@ -295,25 +300,20 @@ class FedRank implements RankRecoverySink {
   readonly #rankNumber: number;
   readonly #counters: FeedCounters;
   isRecovering = true;
-  isClosed = false;
-  askNumber = 0;
-  start: number | undefined;
-  timer: TimerHandle | undefined;
-  cancelQuery?: () => void;
-  #counted = { duplicate: 0, stale: 0, overflow: 0, missed: 0 };
+  readonly #counted = { duplicate: 0, stale: 0, overflow: 0 };
+  #timer: TimerHandle | undefined;
+  #query: { cancel(): void } | undefined;
 
   constructor(feed: KvEventFeed, worker: FedWorker, dpRank: number, rankNumber: number, counters: FeedCounters) {
-    this.#feed = feed;
     this.worker = worker;
     this.dpRank = dpRank;
+    this.#feed = feed;
     this.#rankNumber = rankNumber;
     this.#counters = counters;
-    counters.ranks.add(this);
   }
 
   apply(event: KvEvent): void {
-    const status = this.worker.options.index.apply(this.#rankNumber, event);
-    this.#counters.applied(event.type, status);
+    this.#counters.applied(event.type, this.worker.options.index.apply(this.#rankNumber, event));
   }
 
   clear(): void {
@@ -321,13 +321,75 @@ class FedRank implements RankRecoverySink {
     this.#counters.applied("cleared", "ok");
   }
 
+  /** Puts what the recovery left out since the last call on the counters. */
+  countDropped(): void {
+    const { duplicateCount, staleCount, overflowCount } = this.recovery;
+    const counted = this.#counted;
+    this.#counters.dropped("duplicate", duplicateCount - counted.duplicate);
+    this.#counters.dropped("former_life", staleCount - counted.stale);
+    this.#counters.dropped("buffer_full", overflowCount - counted.overflow);
+    counted.duplicate = duplicateCount;
+    counted.stale = staleCount;
+    counted.overflow = overflowCount;
+  }
+
   ask(askNumber: number, start: number | undefined, fruitless: number): void {
-    this.timer?.cancel();
-    this.cancelQuery?.();
-    const isWaiting = this.askNumber !== 0 && this.#isQueued;
-    this.askNumber = askNumber;
-    this.start = start;
-    if (isWaiting) return;
-    this.#feed.schedule(this, fruitless === 0 ? 0 : Math.min(MAX_BACK_OFF_MS, BACK_OFF_MS * 2 ** (fruitless - 1)));
+    this.cancel();
+    const delayMs = fruitless === 0 ? 0 : Math.min(MAX_BACK_OFF_MS, BACK_OFF_MS * 2 ** (fruitless - 1));
+    this.#timer = this.#feed.schedule({ rank: this, askNumber, start }, delayMs);
+  }
+
+  /** The ask of that number is being answered; `query` ends it. */
+  began(query: { cancel(): void }): void {
+    this.#query = query;
+  }
+
+  /** Ends the ask, waiting or under way, without an answer. */
+  cancel(): void {
+    this.#timer?.cancel();
+    this.#query?.cancel();
+    this.#timer = undefined;
+    this.#query = undefined;
+  }
+}
+
+type Restore = "incremental" | "full";
+
+/** The feed's metric children, resolved once; see metric-names.ts. */
+class FeedCounters {
+  readonly #metrics: Metrics;
+  readonly #applied: Record<KvEvent["type"], Record<ApplyStatus, CounterChild>>;
+  readonly malformed: CounterChild;
+  readonly lost: CounterChild;
+
+  constructor(metrics: Metrics) {
+    this.#metrics = metrics;
+    const applied = metrics.counter("dynamo_component_kv_cache_events_applied");
+    const byStatus = (type: KvEvent["type"]): Record<ApplyStatus, CounterChild> => ({
+      ok: applied.labels("ok", type),
+      "parent-block-not-found": applied.labels("parent_block_not_found", type),
+      "block-not-found": applied.labels("block_not_found", type),
+      "invalid-block": applied.labels("invalid_block", type),
+    });
+    this.#applied = { stored: byStatus("stored"), removed: byStatus("removed"), cleared: byStatus("cleared") };
+    this.malformed = metrics.counter("dynamo_router_kv_events_dropped_total").labels("malformed");
+    this.lost = metrics.counter("dynamo_router_kv_events_lost_total").labels();
+  }
+
+  applied(type: KvEvent["type"], status: ApplyStatus): void {
+    this.#applied[type][status].add();
+  }
+
+  restored(kind: Restore, outcome: "ok" | "failed"): void {
+    this.#metrics.counter("dynamo_router_kv_restores_total").labels(kind, outcome).add();
+  }
+
+  /** What a recovery left out since the last time it was looked at. */
+  dropped(reason: "duplicate" | "former_life" | "buffer_full", count: number): void {
+    if (count > 0) this.#metrics.counter("dynamo_router_kv_events_dropped_total").labels(reason).add(count);
+  }
+
+  recovering(model: string): GaugeChild {
+    return this.#metrics.gauge("dynamo_router_kv_ranks_recovering").labels(model);
   }
 }

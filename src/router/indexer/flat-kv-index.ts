@@ -174,12 +174,14 @@ export class FlatKvIndex implements KvIndex {
       if (parent === 0) return "parent-block-not-found";
     }
     const blockCount = hashes.length >>> 1;
+    let isNew = false;
     for (let block = 0; block < blockCount; block++) {
       if (block !== 0 && block % SECTION_BLOCKS === 0) this.#breathe();
       const lo = hashes[2 * block]!;
       const hi = hashes[2 * block + 1]!;
       this.#pinned = parent;
       let record = this.#childOf(parent, lo, hi);
+      isNew = record === 0;
       if (record === 0) {
         record = this.#tryCreate(parent, lo, hi);
         if (record === 0) return this.#giveUp(blockCount - block);
@@ -205,7 +207,7 @@ export class FlatKvIndex implements KvIndex {
       }
       parent = record;
     }
-    memory.touched[parent] = 1;
+    if (!isNew) memory.touched[parent] = 1;
     return "ok";
   }
 
@@ -365,7 +367,7 @@ export class FlatKvIndex implements KvIndex {
     records[at + RECORD_HI] = hi;
     records[at + RECORD_SET] = EMPTY_SET;
     records[at + RECORD_CHILD] = 0;
-    touched[record] = 1;
+    touched[record] = 0;
     if (!this.#table.tryAdd(record)) {
       this.#putBack(record);
       return 0;
@@ -436,23 +438,35 @@ export class FlatKvIndex implements KvIndex {
   }
 
   /**
-   * Second chance over leaves: the hand goes round the records; a leaf that was touched since the last time is spared
-   * once. Cheaper than a list in order of use, which every lookup of every thread would have to write. Returns how many
-   * blocks went.
+   * Second chance over leaves: the hand goes round the records. A leaf that was touched since the last time (a lookup ended
+   * there, or another rank stored it too) is spared once; one that was not goes, and with it the chain above it as far as
+   * nothing else hangs from it and nobody touched it. Cheaper than a list in order of use, which every lookup of every
+   * thread would have to write. Returns how many blocks went.
    */
   #evict(wanted: number): number {
-    const { records, touched } = this.#memory;
+    const { touched } = this.#memory;
     const before = this.#evictedBlocks;
     for (let steps = 2 * this.#recordCount; steps > 0 && this.#evictedBlocks - before < wanted; steps--) {
       if (steps % SECTION_SCAN === 0) this.#breathe();
-      const record = this.#hand;
+      let record = this.#hand;
       this.#hand = record + 1 >= this.#recordCount ? 1 : record + 1;
-      const isLeaf = this.#links.words[record * LINK_WORDS + LINK_CHILDREN] === 0;
-      if (!isLeaf || record === this.#pinned || records[record * RECORD_WORDS + RECORD_SET] === EMPTY_SET) continue;
-      if (touched[record] === 1) touched[record] = 0;
-      else this.#drop(record);
+      while (this.#isEvictable(record)) {
+        if (touched[record] === 1) {
+          touched[record] = 0;
+          break;
+        }
+        const parent = this.#links.words[record * LINK_WORDS + LINK_PARENT]!;
+        this.#drop(record);
+        record = parent;
+      }
     }
     return this.#evictedBlocks - before;
+  }
+
+  #isEvictable(record: number): boolean {
+    if (record === 0 || record === this.#pinned) return false;
+    const isHeld = this.#memory.records[record * RECORD_WORDS + RECORD_SET] !== EMPTY_SET;
+    return isHeld && this.#links.words[record * LINK_WORDS + LINK_CHILDREN] === 0;
   }
 
   /** Between two slices of a long change: readers get their turn. */

@@ -5,7 +5,10 @@ import { OverlapScores, type KvIndex } from "./base.ts";
 
 /** A chain of blocks `name`/0, `name`/1, ... as if hashed; equal names are equal chains. */
 export function aChain(name: number, length: number): Uint32Array {
-  return Uint32Array.from({ length: 2 * length }, (_, i) => (Math.imul(name * 4_096 + i + 1, 0x9e3779b1) ^ 0x5bd1e995) >>> 0);
+  return Uint32Array.from(
+    { length: 2 * length },
+    (_, i) => (Math.imul(name * 4_096 + i + 1, 0x9e3779b1) ^ 0x5bd1e995) >>> 0,
+  );
 }
 
 export interface StoredParts {
@@ -33,7 +36,11 @@ export function aRemoved({ chain, from = 0, to = chain.length / 2, tier = "devic
 }
 
 /** [device, host, disk] of one rank. */
-export function scoresOf(index: Pick<KvIndex, "findMatches">, chain: Uint32Array, rank: number): [number, number, number] {
+export function scoresOf(
+  index: Pick<KvIndex, "findMatches">,
+  chain: Uint32Array,
+  rank: number,
+): [number, number, number] {
   const scores = new OverlapScores();
   index.findMatches(chain, chain.length / 2, scores);
   return [scores.device[rank]!, scores.host[rank]!, scores.disk[rank]!];
@@ -49,7 +56,9 @@ export function contentsOf(index: KvIndex, rank: number): string[] {
     for (let i = 0; i < event.sequenceHashes.length; i += 2) {
       const hash = [...event.sequenceHashes.subarray(i, i + 2)];
       const local = [...event.localHashes.subarray(i, i + 2)];
-      lines.push(`${event.tier} ${event.startBlock + i / 2} ${hash.join()} ${local.join()} after ${parent?.join() ?? "root"}`);
+      lines.push(
+        `${event.tier} ${event.startBlock + i / 2} ${hash.join()} ${local.join()} after ${parent?.join() ?? "root"}`,
+      );
       parent = hash;
     }
   }
@@ -145,7 +154,11 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
   }
 
   test(`${name}: blocks are removed in any order, and the last one leaves nothing behind`, () => {
-    for (const order of [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 5, 0, 4, 1, 3]]) {
+    for (const order of [
+      [0, 1, 2, 3, 4, 5],
+      [5, 4, 3, 2, 1, 0],
+      [2, 5, 0, 4, 1, 3],
+    ]) {
       const { index, a } = create2();
       index.apply(a, aStored({ chain }));
       for (const at of order) assert.equal(index.apply(a, aRemoved({ chain, from: at, to: at + 1 })), "ok");
@@ -226,7 +239,10 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
   test(`${name}: malformed events are refused`, () => {
     const { index, a } = create2();
     const stored = aStored({ chain });
-    assert.equal(index.apply(a, { ...stored, sequenceHashes: chain.slice(0, 3), localHashes: chain.slice(0, 3) }), "invalid-block");
+    assert.equal(
+      index.apply(a, { ...stored, sequenceHashes: chain.slice(0, 3), localHashes: chain.slice(0, 3) }),
+      "invalid-block",
+    );
     assert.equal(index.apply(a, { ...stored, localHashes: chain.slice(0, 2) }), "invalid-block");
     assert.equal(index.apply(a, { ...stored, tier: "tape" as StorageTier }), "invalid-block");
     assert.equal(index.apply(99, stored), "invalid-block");
