@@ -1,6 +1,6 @@
-import type { RouterMode } from "../router/index.ts";
+import type { RouterConfig, RouterMode } from "../router/index.ts";
 
-export type { RouterMode };
+export type { RouterConfig, RouterMode };
 
 /** What a frontend needs to know; `cli/` fills it from flags, environment and file. */
 export interface FrontendConfig {
@@ -8,7 +8,12 @@ export interface FrontendConfig {
   readonly httpHost: string;
   /** 0 = any free port. */
   readonly httpPort: number;
-  readonly routerMode: RouterMode;
+  /** One of ours, or the name of a policy that was registered. */
+  readonly routerMode: RouterMode | (string & {});
+  /** What is not given has Dynamo's default. */
+  readonly router?: Partial<RouterConfig>;
+  /** Asked for by the operators' endpoints and fields; without one, clients of this machine are operators. */
+  readonly adminKey?: string;
   readonly limits: FrontendLimits;
   readonly drainTimeoutMs: number;
 }

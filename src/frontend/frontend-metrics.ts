@@ -109,6 +109,7 @@ export class WorkerGauges {
   readonly prefillTokens: GaugeChild;
   readonly lastTimeToFirstToken: GaugeChild;
   readonly lastInputTokens: GaugeChild;
+  readonly lastInterTokenLatency: GaugeChild;
 
   constructor(metrics: Metrics, instanceId: string) {
     this.#metrics = metrics;
@@ -118,6 +119,7 @@ export class WorkerGauges {
     this.prefillTokens = child(WORKER_GAUGES[1]);
     this.lastTimeToFirstToken = child(WORKER_GAUGES[2]);
     this.lastInputTokens = child(WORKER_GAUGES[3]);
+    this.lastInterTokenLatency = child(WORKER_GAUGES[4]);
   }
 
   remove(): void {
@@ -130,4 +132,5 @@ const WORKER_GAUGES = [
   "dynamo_frontend_worker_active_prefill_tokens",
   "dynamo_frontend_worker_last_time_to_first_token_seconds",
   "dynamo_frontend_worker_last_input_sequence_tokens",
+  "dynamo_frontend_worker_last_inter_token_latency_seconds",
 ] as const;

@@ -9,7 +9,7 @@ import {
   parseLoadReport,
   type ModelCard,
 } from "../protocol/index.ts";
-import { ROUTING_POLICIES, Router, type RouterMode } from "../router/index.ts";
+import { DEFAULT_ROUTER_CONFIG, FlatKvIndex, Router, findPolicy, type KvIndex, type RouterConfig, type RoutingPolicy } from "../router/index.ts";
 import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventSubscription } from "../runtime/event-plane/index.ts";
 import type { Watch } from "../runtime/discovery/index.ts";
@@ -31,6 +31,8 @@ export interface ServedModel {
   readonly generateEndpoint: string;
   readonly preprocessor: Preprocessor;
   readonly router: Router;
+  /** Of its workers' blocks, to be fed with their events; undefined when the router does not use one. */
+  readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
   /** By instance id, of the workers that joined. */
   readonly workerGauges: Map<string, WorkerGauges>;
@@ -40,6 +42,8 @@ export interface ServedModel {
 const MAX_MODELS = 256;
 const FETCH_TIMEOUT_MS = 20_000;
 const RETRY_MS = 1_000;
+/** Data-parallel ranks of one worker; a card that claims more is wrong. */
+const MAX_RANKS = 1_024;
 
 interface WorkerRecord {
   instance?: Instance;
@@ -53,7 +57,8 @@ interface WorkerRecord {
 export class ModelRegistry {
   readonly #planes: Planes;
   readonly #namespace: string;
-  readonly #routerMode: RouterMode;
+  readonly #policy: RoutingPolicy;
+  readonly #routerConfig: RouterConfig;
   readonly #logger: Logger;
   readonly #models = new Map<string, ServedModel>();
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
@@ -63,10 +68,14 @@ export class ModelRegistry {
   #watches: (Watch | EventSubscription)[] = [];
   #closed = false;
 
-  constructor(planes: Planes, options: { namespace: string; routerMode: RouterMode }) {
+  /** Throws `invalid-config` for a router mode that nobody registered. */
+  constructor(planes: Planes, options: { namespace: string; routerMode: string; router?: Partial<RouterConfig> | undefined }) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    this.#routerMode = options.routerMode;
+    const policy = findPolicy(options.routerMode);
+    if (policy === undefined) throw new DynamoError("invalid-config", `there is no router mode ${options.routerMode}`);
+    this.#policy = policy;
+    this.#routerConfig = { ...DEFAULT_ROUTER_CONFIG, ...options.router };
     this.#logger = planes.logger;
   }
 
@@ -113,6 +122,7 @@ export class ModelRegistry {
     for (const timer of this.#retryTimers) timer.cancel();
     const watches = this.#watches;
     this.#watches = [];
+    for (const model of this.#models.values()) model.router.close(new DynamoError("draining", "the server is shutting down"));
     await Promise.all(watches.map((watch) => watch.close()));
   }
 
@@ -125,7 +135,7 @@ export class ModelRegistry {
   #onInstance(instance: Instance): void {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
-    record.joined?.router.addWorker(instance.instanceId, instance.address);
+    if (record.joined !== undefined) joinRouter(record.joined, instance, record.joined.card);
     this.#join(instance.instanceId);
   }
 
@@ -222,7 +232,7 @@ export class ModelRegistry {
       this.#join(instanceId);
       return;
     }
-    model.router.addWorker(instanceId, instance.address);
+    joinRouter(model, instance, card);
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
@@ -243,13 +253,24 @@ export class ModelRegistry {
       timeoutMs: FETCH_TIMEOUT_MS,
     });
     const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card);
-    const policy = ROUTING_POLICIES[this.#routerMode];
+    const kvIndex = this.#policy.usesOverlap === true && this.#routerConfig.kvEvents ? new FlatKvIndex() : undefined;
+    const router = new Router({
+      model: card.name,
+      policy: this.#policy,
+      clock,
+      random,
+      metrics,
+      blockSizeTokens: card.blockSizeTokens,
+      config: this.#routerConfig,
+      ...(kvIndex === undefined ? {} : { index: kvIndex }),
+    });
     const model: ServedModel = {
       name: card.name,
       card,
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
       preprocessor,
-      router: new Router({ model: card.name, policy, clock, random, metrics }),
+      router,
+      kvIndex,
       metrics: new ModelMetrics(metrics, card.name),
       workerGauges: new Map(),
     };
@@ -264,7 +285,16 @@ export class ModelRegistry {
     const idle = [...this.#models.values()].find((model) => model.router.workers.length === 0);
     if (idle === undefined) throw new DynamoError("stream-limit", `${MAX_MODELS} models are served already`);
     this.#models.delete(idle.name);
+    idle.router.close(new DynamoError("no-workers", `no worker that serves ${idle.name} is available`));
   }
+}
+
+function joinRouter(model: ServedModel, instance: Instance, card: ModelCard): void {
+  const { maxSequences, maxBatchedTokens, totalBlocks, dataParallelSize } = card;
+  model.router.addWorker(instance.instanceId, instance.address, {
+    dataParallelSize: Math.max(1, Math.min(dataParallelSize, MAX_RANKS)),
+    capacity: { maxSequences, maxBatchedTokens, totalBlocks },
+  });
 }
 
 /** What must agree between all workers of one model, or requests would mean different things on each. */

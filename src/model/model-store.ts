@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, renameSync, rmSync, statSync, statfsSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, renameSync, rmSync, statSync, statfsSync } from "node:fs";
 import { homedir } from "node:os";
 import { basename, join, resolve } from "node:path";
 import { DynamoError } from "../errors/index.ts";
@@ -60,7 +60,7 @@ export class ModelStore {
 
   /**
    * The file for a catalogue name or alias, `hf:owner/repository/file.gguf`, the name of a stored file, or a path to a
-   * GGUF file. Undefined when it is not on this machine, or is there but has not the size it must have.
+   * GGUF file or to a folder with a `tokenizer.json` (all that engines without weights need). Undefined when it is not on this machine, or is there but has not the size it must have.
    */
   resolve(nameOrPath: string): StoredModel | undefined {
     const wanted = this.#wanted(nameOrPath);
@@ -68,8 +68,10 @@ export class ModelStore {
       const stored = storedAt(wanted.path, wanted.name);
       return stored !== undefined && (wanted.bytes === undefined || stored.bytes === wanted.bytes) ? stored : undefined;
     }
-    const asPath = storedAt(resolve(nameOrPath), nameOfFile(nameOrPath));
+    const path = resolve(nameOrPath);
+    const asPath = storedAt(path, nameOfFile(nameOrPath));
     if (asPath !== undefined) return asPath;
+    if (existsSync(join(path, "tokenizer.json"))) return { name: basename(path), path, bytes: 0 };
     return this.list().find(({ name, path }) => name === nameOrPath || basename(path) === nameOrPath);
   }
 

@@ -1,6 +1,6 @@
 export * from "./config.ts";
 export type { RemoteResult } from "./remote-bookings.ts";
-export * from "./indexer/base.ts";
+export * from "./indexer/index.ts";
 export * from "./policies/index.ts";
 export * from "./route-request.ts";
 export * from "./router.ts";

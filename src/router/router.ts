@@ -51,6 +51,12 @@ export interface RouterIndex extends KvIndexReader {
   removeWorker(instanceId: string): void;
 }
 
+/** How far the index can be trusted right now; asked at each decision. */
+export interface IndexHealth {
+  /** Such as `kv: 1 of 4 ranks recovering`; undefined when all is well. */
+  readonly degradation: string | undefined;
+}
+
 /** A request that could not be placed at once. */
 export type WaitingRoute = Waiting<RoutingDecision>;
 
@@ -108,8 +114,8 @@ export class Router implements DecisionOwner {
 
   /** Called for each own booking, so that replicas can be told; the event may be kept. */
   onBooking: ((event: BookingEvent) => void) | undefined = undefined;
-  /** Set by whoever feeds the index while it may know too little, such as `kv: recovering`; undefined = all is well. */
-  indexDegradation: string | undefined = undefined;
+  /** Set by whoever feeds the index: what is to be said of it in explanations while it may know too little. */
+  indexHealth: IndexHealth | undefined = undefined;
 
   constructor(options: RouterOptions) {
     this.#options = options;
@@ -479,7 +485,8 @@ export class Router implements DecisionOwner {
   #degradations(isLooked: boolean): readonly string[] {
     if (this.#policy.usesOverlap !== true) return NO_DEGRADATION;
     if (!isLooked) return NO_INDEX;
-    if (this.indexDegradation !== undefined) return [this.indexDegradation];
+    const degradation = this.indexHealth?.degradation;
+    if (degradation !== undefined) return [degradation];
     if (this.#index !== undefined && !this.#hasOverlap() && this.#index.stats().blocks === 0) return EMPTY_INDEX;
     return NO_DEGRADATION;
   }

@@ -114,8 +114,8 @@ export const i32x4 = {
 export const f32x4 = {
   splat: unary(...simd(0x13)),
   lane: lane(0x1f),
-  equal: binary(...simd(0x41)),
   greater: binary(...simd(0x44)),
+  atLeast: binary(...simd(0x46)),
   nearest: unary(...simd(0x6a)),
   add: binary(...simd(0xe4)),
   sub: binary(...simd(0xe5)),

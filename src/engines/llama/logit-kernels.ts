@@ -26,7 +26,7 @@ function ensureScratch(vocabularySize: number): void {
 /** Index of the largest logit, the lowest one among equals; 0 when none is a number above -Infinity. */
 export function argmax(row: LogitRow): number {
   const max = row.maximum();
-  return max === -Infinity ? 0 : row.indexOf(max);
+  return max === -Infinity ? 0 : row.logits.indexOf(max, row.nextGroup(0, max));
 }
 
 /** A token drawn from the whole softmax: the first whose cumulated weight, by id, exceeds `uniform` x total. */
@@ -84,22 +84,26 @@ export function drawFiltered(
   } else if (topP < 1) {
     cut = selectPrefix(topP * collectMass(row, max, perTemperature, topP), candidateWeights);
   } else {
-    collectAbove(logits, max + Math.max(-CUTOFF, Math.log(minP) - 1e-6) / perTemperature);
+    collectAbove(row, max + Math.max(-CUTOFF, Math.log(minP) - 1e-6) / perTemperature);
     weighCandidates(max, perTemperature);
   }
   return drawCandidate(cut, minP, uniform);
 }
 
 /** Candidates: every token above `floor`, by id. */
-function collectAbove(logits: Float32Array, floor: number): void {
+function collectAbove(row: LogitRow, floor: number): void {
+  const { logits } = row;
   const ids = candidateIds;
   const kept = candidateLogits;
   let count = 0;
-  for (let i = 0; i < logits.length; i++) {
-    const logit = logits[i]!;
-    if (logit > floor) {
-      ids[count] = i;
-      kept[count++] = logit;
+  for (let group = row.nextGroup(0, floor); group < logits.length; group = row.nextGroup(group, floor)) {
+    const end = Math.min(group + GROUP_TOKENS, logits.length);
+    for (; group < end; group++) {
+      const logit = logits[group]!;
+      if (logit > floor) {
+        ids[count] = group;
+        kept[count++] = logit;
+      }
     }
   }
   candidateCount = count;
@@ -175,7 +179,7 @@ function weighCandidates(max: number, perTemperature: number): number {
 function collectMass(row: LogitRow, max: number, perTemperature: number, topP: number): number {
   const total = row.sumWeights(max, perTemperature);
   for (let reach = 8; ; reach *= 2) {
-    collectAbove(row.logits, max - Math.min(reach, CUTOFF) / perTemperature);
+    collectAbove(row, max - Math.min(reach, CUTOFF) / perTemperature);
     if (weighCandidates(max, perTemperature) >= topP * total || reach >= CUTOFF) return total;
   }
 }

@@ -14,8 +14,8 @@ import {
 } from "../../std/index.ts";
 
 /**
- * The row that is being sampled from, with the loops that look at all of it: maximum, place of the maximum, sum of the
- * softmax weights. The row is a copy, because penalties change it and the model's own memory must stay as it is; it lies
+ * The row that is being sampled from, with the loops that look at all of it: maximum, sum of the softmax weights,
+ * search for what reaches a floor. The row is a copy, because penalties change it and the model's own memory must stay as it is; it lies
  * in the memory of a WebAssembly module, where four logits are handled at a time. `PlainLogitRow` is the twin for
  * platforms without, and the model for its test.
  *
@@ -32,14 +32,18 @@ export interface LogitRow {
   readonly blockSums: Float64Array;
   /** The largest logit, -Infinity when there is none. */
   maximum(): number;
-  /** The lowest id whose logit is `value`, a logit of the row. */
-  indexOf(value: number): number;
+  /**
+   * Where the next group of `GROUP_TOKENS` tokens begins, from `start` on (a multiple of that), that has a logit of at
+   * least `floor`; the vocabulary size or more when there is none. For passing over nearly all of a row.
+   */
+  nextGroup(start: number, floor: number): number;
   /** Sum of all weights; fills `blockSums`. */
   sumWeights(maximum: number, perTemperature: number): number;
 }
 
 export const CUTOFF = 30;
 export const BLOCK_TOKENS = 256;
+export const GROUP_TOKENS = 16;
 
 let current: LogitRow | undefined;
 
@@ -79,8 +83,10 @@ export class PlainLogitRow implements LogitRow {
     return max;
   }
 
-  indexOf(value: number): number {
-    return this.logits.indexOf(value);
+  nextGroup(start: number, floor: number): number {
+    const logits = this.logits;
+    for (let i = start; i < logits.length; i++) if (logits[i]! >= floor) return i - (i % GROUP_TOKENS);
+    return logits.length;
   }
 
   sumWeights(maximum: number, perTemperature: number): number {
@@ -103,14 +109,14 @@ export class PlainLogitRow implements LogitRow {
 
 interface RowFunctions {
   maximum(endBytes: number): number;
-  /** Offset of the 64 bytes in which `value` comes first. */
-  findGroup(endBytes: number, value: number): number;
+  /** Offset of the next 64 bytes with a logit of at least `floor`; the end when there are none. */
+  nextGroup(startBytes: number, endBytes: number, floor: number): number;
   sumWeights(endBytes: number, maximum: number, perTemperature: number, sumsAt: number): number;
 }
 
 const BLOCK_BYTES = 4 * BLOCK_TOKENS;
 /** One round of the loops: four vectors. */
-const GROUP_BYTES = 64;
+const GROUP_BYTES = 4 * GROUP_TOKENS;
 const VECTORS = [0, 16, 32, 48];
 
 /** The row is padded with -Infinity to whole blocks; block sums follow it. undefined = no WebAssembly, or no SIMD. */
@@ -118,7 +124,7 @@ export function trySimdLogitRow(vocabularySize: number): LogitRow | undefined {
   const blockCount = Math.ceil(vocabularySize / BLOCK_TOKENS);
   const endBytes = blockCount * BLOCK_BYTES;
   const wasm = instantiateWasm<RowFunctions>({
-    functions: [emitMaximum(), emitFindGroup(), emitSumWeights()],
+    functions: [emitMaximum(), emitNextGroup(), emitSumWeights()],
     memoryPages: Math.ceil((endBytes + 8 * blockCount) / 65_536),
   });
   if (wasm === undefined) return undefined;
@@ -129,7 +135,7 @@ export function trySimdLogitRow(vocabularySize: number): LogitRow | undefined {
     logits,
     blockSums: new Float64Array(memory.buffer, endBytes, blockCount),
     maximum: () => functions.maximum(endBytes),
-    indexOf: (value) => logits.indexOf(value, functions.findGroup(endBytes, value) / 4),
+    nextGroup: (start, floor) => functions.nextGroup(4 * start, endBytes, floor) / 4,
     sumWeights: (maximum, perTemperature) => functions.sumWeights(endBytes, maximum, perTemperature, endBytes),
   };
 }
@@ -157,22 +163,25 @@ function emitMaximum(): WasmFunction {
   return target;
 }
 
-function emitFindGroup(): WasmFunction {
-  const target = new WasmFunction("findGroup", ["i32", "f32"], "i32");
-  const endBytes = target.parameter(0);
-  const at = target.local("i32");
-  const wanted = target.local("v128");
-  const isHere = VECTORS.map((offset) => f32x4.equal(v128.load(at.get, offset), wanted.get));
+function emitNextGroup(): WasmFunction {
+  const target = new WasmFunction("nextGroup", ["i32", "i32", "f32"], "i32");
+  const [at, endBytes] = [target.parameter(0), target.parameter(1)];
+  const floor = target.local("v128");
+  const isHere = VECTORS.map((offset) => f32x4.atLeast(v128.load(at.get, offset), floor.get));
+  const notAtEnd = i32.lessUnsigned(at.get, endBytes.get);
   target.body(
-    wanted.set(f32x4.splat(target.parameter(1).get)),
-    doWhile(
-      [
-        ...when(v128.isAnyTrue(isHere.reduce((left, right) => v128.or(left, right))), leave(at.get)),
-        ...at.set(i32.add(at.get, i32.const(GROUP_BYTES))),
-      ],
-      i32.lessUnsigned(at.get, endBytes.get),
+    floor.set(f32x4.splat(target.parameter(2).get)),
+    when(
+      notAtEnd,
+      doWhile(
+        [
+          ...when(v128.isAnyTrue(isHere.reduce((left, right) => v128.or(left, right))), leave(at.get)),
+          ...at.set(i32.add(at.get, i32.const(GROUP_BYTES))),
+        ],
+        notAtEnd,
+      ),
     ),
-    i32.const(0),
+    at.get,
   );
   return target;
 }

@@ -81,6 +81,11 @@ export class Exchange {
     return Array.isArray(value) ? value.join(", ") : value;
   }
 
+  /** IP address of the other end of the connection; empty once it is closed. */
+  get remoteAddress(): string {
+    return this.#request.socket.remoteAddress ?? "";
+  }
+
   /** The client left, or was cut off, before the answer was complete. */
   get gone(): boolean {
     return this.#state === "gone";

@@ -17,6 +17,7 @@ import {
   unknownFields,
   unsupportedField,
 } from "./fields.ts";
+import { readNvext, type Nvext } from "./nvext.ts";
 
 /**
  * The fields that chat and text completions share: sampling, stopping, streaming, and what we accept and ignore. A
@@ -47,6 +48,7 @@ export class GenerationDraft {
   includeUsage = false;
   /** -1 none. */
   topLogprobs = -1;
+  nvext: Nvext | undefined = undefined;
   readonly limits: FrontendLimits;
 
   constructor(limits: FrontendLimits) {
@@ -113,6 +115,8 @@ export const GENERATION_FIELDS: Readonly<Record<string, FieldReader<GenerationDr
   // The form of the answer.
   stream: nullable((draft, value, name) => (draft.stream = readBoolean(value, name))),
   stream_options: nullable(readStreamOptions),
+  // Dynamo's extensions.
+  nvext: nullable((draft, value, name) => (draft.nvext = readNvext(value, name))),
   // Accepted without effect.
   user: nullable(label),
   safety_identifier: nullable(label),

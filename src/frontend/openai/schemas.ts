@@ -31,6 +31,22 @@ const label = text(0, 1_024);
 /** Known fields that are not served: empty, or not at all. */
 const notServed = Type.Array(Type.Unknown(), { maxItems: 0 });
 
+const nvext = strictObject({
+  agent_hints: optional(
+    strictObject({
+      priority: optional(integer(-(2 ** 31)), "a head start in the router's queue, seconds"),
+      strict_priority: optional(integer(0, 2 ** 32 - 1), "larger first, before anything else"),
+      osl: optional(integer(1), "tokens expected in the answer"),
+    }),
+  ),
+  extra_fields: optional(
+    Type.Array(words("routing", "worker_id"), { maxItems: 16 }),
+    "what the answer's nvext shall carry; for operators",
+  ),
+  backend_instance_id: optional(Type.String({ pattern: "^[0-9a-f]{16}$" }), "the worker to use; for operators"),
+  cache_salt: optional(text(1, 256), "requests share cached prefixes only with those of the same salt"),
+});
+
 function generationFields(limits: FrontendLimits): Record<string, TSchema> {
   return {
     model: text(1, 512),
@@ -70,6 +86,7 @@ function generationFields(limits: FrontendLimits): Record<string, TSchema> {
       strictObject({ include_usage: optional(Type.Boolean()), include_obfuscation: optional(Type.Boolean()) }),
       "only together with stream: true",
     ),
+    nvext: optional(nvext, "Dynamo's extensions"),
     user: optional(label),
     safety_identifier: optional(label),
     prompt_cache_key: optional(label),

@@ -15,6 +15,7 @@ import {
   unsupportedField,
   type JsonObject,
 } from "./fields.ts";
+import type { WithNvext } from "./nvext.ts";
 import {
   GENERATION_FIELDS,
   GenerationDraft,
@@ -88,7 +89,7 @@ const READERS = new Map(Object.entries(CHAT_FIELDS));
 export const CHAT_FIELD_NAMES: readonly string[] = [...READERS.keys()];
 
 /** Throws `invalid-field`, `unknown-field` or `unsupported-field`. */
-export function readChatRequest(body: unknown, limits: FrontendLimits): ChatRequest {
+export function readChatRequest(body: unknown, limits: FrontendLimits): ChatRequest & WithNvext {
   const draft = readFields(body, READERS, new ChatDraft(limits));
   const model = requireModel(draft);
   const { messages } = draft;
@@ -99,7 +100,8 @@ export function readChatRequest(body: unknown, limits: FrontendLimits): ChatRequ
     });
   }
   draft.topLogprobs = draft.logprobs ? Math.max(0, draft.topLogprobs) : -1;
-  return { model, messages, options: finishOptions(draft, undefined), chatTemplateArgs: templateArgsOf(draft) };
+  const request = { model, messages, options: finishOptions(draft, undefined), chatTemplateArgs: templateArgsOf(draft) };
+  return draft.nvext === undefined ? request : { ...request, nvext: draft.nvext };
 }
 
 function templateArgsOf(draft: ChatDraft): Readonly<Record<string, unknown>> {

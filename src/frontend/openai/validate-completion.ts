@@ -2,6 +2,7 @@ import type { FrontendLimits } from "../config.ts";
 import type { CompletionRequest } from "../../protocol/openai/index.ts";
 import { DynamoError } from "../../errors/index.ts";
 import { MAX_INT, invalidField, readBoolean, readInteger, unsupportedField } from "./fields.ts";
+import type { WithNvext } from "./nvext.ts";
 import {
   GENERATION_FIELDS,
   GenerationDraft,
@@ -42,7 +43,7 @@ const READERS = new Map(Object.entries(COMPLETION_FIELDS));
 export const COMPLETION_FIELD_NAMES: readonly string[] = [...READERS.keys()];
 
 /** Throws `invalid-field`, `unknown-field` or `unsupported-field`. */
-export function readCompletionRequest(body: unknown, limits: FrontendLimits): CompletionRequest {
+export function readCompletionRequest(body: unknown, limits: FrontendLimits): CompletionRequest & WithNvext {
   const draft = readFields(body, READERS, new CompletionDraft(limits));
   const model = requireModel(draft);
   const { prompts, bestOf, n } = draft;
@@ -58,7 +59,8 @@ export function readCompletionRequest(body: unknown, limits: FrontendLimits): Co
       { param: "n" },
     );
   }
-  return { model, prompts, echo: draft.echo, options: finishOptions(draft, DEFAULT_MAX_TOKENS) };
+  const request = { model, prompts, echo: draft.echo, options: finishOptions(draft, DEFAULT_MAX_TOKENS) };
+  return draft.nvext === undefined ? request : { ...request, nvext: draft.nvext };
 }
 
 /** string | string[] | int[] | int[][]; an array is read by its first element, and the others must be of its kind. */

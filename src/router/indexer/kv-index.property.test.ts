@@ -175,7 +175,8 @@ test("KV index: over its byte budget the flat index forgets old leaves, claims n
     const rank = i % 8;
     assert.equal(flat.apply(rank, aStored({ chain })), "ok");
     naive.apply(rank, aStored({ chain }));
-    assert.equal(scoresOf(flat, chain, rank)[0], 30, "what has just been stored is there");
+    // Not every time: a lookup is a use, and where everything is used nothing is older than the rest.
+    if (i % 50 === 0) assert.equal(scoresOf(flat, chain, rank)[0], 30, "what has just been stored is there");
     assert.equal(scoresOf(flat, hot, 0)[0], 30, "what is asked for all the time is there");
     const old = aChain(Math.floor(random.nextFloat() * i), 30);
     flat.findMatches(old, 30, scores);
