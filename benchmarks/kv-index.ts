@@ -39,7 +39,10 @@ function loadRequests(random: SeededRandom): { name: string; requests: number[][
   const path = join(folder, TRACE_FILE);
   if (!existsSync(path)) return { name: "synthetic, shared prefixes", requests: syntheticRequests(random) };
   const rows = readFileSync(path, "utf8").trim().split("\n");
-  return { name: "Mooncake conversation", requests: rows.map((row) => (JSON.parse(row) as { hash_ids: number[] }).hash_ids) };
+  return {
+    name: "Mooncake conversation",
+    requests: rows.map((row) => (JSON.parse(row) as { hash_ids: number[] }).hash_ids),
+  };
 }
 
 /** Conversations of several turns behind 50 system prompts, about as long as the trace's. */
@@ -60,7 +63,8 @@ function syntheticRequests(random: SeededRandom): number[][] {
 function chainOf(ids: readonly number[]): Chain {
   const chain = new Uint32Array(2 * BLOCKS_PER_ID * ids.length);
   ids.forEach((id, at) => {
-    for (let i = 0; i < 2 * BLOCKS_PER_ID; i++) chain[at * 2 * BLOCKS_PER_ID + i] = scramble(id * 2 * BLOCKS_PER_ID + i);
+    for (let i = 0; i < 2 * BLOCKS_PER_ID; i++)
+      chain[at * 2 * BLOCKS_PER_ID + i] = scramble(id * 2 * BLOCKS_PER_ID + i);
   });
   return chain;
 }
@@ -196,7 +200,15 @@ function sharedChains(random: SeededRandom): Operation[] {
   );
   return Array.from({ length: 128 * 20 }, (_, i) => {
     const chain = chains[Math.floor(random.nextFloat() * chains.length)]!;
-    const event: KvEvent = { type: "stored", dpRank: 0, tier: "device", parentHash: undefined, startBlock: 0, sequenceHashes: chain, localHashes: chain };
+    const event: KvEvent = {
+      type: "stored",
+      dpRank: 0,
+      tier: "device",
+      parentHash: undefined,
+      startBlock: 0,
+      sequenceHashes: chain,
+      localHashes: chain,
+    };
     return { kind: "event", rank: Math.floor(i / 20), event, blocks: 100 };
   });
 }
@@ -207,7 +219,13 @@ function heapBytes(): number {
   return heapUsed + arrayBuffers;
 }
 
-function measure(name: string, create: () => KvIndex, operations: readonly Operation[], workers: number, queries: readonly Operation[]) {
+function measure(
+  name: string,
+  create: () => KvIndex,
+  operations: readonly Operation[],
+  workers: number,
+  queries: readonly Operation[],
+) {
   const rounds = create() instanceof NaiveKvIndex ? 1 : ROUNDS;
   const applied: number[] = [];
   for (let round = 0; round < rounds; round++) applied.push(appliedRate(indexWithRanks(create, workers), operations));
@@ -244,14 +262,20 @@ export async function run(): Promise<void> {
   const random = new SeededRandom(42);
   const { name, requests } = loadRequests(random);
   const loads: { title: string; workers: number; operations: Operation[] }[] = [
-    { title: "128 workers with 20 of 200 chains of 100 blocks each (the load of Dynamo's own figure)", workers: 128, operations: sharedChains(random) },
+    {
+      title: "128 workers with 20 of 200 chains of 100 blocks each (the load of Dynamo's own figure)",
+      workers: 128,
+      operations: sharedChains(random),
+    },
   ];
   for (const workers of WORKERS) {
     const operations = operationsOf(requests, workers, random);
     loads.push({ title: `${name}, ${requests.length} requests, ${workers} workers`, workers, operations });
   }
   for (const { title, workers, operations } of loads) {
-    const queries = operations.filter((operation) => operation.kind === "query" && operation.blocks >= 100 && operation.blocks <= 200);
+    const queries = operations.filter(
+      (operation) => operation.kind === "query" && operation.blocks >= 100 && operation.blocks <= 200,
+    );
     const lookups: Operation[] =
       queries.length > 0
         ? queries

@@ -7,11 +7,13 @@ import {
   type PreprocessedRequest,
   type TokenLogprob,
 } from "../protocol/index.ts";
-import type { RoutingDecision } from "../router/index.ts";
+import type { RouteRequest, RoutingDecision, WaitingRoute } from "../router/index.ts";
 import type { ClientStream, ClientStreamHandler, StreamEnd } from "../runtime/request-plane/index.ts";
 import type { GenerationRun } from "./generation-run.ts";
+import type { WorkerGauges } from "./frontend-metrics.ts";
 import { Detokenizer, StopMatcher } from "./postprocess/index.ts";
 import type { LogprobEntry } from "./response-writer.ts";
+import type { RoutingHints } from "./routing-hints.ts";
 
 /**
  * One choice of a request: routed to a worker, its items turned into text, written once per loop turn. Items only
@@ -47,8 +49,13 @@ export class ChoiceStream implements ClientStreamHandler {
   readonly #stop: StopMatcher;
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
+  /** Kept for all attempts: it remembers the hashes of the prompt. */
+  readonly #route: RouteRequest;
   #attempts = 0;
+  /** In the router's queue. */
+  #waiting: WaitingRoute | undefined;
   #decision: RoutingDecision | undefined;
+  #gauges: WorkerGauges | undefined;
   #stream: ClientStream | undefined;
   #turnIds = new Uint32Array(16);
   #turnCount = 0;
@@ -64,12 +71,25 @@ export class ChoiceStream implements ClientStreamHandler {
   firstTokenMs = -1;
   #lastTokenMs = -1;
 
-  constructor(run: GenerationRun, index: number, request: PreprocessedRequest, stops: readonly string[]) {
+  constructor(
+    run: GenerationRun,
+    index: number,
+    request: PreprocessedRequest,
+    { stops, hints }: { readonly stops: readonly string[]; readonly hints: RoutingHints },
+  ) {
     this.index = index;
     this.#run = run;
     this.#request = request;
     this.#detokenizer = new Detokenizer(run.model.preprocessor.tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
+    this.#route = {
+      ...hints.route,
+      requestId: request.requestId,
+      tokenIds: request.tokenIds,
+      cacheNamespace: request.cacheNamespace,
+      deadlineMs: run.deadlineMs,
+      excluded: this.#excluded,
+    };
     this.#logprobs = request.output.topLogprobs >= 0 ? new LogprobCollector(run) : undefined;
   }
 
@@ -82,24 +102,55 @@ export class ChoiceStream implements ClientStreamHandler {
     return this.#decision?.instanceId ?? "";
   }
 
-  /** Routes and sends; on failure tells the run. */
+  /** Routes and sends, at once or when the router's queue has its turn; on failure tells the run. */
   dispatch(): void {
     const { model, planes, stages } = this.#run;
+    const startMs = planes.clock.monotonicMs();
+    stages.enter("route");
     try {
       // Step 4: route.
-      const routeStartMs = planes.clock.monotonicMs();
-      stages.enter("route");
-      try {
-        const excluded = this.#excluded.size > 0 ? { excluded: this.#excluded } : {};
-        this.#decision = model.router.route({ tokenIds: this.#request.tokenIds, ...excluded });
-      } finally {
-        stages.leave("route", planes.clock.monotonicMs() - routeStartMs);
-      }
+      const routed = model.router.routeWhenReady(this.#route);
+      if ("instanceId" in routed) this.#send(routed, startMs);
+      else void this.#await(routed, startMs);
+    } catch (thrown) {
+      this.#routeFailed(thrown, startMs);
+    }
+  }
+
+  async #await(waiting: WaitingRoute, startMs: number): Promise<void> {
+    this.#waiting = waiting;
+    try {
+      const decision = await waiting.decision;
+      this.#waiting = undefined;
+      // Cancelled between the router's decision and this turn of the loop.
+      if (this.#ended) {
+        decision.release({ outcome: "cancelled" });
+        this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
+      } else this.#send(decision, startMs);
+    } catch (thrown) {
+      this.#waiting = undefined;
+      this.#routeFailed(thrown, startMs);
+    }
+  }
+
+  #routeFailed(thrown: unknown, startMs: number): void {
+    this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
+    if (this.#ended) return;
+    this.#close("route-failed");
+    this.#run.choiceFailed(this, thrown);
+  }
+
+  #send(decision: RoutingDecision, startMs: number): void {
+    const { model, planes, stages } = this.#run;
+    stages.leave("route", planes.clock.monotonicMs() - startMs);
+    this.#decision = decision;
+    this.#gauges = model.workerGauges.get(decision.instanceId);
+    try {
       // Step 5: decode.
       this.#attempts++;
       this.#stream = planes.request.client.open(
-        this.#decision.address,
-        encodeRequest(this.#request),
+        decision.address,
+        encodeRequest(forRank(this.#request, decision.dpRank)),
         {
           endpoint: model.generateEndpoint,
           requestId: this.#run.requestId,
@@ -109,7 +160,7 @@ export class ChoiceStream implements ClientStreamHandler {
         this,
       );
     } catch (thrown) {
-      this.#close();
+      this.#close(reasonOf(thrown));
       this.#run.choiceFailed(this, thrown);
     }
   }
@@ -117,7 +168,8 @@ export class ChoiceStream implements ClientStreamHandler {
   /** Stops the worker's work for this choice; the run is not told. */
   cancel(error: DynamoError): void {
     if (this.#ended) return;
-    this.#close();
+    this.#close(error.reason);
+    this.#waiting?.cancel(error);
     this.#stream?.cancel(error);
   }
 
@@ -139,6 +191,7 @@ export class ChoiceStream implements ClientStreamHandler {
       this.cachedTokens = OUTPUT.cachedTokens;
       this.queueMs = OUTPUT.queueMs;
       this.prefillMs = OUTPUT.prefillMs;
+      this.#decision?.firstToken(OUTPUT.cachedTokens);
     }
     if (OUTPUT.tokenCount > 0) this.#collect(OUTPUT.tokenIds, OUTPUT.tokenCount);
     if (OUTPUT.promptLogprobs !== undefined) this.#logprobs?.addPrompt(OUTPUT.promptLogprobs, this.#request.tokenIds);
@@ -204,7 +257,7 @@ export class ChoiceStream implements ClientStreamHandler {
     const { writer } = this.#run;
     if (text !== "" || (logprobs !== undefined && logprobs.length > 0)) writer.delta(this.index, text, logprobs);
     if (finish === "stop" || finish === "length") {
-      this.#close();
+      this.#close("finished");
       if (stopped) this.#stream?.cancel();
       writer.finish(this.index, finish);
       this.#run.choiceFinished(this);
@@ -242,13 +295,18 @@ export class ChoiceStream implements ClientStreamHandler {
     if (this.firstTokenMs < 0) {
       this.firstTokenMs = nowMs;
       this.#run.onFirstToken(nowMs, this.instanceId, this.#request.tokenIds.length);
-    } else metrics.interTokenLatency.observe((nowMs - this.#lastTokenMs) / 1_000 / count, count);
+    } else {
+      const seconds = (nowMs - this.#lastTokenMs) / 1_000 / count;
+      metrics.interTokenLatency.observe(seconds, count);
+      this.#gauges?.lastInterTokenLatency.set(seconds);
+    }
+    this.#decision?.addTokens(count);
     this.#lastTokenMs = nowMs;
     metrics.outputTokensTotal.add(count);
   }
 
   #failNow(thrown: unknown): void {
-    this.#close();
+    this.#close(reasonOf(thrown));
     this.#stream?.cancel();
     this.#run.choiceFailed(this, thrown);
   }
@@ -270,7 +328,7 @@ export class ChoiceStream implements ClientStreamHandler {
       this.#failNow(error);
       return;
     }
-    decision.release();
+    decision.release({ outcome: error.reason });
     this.#decision = undefined;
     this.#finish = undefined;
     this.#ungranted = 0;
@@ -278,10 +336,21 @@ export class ChoiceStream implements ClientStreamHandler {
     this.dispatch();
   }
 
-  #close(): void {
+  #close(outcome: string): void {
     this.#ended = true;
-    this.#decision?.release();
+    this.#decision?.release({ outcome });
   }
+}
+
+function reasonOf(thrown: unknown): Reason {
+  return thrown instanceof DynamoError ? thrown.reason : "internal";
+}
+
+/** Tells the engine which of its data-parallel ranks was chosen; most have one. */
+function forRank(request: PreprocessedRequest, dpRank: number): PreprocessedRequest {
+  if (dpRank === 0) return request;
+  const ranked: PreprocessedRequest & { readonly dpRank: number } = { ...request, dpRank };
+  return ranked;
 }
 
 /**

@@ -6,7 +6,9 @@ import type { FrontendConfig } from "./config.ts";
 import { HttpServer, type Exchange, type Route } from "./http/index.ts";
 import { ModelRegistry } from "./model-registry.ts";
 import { openApiRoute } from "./openai/index.ts";
+import { Operators } from "./operator.ts";
 import { Pipeline } from "./pipeline.ts";
+import { routeApi } from "./route-api.ts";
 
 export interface RunningFrontend extends RunningRole {
   /** The port it listens on; differs from the configured one when that was 0. */
@@ -24,14 +26,19 @@ export async function startFrontend(
 ): Promise<RunningFrontend> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
-    const models = new ModelRegistry(planes, { namespace: config.namespace, routerMode: config.routerMode });
-    const pipeline = new Pipeline(planes, config, models);
+    const models = new ModelRegistry(planes, {
+      namespace: config.namespace,
+      routerMode: config.routerMode,
+      router: config.router,
+    });
+    const operators = new Operators(config.adminKey);
+    const pipeline = new Pipeline(planes, config, models, operators);
     let draining = false;
     const server = new HttpServer({
       host: config.httpHost,
       port: config.httpPort,
       limits: config.limits,
-      routes: routes({ config, planes, models, pipeline, isDraining: () => draining }),
+      routes: routes({ config, planes, models, operators, pipeline, isDraining: () => draining }),
       logger: planes.logger,
       clock: planes.clock,
       metrics: planes.metrics,
@@ -61,6 +68,7 @@ interface RouteContext {
   readonly config: FrontendConfig;
   readonly planes: Planes;
   readonly models: ModelRegistry;
+  readonly operators: Operators;
   readonly pipeline: Pipeline;
   readonly isDraining: () => boolean;
 }
@@ -100,6 +108,8 @@ function routes(context: RouteContext): Route[] {
           "content-type": "text/plain; version=0.0.4; charset=utf-8",
         }),
     },
+    { method: "POST", path: "/v1/route", family: "openai", body: "json", handle: (exchange) => pipeline.previewRoute(exchange) },
+    ...routeApi(models, context.operators),
     openApiRoute(context.config.limits, packageVersion()),
   ];
 }

@@ -7,6 +7,7 @@ import { ChoiceStream } from "./choice-stream.ts";
 import { countRequest, type Endpoint, type RequestType, type StageMetrics } from "./frontend-metrics.ts";
 import type { ServedModel } from "./model-registry.ts";
 import type { ResponseWriter } from "./response-writer.ts";
+import type { RoutingHints } from "./routing-hints.ts";
 
 /**
  * One client request from the moment its tokens are known to its end: owns its choices, its place at the gate and its
@@ -19,6 +20,7 @@ export interface GenerationPlan {
   readonly options: GenerationOptions;
   /** One per prompt; each is answered `options.n` times. */
   readonly prompts: readonly PlannedPrompt[];
+  readonly hints: RoutingHints;
 }
 
 export interface PlannedPrompt {
@@ -71,7 +73,7 @@ export class GenerationRun {
     for (const prompt of plan.prompts) {
       for (let copy = 0; copy < n; copy++) {
         const request = copy === 0 ? prompt.request : anotherSample(prompt.request, copy);
-        this.#choices.push(new ChoiceStream(this, this.#choices.length, request, stop));
+        this.#choices.push(new ChoiceStream(this, this.#choices.length, request, { stops: stop, hints: plan.hints }));
       }
     }
     this.#running = this.#choices.length;

@@ -108,6 +108,11 @@ export class ModelRegistry {
     return [...this.#models.values()].filter((model) => model.router.workers.length > 0);
   }
 
+  /** With those that have no worker now. */
+  all(): ServedModel[] {
+    return [...this.#models.values()];
+  }
+
   /** For `/health`: every worker known to discovery, and why it does not serve if it does not. */
   instances(): { instance: Instance; problem: string | undefined }[] {
     return [...this.#workers.values()].flatMap(({ instance, problem, joined }) =>

@@ -15,11 +15,16 @@ import {
   ChatWholeWriter,
   CompletionStreamWriter,
   CompletionWholeWriter,
+  isObject,
   readChatRequest,
   readCompletionRequest,
   type AnswerDetails,
+  type Nvext,
 } from "./openai/index.ts";
+import type { Operators } from "./operator.ts";
 import type { ResponseWriter } from "./response-writer.ts";
+import { nvextJson } from "./route-api.ts";
+import { readRoutingHints, type RoutingHints } from "./routing-hints.ts";
 
 /**
  * The walk of one request, one call per arrow: HTTP -> validate -> template + tokenize -> route -> decode ->
@@ -32,6 +37,7 @@ export class Pipeline {
   readonly #models: ModelRegistry;
   readonly #stages: StageMetrics;
   readonly #gate: AdmissionGate;
+  readonly #operators: Operators;
   readonly #runs = new Set<GenerationRun>();
   #idleWaiters: (() => void)[] = [];
   #draining = false;
@@ -39,10 +45,11 @@ export class Pipeline {
   readonly #idPrefix = `${randomId64().toString(36)}-`;
   #answers = 0;
 
-  constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry) {
+  constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry, operators: Operators) {
     this.#planes = planes;
     this.#config = config;
     this.#models = models;
+    this.#operators = operators;
     this.#stages = new StageMetrics(planes.metrics);
     this.#gate = new AdmissionGate({
       limit: config.limits.concurrentRequests,
@@ -85,10 +92,34 @@ export class Pipeline {
       return {
         options: request.options,
         model: request.model,
-        plan: (model) => this.#planChat(model, request, exchange.requestId),
+        nvext: request.nvext,
+        plan: (model, hints) => this.#planChat(model, request, exchange.requestId, hints),
         writer: (details) => new Writer(details),
       };
     });
+  }
+
+  /** `POST /v1/route`: where the prompt of a chat or completion request would go now; nothing is run or booked. */
+  async previewRoute(exchange: Exchange): Promise<void> {
+    this.#operators.check(exchange);
+    const { body } = exchange;
+    const isChat = isObject(body) && body["messages"] !== undefined;
+    const request = isChat ? readChatRequest(body, this.#config.limits) : readCompletionRequest(body, this.#config.limits);
+    const hints = readRoutingHints(exchange, request.nvext, this.#operators);
+    const model = this.#find(request.model, isChat ? "chat_completions" : "completions");
+    const prompts =
+      "messages" in request
+        ? await this.#planChat(model, request, exchange.requestId, hints)
+        : await this.#planCompletion(model, request, exchange.requestId, hints);
+    const decisions = prompts.map(({ request: prompt }) =>
+      model.router.preview({
+        ...hints.route,
+        requestId: prompt.requestId,
+        tokenIds: prompt.tokenIds,
+        cacheNamespace: hints.cacheNamespace,
+      }),
+    );
+    exchange.json(200, { object: "route.preview", model: model.name, decisions });
   }
 
   completions(exchange: Exchange): Promise<void> {
@@ -98,7 +129,8 @@ export class Pipeline {
       return {
         options: request.options,
         model: request.model,
-        plan: (model) => this.#planCompletion(model, request, exchange.requestId),
+        nvext: request.nvext,
+        plan: (model, hints) => this.#planCompletion(model, request, exchange.requestId, hints),
         writer: (details) => new Writer(details),
       };
     });
@@ -112,19 +144,21 @@ export class Pipeline {
       if (this.#draining) throw new DynamoError("draining", "the server is shutting down");
       const request = read(exchange.body);
       type = request.options.stream ? "stream" : "unary";
-      served = this.#find(request.model, endpoint);
+      const hints = readRoutingHints(exchange, request.nvext, this.#operators);
+      const model = this.#find(request.model, endpoint);
+      served = model;
       permit = this.#gate.tryEnter() ?? (await this.#gate.enter((leave) => (exchange.onGone = leave)));
       const admittedMs = this.#planes.clock.monotonicMs();
       this.#stages.enter("preprocess");
       let prompts: readonly PlannedPrompt[];
       try {
         // Step 3: template + tokenize.
-        prompts = await request.plan(served);
+        prompts = await request.plan(served, hints);
       } finally {
         this.#stages.leave("preprocess", this.#planes.clock.monotonicMs() - admittedMs);
       }
       if (exchange.gone) throw new DynamoError("client-gone", "the client left before its request was sent on");
-      const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts };
+      const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts, hints };
       const writer = request.writer({
         exchange,
         id: `${this.#idPrefix}${(this.#answers++).toString(36)}`,
@@ -132,6 +166,7 @@ export class Pipeline {
         created: Math.floor(this.#planes.clock.wallMs() / 1_000),
         choices: prompts.length * request.options.n,
         includeUsage: request.options.includeUsage,
+        ...(hints.extraFields.length === 0 ? {} : { nvext: () => nvextJson(model.router, exchange.requestId, hints.extraFields) }),
       });
       this.#run(exchange, plan, permit, admittedMs, writer);
     } catch (thrown) {
@@ -187,22 +222,22 @@ export class Pipeline {
     return model;
   }
 
-  async #planChat(model: ServedModel, request: ChatRequest, requestId: string): Promise<PlannedPrompt[]> {
+  async #planChat(model: ServedModel, request: ChatRequest, requestId: string, hints: RoutingHints): Promise<PlannedPrompt[]> {
     const { preprocessor } = model;
     const { tokenIds, templateMs, tokenizeMs } = await preprocessor.chatSliced(request);
     model.metrics.template.observe(templateMs / 1_000);
     model.metrics.tokenize.observe(tokenizeMs / 1_000);
-    return [{ request: this.#engineRequest(model, request.options, tokenIds, requestId, true), echoText: "" }];
+    return [{ request: this.#engineRequest(model, request.options, tokenIds, requestId, true, hints), echoText: "" }];
   }
 
-  async #planCompletion(model: ServedModel, request: CompletionRequest, requestId: string): Promise<PlannedPrompt[]> {
+  async #planCompletion(model: ServedModel, request: CompletionRequest, requestId: string, hints: RoutingHints): Promise<PlannedPrompt[]> {
     const planned: PlannedPrompt[] = [];
     for (const [index, prompt] of request.prompts.entries()) {
       const startMs = this.#planes.clock.monotonicMs();
       const tokenIds = await model.preprocessor.encodePromptSliced(prompt);
       model.metrics.tokenize.observe((this.#planes.clock.monotonicMs() - startMs) / 1_000);
       const id = index === 0 ? requestId : `${requestId}-p${index}`;
-      const engineRequest = this.#engineRequest(model, request.options, tokenIds, id, false);
+      const engineRequest = this.#engineRequest(model, request.options, tokenIds, id, false, hints);
       const wantsPromptLogprobs = request.echo && request.options.topLogprobs >= 0;
       const output = { ...engineRequest.output, promptLogprobs: wantsPromptLogprobs };
       let echoText = "";
@@ -218,6 +253,7 @@ export class Pipeline {
     tokenIds: Uint32Array,
     requestId: string,
     isChat: boolean,
+    hints: RoutingHints,
   ): PreprocessedRequest {
     const { preprocessor } = model;
     return {
@@ -232,8 +268,8 @@ export class Pipeline {
         ignoreEos: options.ignoreEos,
       },
       output: { topLogprobs: options.topLogprobs, promptLogprobs: false },
-      priority: 0,
-      cacheNamespace: "",
+      priority: hints.route.priorityJump ?? 0,
+      cacheNamespace: hints.cacheNamespace,
     };
   }
 
@@ -272,7 +308,8 @@ const GONE = {
 interface FamilyRequest {
   readonly model: string;
   readonly options: GenerationOptions;
-  plan(model: ServedModel): Promise<readonly PlannedPrompt[]>;
+  readonly nvext: Nvext | undefined;
+  plan(model: ServedModel, hints: RoutingHints): Promise<readonly PlannedPrompt[]>;
   writer(details: AnswerDetails): ResponseWriter;
 }
 

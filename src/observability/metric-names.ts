@@ -240,6 +240,37 @@ export const METRICS = {
     labels: ["model"],
     help: "Time between tokens of a routed request.",
   },
+  // Router: KV events.
+  dynamo_component_kv_cache_events_applied: {
+    type: "counter",
+    labels: ["status", "event_type"],
+    help: "KV events applied to the index.",
+  },
+  dynamo_router_kv_events_dropped_total: {
+    type: "counter",
+    labels: ["reason"],
+    help: "KV events left out: malformed, duplicate, of a former life of the worker, or no room to keep them.",
+  },
+  dynamo_router_kv_events_lost_total: {
+    type: "counter",
+    labels: [],
+    help: "KV event messages that the event plane lost; restored afterwards.",
+  },
+  dynamo_router_kv_restores_total: {
+    type: "counter",
+    labels: ["kind", "outcome"],
+    help: "Queries to workers for KV events that were missed.",
+  },
+  dynamo_router_kv_ranks_recovering: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Ranks whose part of the index may be wrong right now.",
+  },
+  dynamo_router_replica_sync_events_total: {
+    type: "counter",
+    labels: ["direction", "outcome"],
+    help: "Active-load events to and from other routers.",
+  },
   // Worker.
   dynamo_component_requests_total: { type: "counter", labels: COMPONENT, help: "Requests the worker ended." },
   dynamo_component_request_duration_seconds: {
@@ -272,6 +303,11 @@ export const METRICS = {
     type: "gauge",
     labels: COMPONENT,
     help: "Time the engine took to start.",
+  },
+  dynamo_component_kv_publisher_engines_dropped_events_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "KV blocks and events of the engine that routers are not told of.",
   },
   // Request plane.
   dynamo_request_plane_inflight: { type: "gauge", labels: [], help: "Streams this process has open to others." },

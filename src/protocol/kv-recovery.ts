@@ -32,7 +32,10 @@ interface KvAnswerHead {
 export type KvAnswer =
   /** The events from `firstEventId` on, as many as fit: ask again from the next while there are more. */
   | (KvAnswerHead & { readonly type: "events"; readonly firstEventId: number; readonly events: readonly KvEvent[] })
-  /** Every block of the rank as stored events, parents before children, over `pageCount` pages from 0. */
+  /**
+   * Events that lead from nothing to every block of the rank, parents before children, over `pageCount` pages from 0. A
+   * block that is gone while others behind it are not is stored, and removed at the end.
+   */
   | (KvAnswerHead & {
       readonly type: "tree-dump";
       readonly dumpId: number;
@@ -158,7 +161,7 @@ export function decodeKvAnswer(bytes: Uint8Array, dpRank: number): KvAnswer {
         throw new Error(`page ${page} of ${pageCount}, expected 1 to ${KV_DUMP_MAX_PAGES} pages`);
       }
       const events = eventsOf(reader, dpRank);
-      if (events.some((event) => event.type !== "stored")) throw new Error("a dump holds stored events only");
+      if (events.some((event) => event.type === "cleared")) throw new Error("a dump does not clear");
       return { type, epoch, lastEventId, dumpId, page, pageCount, events };
     }
     if (reader.remaining !== 0) throw new Error(`${reader.remaining} bytes follow the answer`);

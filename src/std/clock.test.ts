@@ -12,7 +12,10 @@ void test("manual clock: timers run in order of time, then of creation, each at 
         clock.setTimer(delayMs, () => fired.push({ delayMs, index, atMs: clock.monotonicMs() }));
       });
       let nowMs = 0;
-      for (const step of steps) (clock.advance(step), (nowMs += step));
+      for (const step of steps) {
+        clock.advance(step);
+        nowMs += step;
+      }
       const expected = delays
         .map((delayMs, index) => ({ delayMs, index, atMs: delayMs }))
         .filter(({ delayMs }) => steps.length > 0 && delayMs <= nowMs)

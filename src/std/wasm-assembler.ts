@@ -1,7 +1,7 @@
 /**
  * A small assembler for WebAssembly (core specification 2.0, binary format): as much of it as the numeric kernels of
- * this project need. Kernels are written as nested calls, operands first, and assembled at first use, in about a
- * millisecond; so there is no generated blob to trust and nothing to keep in step. What it makes is checked by the
+ * this project need. Kernels are written as nested calls, operands first, and assembled at first use, in some
+ * milliseconds; so there is no generated blob to trust and nothing to keep in step. What it makes is checked by the
  * engine when it is compiled; whoever uses it keeps a TypeScript twin for platforms without.
  *
  * @example
@@ -9,14 +9,16 @@
  * add.body(i32.add(add.parameter(0).get, add.parameter(1).get));
  * const exports = instantiateWasm({ functions: [add], memoryPages: 1 });
  */
-export type Code = readonly number[];
+export type Code = readonly (number | Code)[];
 export type ValueType = "i32" | "i64" | "f32" | "f64" | "v128";
+
+type Bytes = readonly number[];
 
 const VALUE_TYPES: Record<ValueType, number> = { i32: 0x7f, i64: 0x7e, f32: 0x7d, f64: 0x7c, v128: 0x7b };
 const NO_VALUE = 0x40;
-const MAGIC_AND_VERSION: Code = [0x00, 0x61, 0x73, 0x6d, 1, 0, 0, 0];
+const MAGIC_AND_VERSION: Bytes = [0x00, 0x61, 0x73, 0x6d, 1, 0, 0, 0];
 
-function unsigned(value: number): Code {
+function unsigned(value: number): Bytes {
   const bytes: number[] = [];
   for (let rest = value; ; rest = Math.floor(rest / 128)) {
     if (rest < 128) return [...bytes, rest];
@@ -24,7 +26,7 @@ function unsigned(value: number): Code {
   }
 }
 
-function signed(value: bigint): Code {
+function signed(value: bigint): Bytes {
   const bytes: number[] = [];
   for (let rest = value; ; rest >>= 7n) {
     const byte = Number(rest & 0x7fn);
@@ -35,17 +37,17 @@ function signed(value: bigint): Code {
 
 const unary =
   (...opcode: number[]) =>
-  (operand: Code): Code => [...operand, ...opcode];
+  (operand: Code): Code => [operand, ...opcode];
 const binary =
   (...opcode: number[]) =>
-  (left: Code, right: Code): Code => [...left, ...right, ...opcode];
+  (left: Code, right: Code): Code => [left, right, ...opcode];
 /** Loads and stores take a constant byte offset; alignment is a hint only and left at 1. */
 const load =
   (...opcode: number[]) =>
-  (address: Code, offset = 0): Code => [...address, ...opcode, 0, ...unsigned(offset)];
+  (address: Code, offset = 0): Code => [address, ...opcode, 0, ...unsigned(offset)];
 const store =
   (...opcode: number[]) =>
-  (address: Code, value: Code, offset = 0): Code => [...address, ...value, ...opcode, 0, ...unsigned(offset)];
+  (address: Code, value: Code, offset = 0): Code => [address, value, ...opcode, 0, ...unsigned(offset)];
 /** SIMD instructions: prefix, then the number as LEB128. */
 const simd = (instruction: number): number[] => [0xfd, ...unsigned(instruction)];
 
@@ -95,7 +97,7 @@ export const f64 = {
 
 const lane =
   (instruction: number) =>
-  (operand: Code, index: number): Code => [...operand, ...simd(instruction), index];
+  (operand: Code, index: number): Code => [operand, ...simd(instruction), index];
 
 export const v128 = {
   load: load(...simd(0x00)),
@@ -126,23 +128,23 @@ export const f32x4 = {
 
 /** `body` again and again as long as `condition`, looked at after each round, is not 0. */
 export function doWhile(body: Code, condition: Code): Code {
-  return [0x03, NO_VALUE, ...body, ...condition, 0x0d, 0, 0x0b];
+  return [0x03, NO_VALUE, body, condition, 0x0d, 0, 0x0b];
 }
 
 /** Runs `then` when `condition` is not 0, else `otherwise`. */
 export function when(condition: Code, then: Code, otherwise: Code = []): Code {
-  const alternative = otherwise.length === 0 ? [] : [0x05, ...otherwise];
-  return [...condition, 0x04, NO_VALUE, ...then, ...alternative, 0x0b];
+  const alternative = otherwise.length === 0 ? [] : [0x05, otherwise];
+  return [condition, 0x04, NO_VALUE, then, alternative, 0x0b];
 }
 
 /** Ends the function with the value. */
 export function leave(value: Code = []): Code {
-  return [...value, 0x0f];
+  return [value, 0x0f];
 }
 
 export class WasmLocal {
   readonly get: Code;
-  readonly #index: Code;
+  readonly #index: Bytes;
 
   constructor(index: number) {
     this.#index = unsigned(index);
@@ -150,12 +152,12 @@ export class WasmLocal {
   }
 
   set(value: Code): Code {
-    return [...value, 0x21, ...this.#index];
+    return [value, 0x21, ...this.#index];
   }
 
   /** Sets, and leaves the value as an operand. */
   tee(value: Code): Code {
-    return [...value, 0x22, ...this.#index];
+    return [value, 0x22, ...this.#index];
   }
 }
 
@@ -182,10 +184,10 @@ export class WasmFunction {
   }
 
   body(...code: Code[]): void {
-    this.#code = code.flat();
+    this.#code = code;
   }
 
-  signature(): Code {
+  signature(): Bytes {
     const results = this.resultType === undefined ? [] : [VALUE_TYPES[this.resultType]];
     return [
       0x60,
@@ -195,9 +197,11 @@ export class WasmFunction {
     ];
   }
 
-  codeEntry(): Code {
+  codeEntry(): Bytes {
     const locals = vector(this.#localTypes.map((type) => [1, VALUE_TYPES[type]]));
-    return sized([...locals, ...this.#code, 0x0b]);
+    const bytes = [...locals];
+    flatten(this.#code, bytes);
+    return sized([...bytes, 0x0b]);
   }
 }
 
@@ -248,18 +252,26 @@ export function instantiateWasm<F>(parts: WasmModuleParts): WasmExports<F> | und
   }
 }
 
-function vector(items: readonly Code[]): Code {
+/** Code is a tree until here, so that building it copies nothing. */
+function flatten(code: Code, into: number[]): void {
+  for (const part of code) {
+    if (typeof part === "number") into.push(part);
+    else flatten(part, into);
+  }
+}
+
+function vector(items: readonly Bytes[]): Bytes {
   return [...unsigned(items.length), ...items.flat()];
 }
 
-function sized(bytes: Code): Code {
+function sized(bytes: Bytes): Bytes {
   return [...unsigned(bytes.length), ...bytes];
 }
 
-function section(id: number, bytes: Code): Code {
+function section(id: number, bytes: Bytes): Bytes {
   return [id, ...sized(bytes)];
 }
 
-function text(value: string): Code {
+function text(value: string): Bytes {
   return sized([...new TextEncoder().encode(value)]);
 }

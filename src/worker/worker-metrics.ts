@@ -13,6 +13,7 @@ export class WorkerMetrics {
   readonly totalBlocks: GaugeChild;
   readonly cacheUsage: GaugeChild;
   readonly loadTime: GaugeChild;
+  readonly droppedKvEvents: CounterChild;
   readonly #errors: (errorType: string) => CounterChild;
 
   /** `labels`: namespace, component, endpoint, worker id, model. */
@@ -28,6 +29,7 @@ export class WorkerMetrics {
     this.totalBlocks = metrics.gauge("dynamo_component_total_blocks").labels(...labels);
     this.cacheUsage = metrics.gauge("dynamo_component_gpu_cache_usage_percent").labels(...labels);
     this.loadTime = metrics.gauge("dynamo_component_model_load_time_seconds").labels(...labels);
+    this.droppedKvEvents = metrics.counter("dynamo_component_kv_publisher_engines_dropped_events_total").labels(...labels);
     const errors = metrics.counter("dynamo_component_errors_total");
     this.#errors = (errorType) => errors.labels(...labels, errorType);
   }

@@ -18,7 +18,6 @@ import {
   KV_EVENTS_TOPIC,
   LOAD_TOPIC,
   TOKENIZER_ENDPOINT,
-  encodeKvEvents,
   type LoadSnapshot,
   type ModelCard,
 } from "../protocol/index.ts";
@@ -35,6 +34,7 @@ import {
 import type { EndpointHandler } from "../runtime/request-plane/index.ts";
 import { runCanary } from "./canary.ts";
 import type { WorkerConfig } from "./config.ts";
+import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
@@ -98,11 +98,13 @@ async function start(
     logger,
     maxStreams: config.engine.maxSequences + config.maxQueuedRequests,
   });
-  const kvEvents = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
-  lifecycle.defer("KV event publisher", () => kvEvents.close());
+  const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
+  lifecycle.defer("KV event publisher", () => publisher.close());
+  const kvEvents = new KvPublisher({ publisher, clock, logger, dropped: metrics.droppedKvEvents });
+  lifecycle.defer("KV event log", () => kvEvents.close());
   const sink: EngineSink = {
     onStep: (step) => service.onStep(step),
-    onKvEvents: (events) => kvEvents.publish(encodeKvEvents(events)),
+    onKvEvents: (events) => kvEvents.onKvEvents(events),
     onFatal: (error) => {
       service.failAll(error);
       lifecycle.fail(error);
@@ -115,6 +117,7 @@ async function start(
   server.serve(address(GENERATE_ENDPOINT), service.handle);
   server.serve(address(TOKENIZER_ENDPOINT), serveBytes(artifactBytes));
   server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
+  for (const { name, handler } of kvEvents.endpoints(info.dataParallelSize)) server.serve(address(name), handler);
   await runCanary(planes.request.client, {
     address: server.address,
     endpoint: address(GENERATE_ENDPOINT),

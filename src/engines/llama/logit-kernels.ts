@@ -1,5 +1,5 @@
 import type { TokenLogprob } from "../../protocol/index.ts";
-import { BLOCK_TOKENS, CUTOFF, borrowRow, expOfNegative, type LogitRow } from "./logit-row.ts";
+import { BLOCK_TOKENS, CUTOFF, GROUP_TOKENS, borrowRow, expOfNegative, type LogitRow } from "./logit-row.ts";
 
 /**
  * Draws a token from a row, and reads logprobs off it: what the sampler does with a row once bias and penalties are in.
@@ -24,7 +24,12 @@ function ensureScratch(vocabularySize: number): void {
 }
 
 /** Index of the largest logit, the lowest one among equals; 0 when none is a number above -Infinity. */
-export function argmax(row: LogitRow): number {
+export function argmax(logits: Float32Array): number {
+  return bestOf(borrowRow(logits));
+}
+
+/** As `argmax`, of a row that is borrowed already. */
+export function bestOf(row: LogitRow): number {
   const max = row.maximum();
   return max === -Infinity ? 0 : row.logits.indexOf(max, row.nextGroup(0, max));
 }
@@ -78,7 +83,7 @@ export function drawFiltered(
   const { topK, topP, minP } = filters;
   let cut = -1;
   if (topK > 0 && topK < logits.length) {
-    collectTopK(logits, max, perTemperature, topK);
+    collectTopK(row, max, perTemperature, topK);
     if (topP < 1) cut = selectPrefix(topP * weighCandidates(max, perTemperature), candidateWeights);
     else weighCandidates(max, perTemperature);
   } else if (topP < 1) {
@@ -96,12 +101,12 @@ function collectAbove(row: LogitRow, floor: number): void {
   const ids = candidateIds;
   const kept = candidateLogits;
   let count = 0;
-  for (let group = row.nextGroup(0, floor); group < logits.length; group = row.nextGroup(group, floor)) {
+  for (let group = row.nextGroup(0, floor); group < logits.length; group = row.nextGroup(group + GROUP_TOKENS, floor)) {
     const end = Math.min(group + GROUP_TOKENS, logits.length);
-    for (; group < end; group++) {
-      const logit = logits[group]!;
+    for (let id = group; id < end; id++) {
+      const logit = logits[id]!;
       if (logit > floor) {
-        ids[count] = group;
+        ids[count] = id;
         kept[count++] = logit;
       }
     }
@@ -113,18 +118,21 @@ function collectAbove(row: LogitRow, floor: number): void {
  * Candidates: the k best, by id. Keeps a pool of some times k; when it is full the k best stay and the k-th becomes the
  * floor, which few later tokens pass.
  */
-function collectTopK(logits: Float32Array, max: number, perTemperature: number, k: number): void {
+function collectTopK(row: LogitRow, max: number, perTemperature: number, k: number): void {
+  const { logits } = row;
   const poolSize = Math.min(logits.length, Math.max(4 * k, 512));
   const ids = candidateIds;
   const kept = candidateLogits;
   let floor = max - CUTOFF / perTemperature;
   let count = 0;
-  for (let i = 0; i < logits.length; i++) {
-    const logit = logits[i]!;
-    if (!(logit > floor)) continue;
-    ids[count] = i;
-    kept[count++] = logit;
-    if (count === poolSize) {
+  for (let group = row.nextGroup(0, floor); group < logits.length; group = row.nextGroup(group + GROUP_TOKENS, floor)) {
+    const end = Math.min(group + GROUP_TOKENS, logits.length);
+    for (let id = group; id < end; id++) {
+      const logit = logits[id]!;
+      if (!(logit > floor)) continue;
+      ids[count] = id;
+      kept[count++] = logit;
+      if (count < poolSize) continue;
       candidateCount = count;
       keepTopK(k);
       count = candidateCount;
@@ -264,18 +272,22 @@ export function tokenLogprob(logits: Float32Array, tokenId: number, top: number)
   if (!Number.isFinite(max)) return { logprob: LOWEST_LOGPROB, topIds: [], topLogprobs: [] };
   const logSum = max + Math.log(row.sumWeights(max, 1));
   const logprob = (logit: number): number => (logit >= LOWEST_LOGPROB + logSum ? logit - logSum : LOWEST_LOGPROB);
-  if (top > 0) collectBest(logits, top);
+  if (top > 0) collectBest(row, top);
   else bestIds.length = bestLogits.length = 0;
   return { logprob: logprob(logits[tokenId]!), topIds: bestIds.slice(), topLogprobs: bestLogits.map(logprob) };
 }
 
-function collectBest(logits: Float32Array, top: number): void {
+function collectBest(row: LogitRow, top: number): void {
+  const { logits } = row;
   bestIds.length = 0;
   bestLogits.length = 0;
   let floor = -Infinity;
-  for (let id = 0; id < logits.length; id++) {
-    const logit = logits[id]!;
-    if (logit > floor) floor = insertBest(id, logit, top);
+  for (let group = row.nextGroup(0, floor); group < logits.length; group = row.nextGroup(group + GROUP_TOKENS, floor)) {
+    const end = Math.min(group + GROUP_TOKENS, logits.length);
+    for (let id = group; id < end; id++) {
+      const logit = logits[id]!;
+      if (logit > floor) floor = insertBest(id, logit, top);
+    }
   }
 }
 

@@ -1,7 +1,15 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import { BLOCK_TOKENS, CUTOFF, PlainLogitRow, borrowRow, expOfNegative, trySimdLogitRow } from "./logit-row.ts";
+import {
+  BLOCK_TOKENS,
+  CUTOFF,
+  GROUP_TOKENS,
+  PlainLogitRow,
+  borrowRow,
+  expOfNegative,
+  trySimdLogitRow,
+} from "./logit-row.ts";
 
 const aLogit = fc.oneof(
   { weight: 6, arbitrary: fc.float({ min: -50, max: 50, noNaN: true, noDefaultInfinity: true }) },
@@ -9,7 +17,7 @@ const aLogit = fc.oneof(
 );
 const aRow = fc.array(aLogit, { minLength: 1, maxLength: 1200 }).map((logits) => Float32Array.from(logits));
 
-void test("logit row: four at a time finds the same maximum, place and sums as one at a time", () => {
+void test("logit row: four at a time finds the same maximum, groups and sums as one at a time", () => {
   fc.assert(
     fc.property(aRow, fc.constantFrom(0.2, 1, 1 / 0.7, 10), (logits, perTemperature) => {
       const plain = new PlainLogitRow(logits.length);
@@ -20,7 +28,13 @@ void test("logit row: four at a time finds the same maximum, place and sums as o
       const max = plain.maximum();
       assert.equal(simd.maximum() + 0, max + 0, "apart from the sign of zero");
       if (max === -Infinity) return;
-      assert.equal(simd.indexOf(max), plain.indexOf(max));
+      for (const floor of [max, max - 1, 0, -Infinity, max + 1]) {
+        for (let start = 0; start < logits.length; start += GROUP_TOKENS * 7) {
+          const group = simd.nextGroup(start, floor);
+          assert.equal(Math.min(group, logits.length), plain.nextGroup(start, floor));
+          assert.ok(group >= start && group % GROUP_TOKENS === 0);
+        }
+      }
       const total = plain.sumWeights(max, perTemperature);
       assert.ok(Math.abs(simd.sumWeights(max, perTemperature) / total - 1) < 3e-6);
       plain.blockSums.forEach((sum, block) => {

@@ -12,12 +12,18 @@ const aLogit = fc.oneof(
   { weight: 2, arbitrary: fc.integer({ min: -2, max: 2 }) },
   { weight: 1, arbitrary: fc.constantFrom(-Infinity, NaN) },
 );
-const aRow = fc.array(aLogit, { minLength: 1, maxLength: 700 }).map((logits) => Float32Array.from(logits));
+const aRow = fc
+  .oneof(
+    fc.array(aLogit, { minLength: 1, maxLength: 700 }),
+    // Few levels, all likely: cuts fall between equals.
+    fc.array(fc.integer({ min: 0, max: 3 }), { minLength: 1, maxLength: 60 }),
+  )
+  .map((logits) => Float32Array.from(logits));
 
 const someSampling: fc.Arbitrary<SamplingOptions> = fc.record({
   temperature: fc.constantFrom(0, 0.1, 0.7, 1, 2),
   topP: fc.oneof(fc.constant(1), fc.double({ min: 0.01, max: 0.999, noNaN: true })),
-  topK: fc.oneof(fc.constant(0), fc.integer({ min: 1, max: 800 })),
+  topK: fc.oneof(fc.constant(0), fc.integer({ min: 1, max: 20 }), fc.integer({ min: 1, max: 800 })),
   minP: fc.oneof(fc.constant(0), fc.double({ min: 0.001, max: 0.9, noNaN: true })),
   presencePenalty: fc.constantFrom(0, 0, 0.5, -1),
   frequencyPenalty: fc.constantFrom(0, 0, 0.3, -0.5),

@@ -1,4 +1,4 @@
-export { mockerConfig } from "./mocker-config.ts";
+export { checkMockerConfig, mockerConfig, schedulerConfig } from "./mocker-config.ts";
 export { MockerEngine, type MockerEngineOptions } from "./mocker-engine.ts";
 export { MockScheduler, type PassObserver } from "./mock-scheduler.ts";
 export * from "./scheduler-config.ts";

@@ -14,6 +14,8 @@ export interface AnswerDetails {
   readonly choices: number;
   /** Streams only: a last chunk with the usage, and `usage: null` on the others. */
   readonly includeUsage: boolean;
+  /** JSON of the answer's `nvext`, asked for when the answer is complete. @default none */
+  readonly nvext?: () => string;
 }
 
 /** OpenAI clients compare it to notice a changed back end; ours changes with the version. */

@@ -39,6 +39,10 @@ export class ChatStreamWriter extends StreamWriter {
     return `${this.#head}],"usage":${usageJson(usage)}}\n\n`;
   }
 
+  protected nvextEvent(nvextJson: string): string {
+    return `${this.#head}],"nvext":${nvextJson}}\n\n`;
+  }
+
   /** The first event of a choice carries the role; empty for the others. */
   #open(choice: number): string {
     if (this.#textHeads[choice] !== undefined) return "";

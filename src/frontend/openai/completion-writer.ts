@@ -34,6 +34,10 @@ export class CompletionStreamWriter extends StreamWriter {
     return `${this.#head}],"usage":${usageJson(usage)}}\n\n`;
   }
 
+  protected nvextEvent(nvextJson: string): string {
+    return `${this.#head}],"nvext":${nvextJson}}\n\n`;
+  }
+
   #logprobsJson(choice: number, logprobs: readonly LogprobEntry[]): string {
     const offset = this.#offsets[choice]!;
     let length = 0;

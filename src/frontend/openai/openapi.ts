@@ -1,6 +1,7 @@
 import type { TSchema } from "typebox";
 import type { FrontendLimits } from "../config.ts";
 import {
+  busyThresholdsSchema,
   chatAnswerSchema,
   chatChunkSchema,
   chatRequestSchema,
@@ -54,6 +55,24 @@ export function openApiDocument(limits: FrontendLimits, version: string): OpenAp
         post: generation("createCompletion", "Continue a text", "CompletionRequest", "Completion", "CompletionChunk"),
       },
       "/v1/models": { get: reading("listModels", "Models that are served now", json(ref("ModelList"))) },
+      "/v1/route": {
+        post: operators(
+          "previewRoute",
+          "Where the prompt of a chat or completion request would go now; nothing is run",
+          { requestBody: { required: true, content: json({ anyOf: [ref("ChatRequest"), ref("CompletionRequest")] }) } },
+        ),
+      },
+      "/v1/route/explain/{request_id}": {
+        get: operators("explainRoute", "Why a request went where it went, and what its engine reused", {
+          parameters: [{ name: "request_id", in: "path", required: true, schema: { type: "string" } }],
+        }),
+      },
+      "/busy_threshold": {
+        get: operators("busyThresholds", "When workers count as busy, per model"),
+        post: operators("setBusyThresholds", "Sets the thresholds that are named, null = off", {
+          requestBody: { required: true, content: json(ref("BusyThresholds")) },
+        }),
+      },
       "/health": { get: reading("health", "Whether there are workers to serve with", json(ref("Health"))) },
       "/live": { get: reading("live", "Whether the process runs", json({ type: "object" })) },
       "/metrics": { get: reading("metrics", "Prometheus text", { "text/plain": { schema: { type: "string" } } }) },
@@ -67,6 +86,7 @@ export function openApiDocument(limits: FrontendLimits, version: string): OpenAp
         CompletionRequest: completionRequestSchema(limits),
         Completion: completionAnswerSchema,
         CompletionChunk: completionChunkSchema,
+        BusyThresholds: busyThresholdsSchema,
         Error: errorSchema,
         ModelList: modelListSchema,
         Health: healthSchema,
@@ -87,6 +107,20 @@ function generation(operationId: string, summary: string, request: string, whole
         content: { ...json(ref(whole)), "text/event-stream": { schema: ref(chunk) } },
       },
       ...Object.fromEntries(failures),
+    },
+  };
+}
+
+/** For operators: others get 404. */
+function operators(operationId: string, summary: string, more: object = {}): object {
+  return {
+    operationId,
+    summary,
+    description: "For operators: with the admin key, or from this machine when none is set.",
+    ...more,
+    responses: {
+      "200": answer(summary, json({ type: "object" })),
+      "404": answer("Not an operator, or nothing of that name.", json(ref("Error"))),
     },
   };
 }

@@ -170,6 +170,9 @@ export function completionRequestSchema(limits: FrontendLimits): TSchema {
 
 // Answers.
 
+/** What the request's `nvext.extra_fields` asked for. */
+const extras = Type.Optional(Type.Object({}, { additionalProperties: true }));
+
 const usage = strictObject({
   prompt_tokens: integer(0),
   completion_tokens: integer(0),
@@ -221,6 +224,7 @@ export const chatAnswerSchema: TSchema = strictObject({
     }),
   ),
   usage,
+  nvext: extras,
 });
 
 export const chatChunkSchema: TSchema = strictObject({
@@ -238,6 +242,7 @@ export const chatChunkSchema: TSchema = strictObject({
     }),
   ),
   usage: Type.Optional(nullable(usage)),
+  nvext: extras,
 });
 
 const completionChoice = (reason: TSchema): TSchema =>
@@ -247,12 +252,21 @@ export const completionAnswerSchema: TSchema = strictObject({
   ...answerFields("text_completion"),
   choices: Type.Array(completionChoice(finishReason)),
   usage,
+  nvext: extras,
 });
 
 export const completionChunkSchema: TSchema = strictObject({
   ...answerFields("text_completion"),
   choices: Type.Array(completionChoice(nullable(finishReason))),
   usage: Type.Optional(nullable(usage)),
+  nvext: extras,
+});
+
+export const busyThresholdsSchema: TSchema = strictObject({
+  model: text(1, 512),
+  active_decode_blocks_threshold: optional(number(0, 1), "part of a rank's KV blocks in use"),
+  active_prefill_tokens_threshold: optional(Type.Number({ minimum: 0 }), "prompt tokens waiting to be prefilled"),
+  active_prefill_tokens_threshold_frac: optional(number(0, 1_000), "the same in batches of the engine"),
 });
 
 export const errorSchema: TSchema = strictObject({

@@ -34,6 +34,8 @@ export abstract class StreamWriter implements ResponseWriter {
   ): string;
   protected abstract finishEvents(choice: number, reason: "stop" | "length"): string;
   protected abstract usageEvent(usage: Usage): string;
+  /** An event without choices that carries `nvext`. */
+  protected abstract nvextEvent(nvextJson: string): string;
 
   delta(choice: number, text: string, logprobs: readonly LogprobEntry[] | undefined): void {
     if (this.#ended || (text.length === 0 && logprobs === undefined)) return;
@@ -58,6 +60,7 @@ export abstract class StreamWriter implements ResponseWriter {
       return;
     }
     this.#ended = true;
+    if (this.details.nvext !== undefined) this.#sse.push(this.nvextEvent(this.details.nvext()), false);
     if (this.details.includeUsage) this.#sse.push(this.usageEvent(usage), this.#fixedAscii);
     this.#sse.push("data: [DONE]\n\n", true);
     this.#sse.end();

@@ -61,7 +61,9 @@ export abstract class WholeWriter implements ResponseWriter {
       choices.push(this.choiceJson(choice, JSON.stringify(this.#texts[choice]), this.#logprobs[choice], reason));
     }
     this.#ended = true;
-    this.details.exchange.jsonText(200, this.answerJson(choices.join(","), usage));
+    const answer = this.answerJson(choices.join(","), usage);
+    const { nvext, exchange } = this.details;
+    exchange.jsonText(200, nvext === undefined ? answer : `${answer.slice(0, -1)},"nvext":${nvext()}}`);
   }
 
   fail(error: DynamoError): void {

@@ -111,7 +111,10 @@ export class KvEventFeed {
     for (const rank of worker.ranks) rank.recovery.start();
   }
 
-  /** Forgets the worker and its blocks. */
+  /**
+   * Forgets the worker and its blocks. To be called before the owner of the rank numbers (the router) takes them back:
+   * after it they may be another worker's.
+   */
   removeWorker(instanceId: string): void {
     const worker = this.#workers.get(instanceId);
     if (worker === undefined) return;
@@ -119,14 +122,13 @@ export class KvEventFeed {
     const { index, model } = worker.options;
     const health = this.health(index);
     for (const rank of worker.ranks) {
-      rank.cancel();
+      rank.leave();
       health.rankCount--;
       if (!rank.isRecovering) continue;
       health.recoveringCount--;
       this.#counters.recovering(model).add(-1);
     }
     if (health.rankCount === 0) this.#healths.delete(index);
-    index.removeWorker(instanceId);
     this.#pump();
   }
 
@@ -342,6 +344,11 @@ class FedRank implements RankRecoverySink {
   /** The ask of that number is being answered; `query` ends it. */
   began(query: { cancel(): void }): void {
     this.#query = query;
+  }
+
+  leave(): void {
+    this.cancel();
+    this.worker.options.index.clearRank(this.#rankNumber);
   }
 
   /** Ends the ask, waiting or under way, without an answer. */

@@ -1,15 +1,7 @@
 import type { KvStored, StorageTier } from "../../protocol/index.ts";
-import {
-  LINK_LOCAL_HI,
-  LINK_LOCAL_LO,
-  LINK_PARENT,
-  LINK_WORDS,
-  RECORD_HI,
-  RECORD_LO,
-  RECORD_SET,
-  RECORD_WORDS,
-} from "./flat-kv-memory.ts";
+import { RECORD_HI, RECORD_LO, RECORD_SET, RECORD_WORDS } from "./flat-kv-memory.ts";
 import { EMPTY_SET, memberOf, type RankSetPool } from "./rank-set-pool.ts";
+import type { RecordLinks } from "./record-links.ts";
 
 /**
  * All blocks of one rank as stored events, parents before children, one event per unbroken stretch of a chain in one
@@ -20,7 +12,7 @@ import { EMPTY_SET, memberOf, type RankSetPool } from "./rank-set-pool.ts";
  */
 export interface DumpSource {
   readonly records: Uint32Array;
-  readonly links: Uint32Array;
+  readonly links: RecordLinks;
   readonly recordCount: number;
   readonly pool: RankSetPool;
 }
@@ -71,7 +63,7 @@ function asForest(held: ReadonlySet<number>, source: DumpSource) {
   const starts: Start[] = [];
   const childrenOf = new Map<number, number[]>();
   for (const record of held) {
-    const parent = parentOf(record, source);
+    const parent = source.links.parentOf(record);
     if (!held.has(parent)) {
       starts.push({ record, depth: depthOf(record, source) });
       continue;
@@ -83,13 +75,9 @@ function asForest(held: ReadonlySet<number>, source: DumpSource) {
   return { starts, childrenOf };
 }
 
-function parentOf(record: number, { links }: DumpSource): number {
-  return links[record * LINK_WORDS + LINK_PARENT]!;
-}
-
 function depthOf(record: number, source: DumpSource): number {
   let depth = 0;
-  for (let at = parentOf(record, source); at !== 0; at = parentOf(at, source)) depth++;
+  for (let at = source.links.parentOf(record); at !== 0; at = source.links.parentOf(at)) depth++;
   return depth;
 }
 
@@ -131,10 +119,10 @@ function eventOf(
   blocks.forEach((record, i) => {
     sequenceHashes[2 * i] = records[record * RECORD_WORDS + RECORD_LO]!;
     sequenceHashes[2 * i + 1] = records[record * RECORD_WORDS + RECORD_HI]!;
-    localHashes[2 * i] = links[record * LINK_WORDS + LINK_LOCAL_LO]!;
-    localHashes[2 * i + 1] = links[record * LINK_WORDS + LINK_LOCAL_HI]!;
+    localHashes[2 * i] = links.localLoOf(record);
+    localHashes[2 * i + 1] = links.localHiOf(record);
   });
-  const parent = parentOf(blocks[0]!, source) * RECORD_WORDS;
+  const parent = links.parentOf(blocks[0]!) * RECORD_WORDS;
   const parentHash = parent === 0 ? undefined : ([records[parent + RECORD_LO]!, records[parent + RECORD_HI]!] as const);
   return { type: "stored", dpRank, tier, parentHash, startBlock, sequenceHashes, localHashes };
 }

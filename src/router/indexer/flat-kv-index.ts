@@ -9,11 +9,6 @@ import {
   CONTROL,
   FIGURES,
   FlatKvMemory,
-  LINK_CHILDREN,
-  LINK_LOCAL_HI,
-  LINK_LOCAL_LO,
-  LINK_PARENT,
-  LINK_WORDS,
   MAX_RECORDS,
   RECORD_CHILD,
   RECORD_HI,
@@ -25,7 +20,7 @@ import {
 import { PrefixMatcher } from "./prefix-matcher.ts";
 import { EMPTY_SET, NO_ROOM, PLANES, RankSetPool, memberOf } from "./rank-set-pool.ts";
 import { RankTable } from "./rank-table.ts";
-import { SharedArena } from "./shared-arena.ts";
+import { RecordLinks } from "./record-links.ts";
 import { WriteGate } from "./write-gate.ts";
 
 /**
@@ -51,8 +46,8 @@ export const MIN_INDEX_BYTES = 2 * 2 ** 20;
 const DEFAULT_INDEX_BYTES = 256 * 2 ** 20;
 /** One page of each array, the transition cache, rank arrays, and the rounding of each array to whole pages. */
 const FIXED_BYTES = 2 ** 20;
-/** 16 shared + 16 private + 1 touched. */
-const RECORD_BYTES = 33;
+/** 16 shared + 12 private + 1 touched, and one more for the map of large families. */
+const RECORD_BYTES = 30;
 /** The table's slots lie between 40 and 80 % full. */
 const MAX_SLOT_BYTES_PER_RECORD = 12;
 /** Of the budget; the rest is for rank sets. */
@@ -70,7 +65,7 @@ const PLANE_OF_TIER: Readonly<Record<StorageTier, number>> = { device: 0, host: 
 
 export class FlatKvIndex implements KvIndex {
   readonly #memory: FlatKvMemory;
-  readonly #links: SharedArena;
+  readonly #links: RecordLinks;
   readonly #table: BlockTable;
   readonly #pool: RankSetPool;
   readonly #gate: WriteGate;
@@ -97,7 +92,7 @@ export class FlatKvIndex implements KvIndex {
     const maxSlots = (this.#maxRecords * MAX_SLOT_BYTES_PER_RECORD) / 4;
     const maxNodes = Math.floor((maxBytes - FIXED_BYTES - recordBytes) / NODE_BYTES);
     this.#memory = new FlatKvMemory({ records: this.#maxRecords, slots: maxSlots, nodes: maxNodes });
-    this.#links = new SharedArena({ maxWords: this.#maxRecords * LINK_WORDS });
+    this.#links = new RecordLinks(this.#maxRecords);
     const { control } = this.#memory;
     control[CONTROL.seedA] = random?.nextU32() ?? randomBytes(4).readInt32LE();
     control[CONTROL.seedB] = random?.nextU32() ?? randomBytes(4).readInt32LE();
@@ -185,10 +180,8 @@ export class FlatKvIndex implements KvIndex {
       if (record === 0) {
         record = this.#tryCreate(parent, lo, hi);
         if (record === 0) return this.#giveUp(blockCount - block);
-        const at = record * LINK_WORDS;
-        this.#links.words[at + LINK_LOCAL_LO] = localHashes[2 * block]!;
-        this.#links.words[at + LINK_LOCAL_HI] = localHashes[2 * block + 1]!;
-      } else if (this.#links.words[record * LINK_WORDS + LINK_PARENT] !== parent) {
+        this.#links.start(record, parent, localHashes[2 * block]!, localHashes[2 * block + 1]!);
+      } else if (this.#links.parentOf(record) !== parent) {
         return "invalid-block";
       }
       const from = memory.records[record * RECORD_WORDS + RECORD_SET]!;
@@ -246,7 +239,7 @@ export class FlatKvIndex implements KvIndex {
         parent = 0;
         continue;
       }
-      parent = this.#links.words[record * LINK_WORDS + LINK_PARENT]!;
+      parent = this.#links.parentOf(record);
       if (to === NO_ROOM) this.#drop(record);
       else this.#takeFrom(record, from, to, rank);
     }
@@ -336,7 +329,7 @@ export class FlatKvIndex implements KvIndex {
     const { records } = this.#memory;
     return dumpRank(owner.dpRank, rank, {
       records,
-      links: this.#links.words,
+      links: this.#links,
       recordCount: this.#recordCount,
       pool: this.#pool,
     });
@@ -351,7 +344,7 @@ export class FlatKvIndex implements KvIndex {
     if (child !== 0 && records[at + RECORD_LO] === lo && records[at + RECORD_HI] === hi) return child;
     const record = findBlock(this.#memory, lo, hi);
     // The branch in use becomes the guess; only a true child may: its parent clears the guess when it goes.
-    if (record !== 0 && parent !== 0 && this.#links.words[record * LINK_WORDS + LINK_PARENT] === parent) {
+    if (record !== 0 && parent !== 0 && this.#links.parentOf(record) === parent) {
       records[childAt] = record;
     }
     return record;
@@ -372,11 +365,8 @@ export class FlatKvIndex implements KvIndex {
       this.#putBack(record);
       return 0;
     }
-    const links = this.#links.words;
-    links[record * LINK_WORDS + LINK_PARENT] = parent;
-    links[record * LINK_WORDS + LINK_CHILDREN] = 0;
     if (parent !== 0) {
-      links[parent * LINK_WORDS + LINK_CHILDREN]!++;
+      this.#links.addChild(parent);
       records[parent * RECORD_WORDS + RECORD_CHILD] = record;
     }
     return record;
@@ -386,7 +376,7 @@ export class FlatKvIndex implements KvIndex {
     if (this.#freeHead === 0) {
       if (this.#recordCount < this.#maxRecords) {
         this.#memory.ensureRecords(this.#recordCount + 1);
-        this.#links.ensureWords((this.#recordCount + 1) * LINK_WORDS);
+        this.#links.ensureRecords(this.#recordCount + 1);
         return this.#recordCount++;
       }
       this.#evict(Math.ceil(this.#recordCount * EVICTION_SHARE));
@@ -410,16 +400,16 @@ export class FlatKvIndex implements KvIndex {
   /** Frees the record if nobody holds it and nothing lies behind it, and then its ancestors likewise. */
   #freeIfUnused(first: number): void {
     const { records } = this.#memory;
-    const links = this.#links.words;
+    const links = this.#links;
     for (let record = first; record !== 0;) {
       const at = record * RECORD_WORDS;
-      if (records[at + RECORD_SET] !== EMPTY_SET || links[record * LINK_WORDS + LINK_CHILDREN] !== 0) return;
+      if (records[at + RECORD_SET] !== EMPTY_SET || links.hasChildren(record)) return;
       if (record === this.#pinned) return;
-      const parent = links[record * LINK_WORDS + LINK_PARENT]!;
+      const parent = links.parentOf(record);
       this.#table.remove(record);
       this.#putBack(record);
       if (parent !== 0) {
-        links[parent * LINK_WORDS + LINK_CHILDREN]!--;
+        links.removeChild(parent);
         const guessAt = parent * RECORD_WORDS + RECORD_CHILD;
         if (records[guessAt] === record) records[guessAt] = 0;
       }
@@ -455,7 +445,7 @@ export class FlatKvIndex implements KvIndex {
           touched[record] = 0;
           break;
         }
-        const parent = this.#links.words[record * LINK_WORDS + LINK_PARENT]!;
+        const parent = this.#links.parentOf(record);
         this.#drop(record);
         record = parent;
       }
@@ -466,7 +456,7 @@ export class FlatKvIndex implements KvIndex {
   #isEvictable(record: number): boolean {
     if (record === 0 || record === this.#pinned) return false;
     const isHeld = this.#memory.records[record * RECORD_WORDS + RECORD_SET] !== EMPTY_SET;
-    return isHeld && this.#links.words[record * LINK_WORDS + LINK_CHILDREN] === 0;
+    return isHeld && !this.#links.hasChildren(record);
   }
 
   /** Between two slices of a long change: readers get their turn. */

@@ -17,12 +17,6 @@ export const RECORD_HI = 1;
 export const RECORD_SET = 2;
 /** Some child of the record, or 0; in a free record the next free one. */
 export const RECORD_CHILD = 3;
-/** Words of a record that the writer keeps to itself. */
-export const LINK_WORDS = 4;
-export const LINK_PARENT = 0;
-export const LINK_CHILDREN = 1;
-export const LINK_LOCAL_LO = 2;
-export const LINK_LOCAL_HI = 3;
 /** Of a node of the rank sets. */
 export const NODE_WORDS = 8;
 /** What 26 bits number. */

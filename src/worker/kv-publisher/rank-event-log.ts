@@ -44,22 +44,25 @@ export interface RankEventLogOptions {
   /** Blocks kept track of; further ones are not told to routers. */
   readonly maxBlocks: number;
   readonly clock: Clock;
+  /** @default 1024 */
+  readonly ringEvents?: number;
 }
 
 export class RankEventLog {
   readonly #options: RankEventLogOptions;
   readonly #index: LocalBlockIndex;
-  readonly #ring: (KvEvent | undefined)[] = Array.from({ length: RING_EVENTS }, () => undefined);
+  readonly #ring: (KvEvent | undefined)[];
   #lastEventId = 0;
   #dump: Dump | undefined;
   #dumpCount = 0;
   #dumpTimer: TimerHandle | undefined;
-  /** Stored blocks left out because the index was full. */
+  /** Stored blocks left out: no room, or their parent is not known. */
   droppedBlockCount = 0;
 
   constructor(options: RankEventLogOptions) {
     this.#options = options;
     this.#index = new LocalBlockIndex({ maxBlocks: options.maxBlocks });
+    this.#ring = Array.from({ length: options.ringEvents ?? RING_EVENTS }, () => undefined);
   }
 
   /** Number of the newest event, 0 before the first. */
@@ -81,11 +84,11 @@ export class RankEventLog {
     const told: KvEvent[] = [];
     for (const event of events) this.#deduplicate(event, told);
     const out = coalesceKvEvents(told, EVENT_BLOCKS);
-    for (const event of out) this.#ring[++this.#lastEventId % RING_EVENTS] = event;
+    for (const event of out) this.#ring[++this.#lastEventId % this.#ring.length] = event;
     return out;
   }
 
-  /** What the rank holds, as stored events; for tests and dumps. */
+  /** Events that lead from nothing to what the rank holds. */
   blocks(): KvEvent[] {
     return this.#index.dump(this.#options.dpRank, KV_EVENT_MAX_BLOCKS);
   }
@@ -103,7 +106,7 @@ export class RankEventLog {
       return encodeKvAnswer({ ...head, type: "invalid-range" });
     }
     if (start !== undefined && start > this.#lastEventId) return encodeKvAnswer({ ...head, type: "too-new" });
-    if (start === undefined || start <= this.#lastEventId - RING_EVENTS) return this.#page(this.#freshDump(), 0);
+    if (start === undefined || start <= this.#lastEventId - this.#ring.length) return this.#page(this.#freshDump(), 0);
     return encodeKvAnswer(this.#range(head, start, Math.min(end ?? Infinity, this.#lastEventId)));
   }
 
@@ -137,7 +140,7 @@ export class RankEventLog {
   #range(head: { epoch: number; lastEventId: number }, start: number, end: number): KvAnswer {
     const events: KvEvent[] = [];
     for (let id = start, bytes = 0; id <= end && bytes < KV_ANSWER_EVENT_BYTES; id++) {
-      const event = this.#ring[id % RING_EVENTS]!;
+      const event = this.#ring[id % this.#ring.length]!;
       events.push(event);
       bytes += encodedBytes(event);
     }
@@ -151,7 +154,7 @@ export class RankEventLog {
     if (
       known !== undefined &&
       (known.lastEventId === this.#lastEventId ||
-        (nowMs - known.madeMs < DUMP_SHARED_MS && known.lastEventId > this.#lastEventId - RING_EVENTS / 2))
+        (nowMs - known.madeMs < DUMP_SHARED_MS && known.lastEventId > this.#lastEventId - this.#ring.length / 2))
     ) {
       return known;
     }

@@ -1,0 +1,113 @@
+import { DynamoError } from "../errors/index.ts";
+import type { BusyThresholds, Router } from "../router/index.ts";
+import type { Exchange, Route } from "./http/index.ts";
+import type { ModelRegistry } from "./model-registry.ts";
+import { invalidField, isObject, readNumber, readString, refuseUnknown, type ExtraField } from "./openai/index.ts";
+import type { Operators } from "./operator.ts";
+
+/**
+ * The operators' view of the router: why a request went where it went, and when workers count as busy. Off the hot path:
+ * explanations are made when asked for.
+ */
+export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
+  const guarded =
+    (handle: (exchange: Exchange) => void) =>
+    (exchange: Exchange): void => {
+      operators.check(exchange);
+      handle(exchange);
+    };
+  return [
+    {
+      method: "GET",
+      path: "/v1/route/explain/*",
+      family: "openai",
+      handle: guarded((exchange) => sendExplanation(exchange, models)),
+    },
+    {
+      method: "GET",
+      path: "/busy_threshold",
+      family: "openai",
+      handle: guarded((exchange) => exchange.json(200, { thresholds: models.list().map(thresholdsOf) })),
+    },
+    {
+      method: "POST",
+      path: "/busy_threshold",
+      family: "openai",
+      handle: guarded((exchange) => setThresholds(exchange, models)),
+    },
+  ];
+}
+
+const EXPLAIN_PREFIX = "/v1/route/explain/";
+
+function sendExplanation(exchange: Exchange, models: ModelRegistry): void {
+  const requestId = decodeURIComponent(exchange.path.slice(EXPLAIN_PREFIX.length));
+  for (const model of models.all()) {
+    const decisions = model.router.explain(requestId);
+    if (decisions.length === 0) continue;
+    exchange.json(200, { object: "route.explanation", request_id: requestId, model: model.name, decisions });
+    return;
+  }
+  throw new DynamoError("route-not-found", "no decision is kept for that request; the last 4,096 of each model are");
+}
+
+/** `nvext` of an answer. */
+export function nvextJson(router: Router, requestId: string, fields: readonly ExtraField[]): string {
+  const decisions = router.explain(requestId);
+  const last = decisions.at(-1);
+  return JSON.stringify({
+    ...(fields.includes("worker_id") && last !== undefined
+      ? { worker_id: { decode_worker_id: last.worker.instance_id, decode_dp_rank: last.worker.dp_rank } }
+      : {}),
+    ...(fields.includes("routing") ? { routing: { decisions } } : {}),
+  });
+}
+
+// Busy thresholds.
+
+type NamedModel = ReturnType<ModelRegistry["list"]>[number];
+
+function thresholdsOf({ name, router }: NamedModel): Record<string, unknown> {
+  const { activeDecodeBlocks, activePrefillTokens, activePrefillTokensFrac } = router.busyThresholds;
+  return {
+    model: name,
+    active_decode_blocks_threshold: activeDecodeBlocks ?? null,
+    active_prefill_tokens_threshold: activePrefillTokens ?? null,
+    active_prefill_tokens_threshold_frac: activePrefillTokensFrac ?? null,
+  };
+}
+
+const THRESHOLD_FIELDS = new Set([
+  "model",
+  "active_decode_blocks_threshold",
+  "active_prefill_tokens_threshold",
+  "active_prefill_tokens_threshold_frac",
+]);
+const MAX_TOKENS = 2 ** 40;
+const MAX_FRACTION = 1_000;
+
+/** Sets the thresholds that the body names, null = off; answers with all of the model's. */
+function setThresholds(exchange: Exchange, models: ModelRegistry): void {
+  const { body } = exchange;
+  if (!isObject(body)) throw invalidField("body", "a JSON object", body);
+  refuseUnknown(body, THRESHOLD_FIELDS, "");
+  const name = readString(body["model"], "model", 1, 512);
+  const model = models.find(name);
+  if (model === undefined) throw new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" });
+  const old = model.router.busyThresholds;
+  const read = (field: string, max: number, before: number | undefined): number | undefined => {
+    const value = body[field];
+    if (value === undefined) return before;
+    return value === null ? undefined : readNumber(value, field, 0, max);
+  };
+  const blocks = read("active_decode_blocks_threshold", 1, old.activeDecodeBlocks);
+  const tokens = read("active_prefill_tokens_threshold", MAX_TOKENS, old.activePrefillTokens);
+  const fraction = read("active_prefill_tokens_threshold_frac", MAX_FRACTION, old.activePrefillTokensFrac);
+  const thresholds: BusyThresholds = {
+    ...(blocks === undefined ? {} : { activeDecodeBlocks: blocks }),
+    ...(tokens === undefined ? {} : { activePrefillTokens: tokens }),
+    ...(fraction === undefined ? {} : { activePrefillTokensFrac: fraction }),
+  };
+  model.router.busyThresholds = thresholds;
+  exchange.json(200, thresholdsOf(model));
+}
