@@ -98,3 +98,13 @@ function isTokenId(value: unknown): value is number {
 function invalid(detail: string): DynamoError {
   return new DynamoError("model-file-invalid", `tokenizer artifact: ${detail}`);
 }
+
+/** Highest token id of the artifact plus one. */
+export function vocabularySizeOf({ tokenizerJson }: TokenizerArtifact): number {
+  const { model, added_tokens: added } = tokenizerJson;
+  let size = 0;
+  if (model.type === "Unigram") size = model.vocab.length;
+  else for (const token in model.vocab) size = Math.max(size, model.vocab[token]! + 1);
+  for (const { id } of added) size = Math.max(size, id + 1);
+  return size;
+}

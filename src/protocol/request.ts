@@ -86,12 +86,7 @@ export function decodeRequest(bytes: Uint8Array): PreprocessedRequest {
   try {
     const reader = new ByteReader(bytes);
     const meta = JSON.parse(reader.text(META_MAX_BYTES)) as Omit<PreprocessedRequest, "tokenIds">;
-    if (
-      typeof meta !== "object" ||
-      meta === null ||
-      typeof meta.sampling !== "object" ||
-      typeof meta.stop !== "object"
-    ) {
+    if (![meta, meta?.sampling, meta?.stop, meta?.output].every((part) => typeof part === "object" && part !== null)) {
       throw new Error("the JSON part is not a request");
     }
     if (reader.remaining % 4 !== 0) throw new Error("the token part is not a multiple of 4 bytes");

@@ -1,5 +1,5 @@
 import type { Sequence } from "../engines/mocker/index.ts";
-import type { RoutingDecision } from "../router/index.ts";
+import type { RoutingDecision, RoutingPolicy } from "../router/index.ts";
 import { LogHistogram } from "./log-histogram.ts";
 import { distributionOf, type Balance, type Distribution, type ReplayReport, type WorkerShare } from "./replay-report.ts";
 import type { ReplayRank } from "./replay-worker.ts";
@@ -54,7 +54,7 @@ export class ReplayCollector {
   }
 
   report(
-    policy: string,
+    policy: RoutingPolicy,
 
     simulatedMs: number,
     workers: readonly { readonly instanceId: string; readonly ranks: readonly ReplayRank[] }[],
@@ -63,7 +63,7 @@ export class ReplayCollector {
     const perSecond = (count: number): number => (simulatedMs === 0 ? 0 : (count * 1_000) / simulatedMs);
     const started = this.#ttftMs.length;
     return {
-      policy,
+      policy: policy.name,
       workers: workers.length,
       requests: this.#requests,
       finished: this.#e2eMs.length,
@@ -73,7 +73,7 @@ export class ReplayCollector {
       outputTokens: this.#outputTokens,
       cachedTokens: this.#cachedTokens,
       hitRate: this.#promptTokens === 0 ? 0 : this.#cachedTokens / this.#promptTokens,
-      overlapAgreement: started === 0 ? 0 : this.#agreements / started,
+      overlapAgreement: policy.usesOverlap === true && started > 0 ? this.#agreements / started : undefined,
       eventsNotApplied: this.eventsNotApplied,
       ttftMs: distributionOf(this.#ttftMs),
       itlMs: ofHistogram(this.#itlMs),

@@ -25,8 +25,11 @@ export interface ReplayReport {
   readonly cachedTokens: number;
   /** cachedTokens / promptTokens, of requests that got a token. */
   readonly hitRate: number;
-  /** Requests for which the router expected what the engine then reused, block for block; of those that got a token. */
-  readonly overlapAgreement: number;
+  /**
+   * Share of the requests for which the router expected what the engine then reused, block for block. undefined for
+   * policies that do not look at overlap.
+   */
+  readonly overlapAgreement: number | undefined;
   /** KV events that the index could not apply; 0 unless something is wrong. */
   readonly eventsNotApplied: number;
   /** Arrival to first token, router's and engine's queues included. */
@@ -79,7 +82,7 @@ const ROWS: readonly Row[] = [
   ["refused", (r) => Object.entries(r.refused).map(([reason, count]) => `${count} ${reason}`).join(", ") || "0"], // prettier-ignore
   ["simulated time", (r) => duration(r.simulatedMs)],
   ["prompt tokens from cache", (r) => percent(r.hitRate)],
-  ["router's guess was right", (r) => percent(r.overlapAgreement)],
+  ["router's guess was right", (r) => (r.overlapAgreement === undefined ? "-" : percent(r.overlapAgreement))],
   ["TTFT mean", (r) => duration(r.ttftMs.mean)],
   ["TTFT p50", (r) => duration(r.ttftMs.p50)],
   ["TTFT p90", (r) => duration(r.ttftMs.p90)],

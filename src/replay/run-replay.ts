@@ -108,7 +108,7 @@ class Replay {
       }
     }
     const ranks = [...this.#workers].map(([instanceId, list]) => ({ instanceId, ranks: list }));
-    return this.#collector.report(this.#options.policy.name, this.#clock.monotonicMs(), ranks);
+    return this.#collector.report(this.#options.policy, this.#clock.monotonicMs(), ranks);
   }
 
   #isUnfinished(): boolean {

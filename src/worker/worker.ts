@@ -9,6 +9,7 @@ import {
   byteArtifact,
   chooseChatTemplate,
   encodeArtifact,
+  vocabularySizeOf,
   type TokenizerArtifact,
 } from "../model/index.ts";
 import type { Logger } from "../observability/index.ts";
@@ -210,7 +211,8 @@ function modelCard(
     maxSequences: info.maxSequences,
     maxBatchedTokens: info.maxBatchedTokens,
     dataParallelSize: info.dataParallelSize,
-    vocabularySize: info.vocabularySize,
+    // Engines without weights take any token: what their tokenizer knows is the bound then.
+    vocabularySize: config.engine.kind === "llama" ? info.vocabularySize : vocabularySizeOf(artifact),
     tokenizerSha256: createHash("sha256").update(artifactBytes).digest("hex"),
     tokenizerBytes: artifactBytes.length,
     types: artifact.chatTemplate === undefined ? ["completions"] : ["chat", "completions"],

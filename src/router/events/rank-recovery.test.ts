@@ -267,6 +267,8 @@ class Simulation {
   readonly #wire: Message[] = [];
   #asks: { rank: number; askNumber: number; start: number | undefined }[] = [];
   #answers: { rank: number; askNumber: number; answer: KvAnswer }[] = [];
+  /** Ranks of which the plane lost something and has not told yet. */
+  readonly #untold = new Set<number>();
 
   constructor(index: KvIndex, ringEvents: number) {
     this.index = index;
@@ -309,7 +311,9 @@ class Simulation {
   }
 
   lose(which: number): void {
-    if (this.#wire.length > 0) this.#wire.splice(which % this.#wire.length, 1);
+    if (this.#wire.length === 0) return;
+    const [lost] = this.#wire.splice(which % this.#wire.length, 1);
+    this.#untold.add(lost!.rank);
   }
 
   /** The worker answers an ask; a dump goes out in two pages. */
@@ -339,12 +343,13 @@ class Simulation {
   settle(): void {
     for (let round = 0; round < 200; round++) {
       while (this.#wire.length > 0) this.deliver(0, false);
+      for (const rank of this.#untold) this.recoveries[rank]!.suspect();
+      this.#untold.clear();
       while (this.#asks.length > 0 || this.#answers.length > 0) {
         this.answerAsk();
         this.deliverAnswer();
       }
-      if (round === 0) for (const recovery of this.recoveries) recovery.suspect();
-      else if (this.#wire.length + this.#asks.length + this.#answers.length === 0) break;
+      if (this.#wire.length + this.#asks.length + this.#answers.length === 0) break;
     }
     for (const recovery of this.recoveries) assert.ok(!recovery.recovering, "the recovery comes to rest");
     for (const log of this.#logs) log.close();

@@ -47,6 +47,21 @@ test("KV index reader: inside a write that does not end it gives up, says so and
   assert.equal(reader.starvedLookups, 1);
 });
 
+test("KV index reader: while this thread does not see all of the memory yet, it claims nothing", () => {
+  const index = new FlatKvIndex({ random: new SeededRandom(1) });
+  const rank = index.rankOf("w", 0);
+  const chain = aChain(1, 5);
+  index.apply(rank, aStored({ chain }));
+  const share = index.share();
+  const reader = new FlatKvIndexReader(share);
+  const control = new Int32Array(share.control);
+  Atomics.add(control, CONTROL.pages, 1);
+  assert.deepEqual(scoresOf(reader, chain, rank), [0, 0, 0]);
+  assert.equal(reader.starvedLookups, 1);
+  Atomics.sub(control, CONTROL.pages, 1);
+  assert.deepEqual(scoresOf(reader, chain, rank), [5, 0, 0]);
+});
+
 test("KV index reader: memory that makes no sense is read to an end without a throw", () => {
   const random = new SeededRandom(3);
   const index = new FlatKvIndex({ random });

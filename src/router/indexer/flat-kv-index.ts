@@ -10,6 +10,7 @@ import {
   FIGURES,
   FlatKvMemory,
   MAX_RECORDS,
+  NODE_WORDS,
   RECORD_CHILD,
   RECORD_HI,
   RECORD_LO,
@@ -289,9 +290,8 @@ export class FlatKvIndex implements KvIndex {
   #clear(rank: number): void {
     const memory = this.#memory;
     const pool = this.#pool;
-    /** By set: 0 not looked at, 1 without the rank, 2 with it. Sets made meanwhile lie outside or do not have it. */
-    const verdicts = new Uint8Array(memory.sets.length / 8);
-    let { epoch } = pool;
+    /** By set: 0 not looked at, 1 without the rank, 2 with it. Right to the end: sets made meanwhile are without it. */
+    const verdicts = new Uint8Array(memory.sets.length / NODE_WORDS);
     for (let record = 1; record < this.#recordCount && this.#rankMemberships[rank] !== 0; record++) {
       if (record % SECTION_SCAN === 0) this.#breathe();
       const set = memory.records[record * RECORD_WORDS + RECORD_SET]!;
@@ -302,10 +302,6 @@ export class FlatKvIndex implements KvIndex {
         verdicts[set] = verdict;
       }
       if (verdict === 2) this.#clearRecord(record, rank);
-      if (pool.epoch !== epoch) {
-        verdicts.fill(0);
-        epoch = pool.epoch;
-      }
     }
   }
 

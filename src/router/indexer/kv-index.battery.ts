@@ -275,6 +275,21 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
     assert.deepEqual(scoresOf(index, zero, a), [0, 0, 0]);
   });
 
+  test(`${name}: a block with the hash 0 takes no place that another block left`, () => {
+    const { index, a } = create2();
+    const gone = new Uint32Array([5, 5, 6, 6]);
+    const zero = new Uint32Array([5, 5, 0, 0]);
+    index.apply(a, aStored({ chain: gone }));
+    index.apply(a, aRemoved({ chain: gone, from: 1 }));
+    index.apply(a, aStored({ chain: zero }));
+    assert.deepEqual(scoresOf(index, zero, a), [2, 0, 0]);
+    index.apply(a, aStored({ chain: gone }));
+    assert.deepEqual(scoresOf(index, zero, a), [2, 0, 0]);
+    assert.equal(index.apply(a, aRemoved({ chain: zero, from: 1 })), "ok");
+    assert.deepEqual(scoresOf(index, zero, a), [1, 0, 0]);
+    assert.deepEqual(scoresOf(index, gone, a), [2, 0, 0]);
+  });
+
   test(`${name}: a dump rebuilds the rank in an empty index`, () => {
     const { index, a, b } = create2();
     const branch = aChain(2, 6);

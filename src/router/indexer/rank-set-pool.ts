@@ -50,8 +50,6 @@ export class RankSetPool {
   #freeCount = 0;
   #setCount = 0;
   #unreferencedCount = 0;
-  /** Changes when set numbers may have got another meaning. */
-  epoch = 0;
   readonly #cacheFrom = new Uint32Array(CACHE_SLOTS);
   readonly #cacheChange = new Uint32Array(CACHE_SLOTS).fill(NOT_CACHED);
   readonly #cacheTo = new Uint32Array(CACHE_SLOTS);
@@ -144,7 +142,6 @@ export class RankSetPool {
     }
     this.#unreferencedCount = 0;
     this.#cacheChange.fill(NOT_CACHED);
-    this.epoch++;
   }
 
   #freeNodes(set: number): void {
