@@ -177,7 +177,8 @@ function eventsOf(reader: ByteReader, dpRank: number): KvEvent[] {
 
 function decode<T>(what: string, bytes: Uint8Array, read: (reader: ByteReader) => T): T {
   try {
-    if (bytes.length > MAX_MESSAGE_BYTES) throw new Error(`${bytes.length} bytes are over the limit of ${MAX_MESSAGE_BYTES}`);
+    if (bytes.length > MAX_MESSAGE_BYTES)
+      throw new Error(`${bytes.length} bytes are over the limit of ${MAX_MESSAGE_BYTES}`);
     const reader = new ByteReader(bytes);
     const version = reader.u8();
     if (version !== VERSION) throw new Error(`expected version ${VERSION}, got ${version}`);

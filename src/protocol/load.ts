@@ -44,7 +44,9 @@ export interface LoadReport {
 /** Reads a report from foreign bytes; undefined when it is not one. */
 export function parseLoadReport(payload: Uint8Array): LoadReport | undefined {
   try {
-    const value = JSON.parse(Buffer.from(payload.buffer, payload.byteOffset, payload.byteLength).toString("utf8")) as unknown;
+    const value = JSON.parse(
+      Buffer.from(payload.buffer, payload.byteOffset, payload.byteLength).toString("utf8"),
+    ) as unknown;
     if (typeof value !== "object" || value === null) return undefined;
     const { instanceId, load } = value as Record<string, unknown>;
     if (typeof instanceId !== "string" || typeof load !== "object" || load === null) return undefined;

@@ -120,9 +120,20 @@ void test("request: hostile lengths and foreign JSON are refused", () => {
     return bytes;
   };
   assert.throws(() => decodeRequest(Buffer.of(0xff, 0xff, 0xff, 0xff, 0x7b)), isMalformedFrame);
-  for (const json of ["", "null", "1", '"text"', "[]", "{}", "{", '{"sampling":1,"stop":{}}', '{"sampling":{}}']) {
+  for (const json of [
+    "",
+    "null",
+    "1",
+    '"text"',
+    "[]",
+    "{}",
+    "{",
+    '{"sampling":1,"stop":{}}',
+    '{"sampling":{}}',
+    '{"sampling":null,"stop":{},"output":{}}',
+  ]) {
     assert.throws(() => decodeRequest(withJson(json)), isMalformedFrame, json);
   }
-  decodeRequest(withJson('{"sampling":{},"stop":{},"__proto__":{"polluted":1}}'));
+  decodeRequest(withJson('{"sampling":{},"stop":{},"output":{},"__proto__":{"polluted":1}}'));
   assert.equal(({} as { polluted?: number }).polluted, undefined);
 });

@@ -61,20 +61,20 @@ test("replay: on shared prefixes kv routing reuses more and answers sooner than 
   assert.equal(theirs.overlapAgreement, undefined);
 });
 
-test("replay: a later turn finds what was said before in the cache, on the worker that has it", async () => {
+test("replay: a later turn finds what was said before in the cache, answer included", async () => {
   const trace = syntheticTrace({ sessions: 20, inputTokens: 1_024, outputTokens: 64, intervalMs: 500, turns: 3, turnTokens: 64, turnDelayMs: 100 }); // prettier-ignore
-  const report = await runReplay(trace, kv);
+  const report = await runReplay(trace, { ...kv, workers: 1 });
   checkReport(report, trace);
   assert.equal(report.requests, 60);
-  // Turn 2: 1,152 tokens of which 1,024 are sure to be full blocks of turn 1; turn 3: 1,280 and 1,152.
-  assert.ok(report.cachedTokens >= 20 * (1_024 + 1_152), `${report.cachedTokens}`);
+  // The last token of an answer is never computed, so its block is not full: 1,024 and 63, then 1,152 and 63.
+  assert.equal(report.cachedTokens, 20 * (1_024 + 1_152));
 });
 
 test("replay: closed loop keeps so many sessions going, and no more", async () => {
   const trace = syntheticTrace({ sessions: 40, inputTokens: 500, outputTokens: 10, intervalMs: 0 });
   const one = await runReplay(trace, { ...kv, workers: 1, arrivals: { kind: "concurrency", sessions: 1 } });
   checkReport(one, trace);
-  assert.equal(one.ttftMs.max, one.ttftMs.p50, "alone, every request takes the same");
+  assert.ok(one.ttftMs.max - one.ttftMs.p50 < 1e-6, "alone, every request takes the same");
   assert.ok(Math.abs(one.simulatedMs - 40 * one.e2eMs.mean) < 1, "one after the other");
   const all = await runReplay(trace, { ...kv, workers: 1, arrivals: { kind: "concurrency", sessions: 40 } });
   assert.ok(all.simulatedMs < one.simulatedMs / 4, "together they batch");

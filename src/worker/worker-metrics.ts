@@ -29,7 +29,9 @@ export class WorkerMetrics {
     this.totalBlocks = metrics.gauge("dynamo_component_total_blocks").labels(...labels);
     this.cacheUsage = metrics.gauge("dynamo_component_gpu_cache_usage_percent").labels(...labels);
     this.loadTime = metrics.gauge("dynamo_component_model_load_time_seconds").labels(...labels);
-    this.droppedKvEvents = metrics.counter("dynamo_component_kv_publisher_engines_dropped_events_total").labels(...labels);
+    this.droppedKvEvents = metrics
+      .counter("dynamo_component_kv_publisher_engines_dropped_events_total")
+      .labels(...labels);
     const errors = metrics.counter("dynamo_component_errors_total");
     this.#errors = (errorType) => errors.labels(...labels, errorType);
   }

@@ -299,6 +299,8 @@ class Simulation {
   restart(): void {
     for (const log of this.#logs) log.close();
     this.#epoch += 1;
+    // The plane tells that the publisher is another one.
+    for (const rank of [0, 1]) this.#untold.add(rank);
     this.#logs = this.#newLogs();
   }
 

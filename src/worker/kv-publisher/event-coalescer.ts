@@ -8,7 +8,7 @@ import type { KvEvent, KvRemoved, KvStored } from "../../protocol/index.ts";
  */
 export function coalesceKvEvents(events: readonly KvEvent[], maxBlocks: number): KvEvent[] {
   const out: KvEvent[] = [];
-  for (let i = 0; i < events.length; ) {
+  for (let i = 0; i < events.length;) {
     const first = events[i]!;
     let next = i + 1;
     if (first.type !== "cleared") {

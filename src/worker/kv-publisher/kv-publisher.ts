@@ -43,7 +43,7 @@ export class KvPublisher {
 
   /** One engine step. Takes ownership of the events. */
   onKvEvents(events: readonly KvEvent[]): void {
-    for (let from = 0; from < events.length; ) {
+    for (let from = 0; from < events.length;) {
       const { dpRank } = events[from]!;
       let to = from + 1;
       while (to < events.length && events[to]!.dpRank === dpRank) to++;
@@ -88,7 +88,12 @@ export class KvPublisher {
     }
     const firstEventId = log.lastEventId - out.length + 1;
     for (let from = 0; from < out.length; from += MESSAGE_EVENTS) {
-      const message = { dpRank, epoch: this.epoch, firstEventId: firstEventId + from, events: out.slice(from, from + MESSAGE_EVENTS) };
+      const message = {
+        dpRank,
+        epoch: this.epoch,
+        firstEventId: firstEventId + from,
+        events: out.slice(from, from + MESSAGE_EVENTS),
+      };
       try {
         this.#options.publisher.publish(encodeKvEventBatch(message));
       } catch (thrown) {
@@ -102,6 +107,9 @@ export class KvPublisher {
     if (this.#hasLogged) return;
     this.#hasLogged = true;
     const { diagnostic } = toDynamoError(thrown);
-    this.#options.logger.error({ diagnostic }, "KV events: some are not told to routers; further ones are only counted");
+    this.#options.logger.error(
+      { diagnostic },
+      "KV events: some are not told to routers; further ones are only counted",
+    );
   }
 }

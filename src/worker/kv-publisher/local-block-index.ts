@@ -156,7 +156,9 @@ export class LocalBlockIndex {
     });
     const parent = this.#parent[first]!;
     const parentHash =
-      parent === NONE ? undefined : ([this.#sequenceHashes[2 * parent]!, this.#sequenceHashes[2 * parent + 1]!] as const);
+      parent === NONE
+        ? undefined
+        : ([this.#sequenceHashes[2 * parent]!, this.#sequenceHashes[2 * parent + 1]!] as const);
     const startBlock = this.#depth[first]!;
     const tiers = this.#tiersOf(first);
     if (tiers === 0) ghosts.push(...sequenceHashes);
@@ -222,7 +224,7 @@ export class LocalBlockIndex {
 
   /** A record goes when its block is in no tier and nothing is behind it; then its parent may be the next. */
   #freeIfUnused(first: number): void {
-    for (let record = first; record !== NONE; ) {
+    for (let record = first; record !== NONE;) {
       if (this.#childCount[record]! > 0 || this.#tiersOf(record) !== 0) return;
       const parent = this.#parent[record]!;
       this.#free(record);

@@ -167,7 +167,14 @@ export class RankEventLog {
     this.#dumpTimer?.cancel();
     this.#dumpTimer = this.#options.clock.setTimer(DUMP_KEPT_MS, () => (this.#dump = undefined));
     const { id: dumpId, lastEventId, pages } = dump;
-    const head = { type: "tree-dump", epoch: this.#options.epoch, lastEventId, dumpId, page, pageCount: pages.length } as const;
+    const head = {
+      type: "tree-dump",
+      epoch: this.#options.epoch,
+      lastEventId,
+      dumpId,
+      page,
+      pageCount: pages.length,
+    } as const;
     return encodeKvAnswer({ ...head, events: [] }, pages[page]!);
   }
 }
