@@ -64,7 +64,7 @@ function folderOf(file: string): string {
 }
 
 function isTestFile(file: string): boolean {
-  return /\.(test|battery)\.ts$|\/fixtures?\/|naive-/.test(file);
+  return /\.(test|battery|fixture|bench)\.ts$|\/fixtures?\/|naive-|\/testing\.ts$/.test(file);
 }
 
 function importsOf(file: string): string[] {

@@ -252,12 +252,16 @@ test("dynamo: an older Node hands over to the installed one, which leaves when t
   writeFileSync(
     join(folder, "pkg", "dist", "cli", "main.js"),
     `export async function main(argv) {
-       console.log("pid", process.pid, argv.join());
-       if (argv[0] === "code") return 7;
+       const ready = () => console.log("pid", process.pid, argv.join());
+       if (argv[0] === "code") {
+         ready();
+         return 7;
+       }
        const alive = setInterval(() => {}, 2 ** 30);
        return new Promise((resolve) => {
          process.on("SIGTERM", () => resolve(5));
          process.on("disconnect", () => resolve(0));
+         ready();
        });
      }`,
   );

@@ -181,7 +181,7 @@ test("options: a worker's engine is configured from them; a model that is not th
     kind: "llama",
     modelPath: own,
     contextLength: 0,
-    kvCacheTokens: 16_384,
+    kvCacheTokens: 8_192,
     maxSequences: 64,
     maxBatchedTokens: 512,
     blockSizeTokens: 16,

@@ -108,7 +108,13 @@ function routes(context: RouteContext): Route[] {
           "content-type": "text/plain; version=0.0.4; charset=utf-8",
         }),
     },
-    { method: "POST", path: "/v1/route", family: "openai", body: "json", handle: (exchange) => pipeline.previewRoute(exchange) },
+    {
+      method: "POST",
+      path: "/v1/route",
+      family: "openai",
+      body: "json",
+      handle: (exchange) => pipeline.previewRoute(exchange),
+    },
     ...routeApi(models, context.operators),
     openApiRoute(context.config.limits, packageVersion()),
   ];

@@ -9,7 +9,15 @@ import {
   parseLoadReport,
   type ModelCard,
 } from "../protocol/index.ts";
-import { DEFAULT_ROUTER_CONFIG, FlatKvIndex, Router, findPolicy, type KvIndex, type RouterConfig, type RoutingPolicy } from "../router/index.ts";
+import {
+  DEFAULT_ROUTER_CONFIG,
+  FlatKvIndex,
+  Router,
+  findPolicy,
+  type KvIndex,
+  type RouterConfig,
+  type RoutingPolicy,
+} from "../router/index.ts";
 import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventSubscription } from "../runtime/event-plane/index.ts";
 import type { Watch } from "../runtime/discovery/index.ts";
@@ -69,7 +77,10 @@ export class ModelRegistry {
   #closed = false;
 
   /** Throws `invalid-config` for a router mode that nobody registered. */
-  constructor(planes: Planes, options: { namespace: string; routerMode: string; router?: Partial<RouterConfig> | undefined }) {
+  constructor(
+    planes: Planes,
+    options: { namespace: string; routerMode: string; router?: Partial<RouterConfig> | undefined },
+  ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
     const policy = findPolicy(options.routerMode);
@@ -127,7 +138,8 @@ export class ModelRegistry {
     for (const timer of this.#retryTimers) timer.cancel();
     const watches = this.#watches;
     this.#watches = [];
-    for (const model of this.#models.values()) model.router.close(new DynamoError("draining", "the server is shutting down"));
+    for (const model of this.#models.values())
+      model.router.close(new DynamoError("draining", "the server is shutting down"));
     await Promise.all(watches.map((watch) => watch.close()));
   }
 

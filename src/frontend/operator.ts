@@ -16,7 +16,8 @@ export class Operators {
 
   includes(exchange: Exchange): boolean {
     if (this.#keyDigest === undefined) return isLocal(exchange);
-    const given = exchange.header("x-dynamo-admin-key") ?? /^Bearer (.+)$/i.exec(exchange.header("authorization") ?? "")?.[1];
+    const given =
+      exchange.header("x-dynamo-admin-key") ?? /^Bearer (.+)$/i.exec(exchange.header("authorization") ?? "")?.[1];
     return given !== undefined && timingSafeEqual(digest(given), this.#keyDigest);
   }
 

@@ -104,7 +104,9 @@ export class Pipeline {
     this.#operators.check(exchange);
     const { body } = exchange;
     const isChat = isObject(body) && body["messages"] !== undefined;
-    const request = isChat ? readChatRequest(body, this.#config.limits) : readCompletionRequest(body, this.#config.limits);
+    const request = isChat
+      ? readChatRequest(body, this.#config.limits)
+      : readCompletionRequest(body, this.#config.limits);
     const hints = readRoutingHints(exchange, request.nvext, this.#operators);
     const model = this.#find(request.model, isChat ? "chat_completions" : "completions");
     const prompts =
@@ -166,7 +168,9 @@ export class Pipeline {
         created: Math.floor(this.#planes.clock.wallMs() / 1_000),
         choices: prompts.length * request.options.n,
         includeUsage: request.options.includeUsage,
-        ...(hints.extraFields.length === 0 ? {} : { nvext: () => nvextJson(model.router, exchange.requestId, hints.extraFields) }),
+        ...(hints.extraFields.length === 0
+          ? {}
+          : { nvext: () => nvextJson(model.router, exchange.requestId, hints.extraFields) }),
       });
       this.#run(exchange, plan, permit, admittedMs, writer);
     } catch (thrown) {
@@ -222,7 +226,12 @@ export class Pipeline {
     return model;
   }
 
-  async #planChat(model: ServedModel, request: ChatRequest, requestId: string, hints: RoutingHints): Promise<PlannedPrompt[]> {
+  async #planChat(
+    model: ServedModel,
+    request: ChatRequest,
+    requestId: string,
+    hints: RoutingHints,
+  ): Promise<PlannedPrompt[]> {
     const { preprocessor } = model;
     const { tokenIds, templateMs, tokenizeMs } = await preprocessor.chatSliced(request);
     model.metrics.template.observe(templateMs / 1_000);
@@ -230,7 +239,12 @@ export class Pipeline {
     return [{ request: this.#engineRequest(model, request.options, tokenIds, requestId, true, hints), echoText: "" }];
   }
 
-  async #planCompletion(model: ServedModel, request: CompletionRequest, requestId: string, hints: RoutingHints): Promise<PlannedPrompt[]> {
+  async #planCompletion(
+    model: ServedModel,
+    request: CompletionRequest,
+    requestId: string,
+    hints: RoutingHints,
+  ): Promise<PlannedPrompt[]> {
     const planned: PlannedPrompt[] = [];
     for (const [index, prompt] of request.prompts.entries()) {
       const startMs = this.#planes.clock.monotonicMs();

@@ -93,7 +93,8 @@ function setThresholds(exchange: Exchange, models: ModelRegistry): void {
   refuseUnknown(body, THRESHOLD_FIELDS, "");
   const name = readString(body["model"], "model", 1, 512);
   const model = models.find(name);
-  if (model === undefined) throw new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" });
+  if (model === undefined)
+    throw new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" });
   const old = model.router.busyThresholds;
   const read = (field: string, max: number, before: number | undefined): number | undefined => {
     const value = body[field];

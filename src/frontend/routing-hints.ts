@@ -1,7 +1,14 @@
 import { DynamoError } from "../errors/index.ts";
 import type { RouteRequest } from "../router/index.ts";
 import type { Exchange } from "./http/index.ts";
-import { invalidField, readPriority, readStrictPriority, unsupportedField, type ExtraField, type Nvext } from "./openai/index.ts";
+import {
+  invalidField,
+  readPriority,
+  readStrictPriority,
+  unsupportedField,
+  type ExtraField,
+  type Nvext,
+} from "./openai/index.ts";
 import type { Operators } from "./operator.ts";
 
 /**
@@ -9,13 +16,20 @@ import type { Operators } from "./operator.ts";
  * Fields that name or show workers are for operators: others get `unsupported-field`, and no hint of what they would do.
  */
 export interface RoutingHints {
-  readonly route: Pick<RouteRequest, "pinned" | "sessionId" | "strictPriority" | "priorityJump" | "expectedOutputTokens">;
+  readonly route: Pick<
+    RouteRequest,
+    "pinned" | "sessionId" | "strictPriority" | "priorityJump" | "expectedOutputTokens"
+  >;
   /** Isolates KV reuse. Empty = shared. */
   readonly cacheNamespace: string;
   readonly extraFields: readonly ExtraField[];
 }
 
-const NO_HINTS: RoutingHints = Object.freeze({ route: Object.freeze({}), cacheNamespace: "", extraFields: Object.freeze([]) });
+const NO_HINTS: RoutingHints = Object.freeze({
+  route: Object.freeze({}),
+  cacheNamespace: "",
+  extraFields: Object.freeze([]),
+});
 const SESSION_ID = /^[\x21-\x7e]{1,128}$/;
 const INTEGER = /^-?\d{1,10}$/;
 
@@ -23,7 +37,8 @@ export function readRoutingHints(exchange: Exchange, nvext: Nvext | undefined, o
   const sessionId = exchange.header("x-dynamo-session-id");
   const priorityText = exchange.header("x-dynamo-request-priority");
   const strictText = exchange.header("x-dynamo-request-strict-priority");
-  if (nvext === undefined && sessionId === undefined && priorityText === undefined && strictText === undefined) return NO_HINTS;
+  if (nvext === undefined && sessionId === undefined && priorityText === undefined && strictText === undefined)
+    return NO_HINTS;
   if (sessionId !== undefined && !SESSION_ID.test(sessionId)) {
     throw new DynamoError("invalid-field", "x-dynamo-session-id: expected 1 to 128 visible ASCII characters", {
       param: "x-dynamo-session-id",
@@ -32,10 +47,15 @@ export function readRoutingHints(exchange: Exchange, nvext: Nvext | undefined, o
   const pin = nvext?.backendInstanceId;
   const extraFields = nvext?.extraFields ?? [];
   if ((pin !== undefined || extraFields.length > 0) && !operators.includes(exchange)) {
-    throw unsupportedField(`nvext.${pin === undefined ? "extra_fields" : "backend_instance_id"}`, "only operators may use it");
+    throw unsupportedField(
+      `nvext.${pin === undefined ? "extra_fields" : "backend_instance_id"}`,
+      "only operators may use it",
+    );
   }
   const priority =
-    priorityText === undefined ? nvext?.priority : readPriority(integer(priorityText, "x-dynamo-request-priority"), "x-dynamo-request-priority");
+    priorityText === undefined
+      ? nvext?.priority
+      : readPriority(integer(priorityText, "x-dynamo-request-priority"), "x-dynamo-request-priority");
   const strict =
     strictText === undefined
       ? nvext?.strictPriority

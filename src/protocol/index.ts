@@ -1,3 +1,4 @@
+export * from "./active-sequences.ts";
 export * from "./byte-range.ts";
 export * from "./endpoints.ts";
 export * from "./engine-output.ts";

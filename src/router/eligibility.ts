@@ -51,8 +51,7 @@ export function eligibleRanks(request: RouteRequest, context: EligibilityContext
   }
   if (pinned !== undefined) {
     left = left.filter(
-      (rank) =>
-        rank.instanceId === pinned.instanceId && (pinned.dpRank === undefined || rank.dpRank === pinned.dpRank),
+      (rank) => rank.instanceId === pinned.instanceId && (pinned.dpRank === undefined || rank.dpRank === pinned.dpRank),
     );
   }
   const notAllowed = before - left.length;

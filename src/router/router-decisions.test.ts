@@ -48,7 +48,10 @@ function aRouter({ mode = "kv", config = {}, workers = ["a", "b", "c"], withInde
 
 /** A prompt of `path.length` blocks and `rest` tokens more. */
 function aPrompt(path: readonly number[], rest = 1): Uint32Array {
-  return Uint32Array.from([...path.flatMap((step) => Array.from({ length: BLOCK }, () => step)), ...Array.from({ length: rest }, () => 999)]);
+  return Uint32Array.from([
+    ...path.flatMap((step) => Array.from({ length: BLOCK }, () => step)),
+    ...Array.from({ length: rest }, () => 999),
+  ]);
 }
 
 function stored(path: readonly number[], tier: KvStored["tier"] = "device"): KvStored {
@@ -110,7 +113,11 @@ describe("router: kv", () => {
     const { router } = aRouter({ workers: ["a"] });
     const request = { tokenIds: aPrompt([1, 2]) };
     router.preview(request);
-    assert.deepEqual(router.preview(request).candidates[0]?.load, { active_requests: 0, prefill_tokens: 0, decode_blocks: 2 });
+    assert.deepEqual(router.preview(request).candidates[0]?.load, {
+      active_requests: 0,
+      prefill_tokens: 0,
+      decode_blocks: 2,
+    });
     assert.equal(router.workers[0]!.activeRequests, 0);
   });
 
@@ -144,23 +151,28 @@ describe("router: kv", () => {
 
   test("a hot prefix does not bury one worker while others idle: any number of short requests over one long prefix", () => {
     fc.assert(
-      fc.property(fc.integer({ min: 2, max: 12 }), fc.integer({ min: 1, max: 300 }), fc.boolean(), (count, requests, prefilled) => {
-        const ids = Array.from({ length: count }, (_, i) => String(i).padStart(2, "0"));
-        const { router, index } = aRouter({ workers: ids });
-        const hot = Array.from({ length: 200 }, (_, i) => i);
-        index.apply(index.rankOf("00", 0), stored(hot));
-        for (let i = 0; i < requests; i++) {
-          const decision = router.route({ tokenIds: aPrompt([...hot, 1_000 + i]) });
-          if (prefilled) decision.firstToken(0);
-        }
-        const active = router.workers.map((worker) => worker.activeRequests);
-        const mean = requests / count;
-        assert.ok(Math.max(...active) <= Math.max(16, 2 * mean) + 1, `${active.join(" ")}`);
-        assert.equal(
-          active.reduce((sum, one) => sum + one),
-          requests,
-        );
-      }),
+      fc.property(
+        fc.integer({ min: 2, max: 12 }),
+        fc.integer({ min: 1, max: 300 }),
+        fc.boolean(),
+        (count, requests, prefilled) => {
+          const ids = Array.from({ length: count }, (_, i) => String(i).padStart(2, "0"));
+          const { router, index } = aRouter({ workers: ids });
+          const hot = Array.from({ length: 200 }, (_, i) => i);
+          index.apply(index.rankOf("00", 0), stored(hot));
+          for (let i = 0; i < requests; i++) {
+            const decision = router.route({ tokenIds: aPrompt([...hot, 1_000 + i]) });
+            if (prefilled) decision.firstToken(0);
+          }
+          const active = router.workers.map((worker) => worker.activeRequests);
+          const mean = requests / count;
+          assert.ok(Math.max(...active) <= Math.max(16, 2 * mean) + 1, `${active.join(" ")}`);
+          assert.equal(
+            active.reduce((sum, one) => sum + one),
+            requests,
+          );
+        },
+      ),
       { numRuns: 30 },
     );
   });
@@ -226,7 +238,7 @@ describe("router: eligibility", () => {
     router.addWorker("b", "memory://b", { dataParallelSize: 2, capacity: { ...CAPACITY, totalBlocks: 4 } });
     const first = router.route({ tokenIds: aPrompt([1, 2, 3]) });
     const second = router.route({ tokenIds: aPrompt([1, 2, 3]) });
-    assert.deepEqual([first.dpRank, second.dpRank].toSorted(), [0, 1]);
+    assert.deepEqual([first.dpRank, second.dpRank].toSorted((a, b) => a - b), [0, 1]);
     assert.throws(() => router.route({ tokenIds: aPrompt([1]) }), isReason("worker-full"));
   });
 
@@ -343,7 +355,8 @@ describe("router: replicas", () => {
       events.push(event);
       assert.equal(mine.applyRemoteBooking("theirs", event), "applied");
     };
-    const load = (router: Router) => router.preview({ tokenIds: aPrompt([1, 2]) }).candidates.map((candidate) => candidate.load);
+    const load = (router: Router) =>
+      router.preview({ tokenIds: aPrompt([1, 2]) }).candidates.map((candidate) => candidate.load);
     const decisions = [1, 2, 3].map((mark) => theirs.route({ requestId: `r${mark}`, tokenIds: aPrompt([1, mark]) }));
     assert.deepEqual(load(mine), load(theirs));
     assert.deepEqual(theirs.liveBookings(), events);

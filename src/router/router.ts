@@ -97,6 +97,8 @@ export class Router implements DecisionOwner {
   readonly #sessions: SessionAffinity | undefined;
   readonly #log: DecisionLog;
   readonly #live = new Set<BookedDecision>();
+  /** Of decisions whose session is bound by them. */
+  readonly #leases = new Map<BookedDecision, Binding>();
   /** By instance id, so that the same set gives the same order on every router; a new array at every change. */
   #workers: readonly Worker[] = [];
   #ranks: readonly Rank[] = [];
@@ -123,7 +125,10 @@ export class Router implements DecisionOwner {
     this.#policy = options.policy;
     this.#blockSizeTokens = options.blockSizeTokens ?? 16;
     this.#sequences = new ActiveSequences(this.#blockSizeTokens);
-    this.#remote = new RemoteBookings(this.#sequences, (instanceId, dpRank) => this.#byId.get(instanceId)?.ranks[dpRank]);
+    this.#remote = new RemoteBookings(
+      this.#sequences,
+      (instanceId, dpRank) => this.#byId.get(instanceId)?.ranks[dpRank],
+    );
     this.#log = options.log ?? new DecisionLog();
     this.#thresholds = this.#config.busyThresholds;
     this.metrics = new RouterMetrics(options.metrics, options.model, options.policy.name);
@@ -134,7 +139,8 @@ export class Router implements DecisionOwner {
       if (!kvEvents) this.#approximate = new ApproximateIndex({ clock, ttlMs });
       else if (predictedTtlMs !== undefined) this.#approximate = new ApproximateIndex({ clock, ttlMs: predictedTtlMs });
     }
-    if (sessionAffinityTtlMs !== undefined) this.#sessions = new SessionAffinity({ clock, ttlMs: sessionAffinityTtlMs });
+    if (sessionAffinityTtlMs !== undefined)
+      this.#sessions = new SessionAffinity({ clock, ttlMs: sessionAffinityTtlMs });
     this.#queue = new RouteQueue<QueuedRoute, RoutingDecision>({
       clock,
       policy: this.#config.queuePolicy,
@@ -324,9 +330,13 @@ export class Router implements DecisionOwner {
 
   #eligible(request: RouteRequest): Eligible {
     if (this.#policy.name === "direct" && request.pinned === undefined) {
-      throw new DynamoError("invalid-field", "nvext.backend_instance_id: expected the worker's id, as this server only routes directly, got nothing", {
-        param: "nvext.backend_instance_id",
-      });
+      throw new DynamoError(
+        "invalid-field",
+        "nvext.backend_instance_id: expected the worker's id, as this server only routes directly, got nothing",
+        {
+          param: "nvext.backend_instance_id",
+        },
+      );
     }
     return eligibleRanks(request, {
       model: this.#options.model,
@@ -377,7 +387,8 @@ export class Router implements DecisionOwner {
     if (request.hashes !== undefined) return request.hashes;
     const startMs = this.#options.clock.monotonicMs();
     const { cacheNamespace } = request;
-    const seed = cacheNamespace === undefined || cacheNamespace === "" ? SHARED_SEED : blockHashSeed({ cacheNamespace });
+    const seed =
+      cacheNamespace === undefined || cacheNamespace === "" ? SHARED_SEED : blockHashSeed({ cacheNamespace });
     request.hashes = hashBlocks(request.tokenIds, this.#blockSizeTokens, seed);
     this.metrics.blockHashing.observe(this.#options.clock.monotonicMs() - startMs);
     return request.hashes;
@@ -593,8 +604,6 @@ export class Router implements DecisionOwner {
 
   // Sessions.
 
-  readonly #leases = new Map<BookedDecision, Binding>();
-
   /** Index of the session's rank among the eligible; -1 without a binding, -2 when it is bound to another one. */
   #sessionRank({ sessionId, pinned }: RouteRequest, { ranks }: Eligible): number {
     if (this.#sessions === undefined || sessionId === undefined || pinned !== undefined) return -1;
@@ -626,7 +635,11 @@ export class Router implements DecisionOwner {
     let busy = 0;
     for (const worker of this.#workers) {
       if (worker.inhibitedUntilMs > nowMs) inhibited++;
-      else if (hasThresholds(this.#thresholds) && worker.ranks.every((rank) => isRankBusy(rank, this.#thresholds, this.#sequences))) busy++;
+      else if (
+        hasThresholds(this.#thresholds) &&
+        worker.ranks.every((rank) => isRankBusy(rank, this.#thresholds, this.#sequences))
+      )
+        busy++;
     }
     this.metrics.workerState("eligible", "", this.#workers.length - inhibited - busy);
     this.metrics.workerState("inhibited", "failed", inhibited);

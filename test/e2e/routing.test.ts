@@ -3,11 +3,20 @@ import { request as httpRequest } from "node:http";
 import { describe, test } from "node:test";
 import OpenAI from "openai";
 import type { DecisionExplanation } from "../../src/router/index.ts";
-import { ECHO, startInProcessCluster, until, type InProcessCluster, type InProcessOptions } from "../helpers/in-process-cluster.ts";
+import {
+  ECHO,
+  startInProcessCluster,
+  until,
+  type InProcessCluster,
+  type InProcessOptions,
+} from "../helpers/in-process-cluster.ts";
 
 const SLOW = { ...ECHO, contextLength: 100_000, stepMs: 5 };
 
-async function withCluster(options: InProcessOptions, use: (cluster: InProcessCluster) => Promise<void>): Promise<void> {
+async function withCluster(
+  options: InProcessOptions,
+  use: (cluster: InProcessCluster) => Promise<void>,
+): Promise<void> {
   const cluster = await startInProcessCluster(options);
   try {
     await use(cluster);
@@ -16,7 +25,12 @@ async function withCluster(options: InProcessOptions, use: (cluster: InProcessCl
   }
 }
 
-function post(cluster: InProcessCluster, path: string, body: object, headers: Record<string, string> = {}): Promise<Response> {
+function post(
+  cluster: InProcessCluster,
+  path: string,
+  body: object,
+  headers: Record<string, string> = {},
+): Promise<Response> {
   return fetch(cluster.baseUrl + path, {
     method: "POST",
     headers: { "content-type": "application/json", ...headers },
@@ -44,7 +58,12 @@ describe("routing of a whole cluster", () => {
         const conversation = i % 4;
         const turn = Math.floor(i / 4);
         const prompt = `conversation ${conversation} `.repeat(3 + turn);
-        const answer = await post(cluster, "/v1/completions", { model: "echo", prompt, max_tokens: 2 }, { "x-request-id": `q${i}` });
+        const answer = await post(
+          cluster,
+          "/v1/completions",
+          { model: "echo", prompt, max_tokens: 2 },
+          { "x-request-id": `q${i}` },
+        );
         assert.equal(answer.status, 200);
         const { usage } = (await answer.json()) as OpenAI.Completion;
         const [decision] = await explain(cluster, `q${i}`);
@@ -60,7 +79,12 @@ describe("routing of a whole cluster", () => {
   test("preview: says where a prompt would go without running it, and agrees with what then happens", async () => {
     await withCluster({ workers: 3, frontend: { routerMode: "kv", router: { kvEvents: false } } }, async (cluster) => {
       const prompt = "the same words again and again ".repeat(4);
-      const first = await post(cluster, "/v1/completions", { model: "echo", prompt, max_tokens: 1 }, { "x-request-id": "first" });
+      const first = await post(
+        cluster,
+        "/v1/completions",
+        { model: "echo", prompt, max_tokens: 1 },
+        { "x-request-id": "first" },
+      );
       assert.equal(first.status, 200);
       await first.text();
       const body = { model: "echo", prompt, max_tokens: 1 };
@@ -79,12 +103,16 @@ describe("routing of a whole cluster", () => {
 
   test("nvext: an operator sees the decision in the answer, streamed and whole, and can name the worker", async () => {
     await withCluster({ workers: 2 }, async (cluster) => {
-      const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as { instances: { instance_id: string }[] };
+      const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as {
+        instances: { instance_id: string }[];
+      };
       const named = health.instances[1]!.instance_id;
       const nvext = { extra_fields: ["routing", "worker_id"], backend_instance_id: named };
       for (let i = 0; i < 3; i++) {
         const answer = await post(cluster, "/v1/completions", { model: "echo", prompt: "abc", max_tokens: 2, nvext });
-        const body = (await answer.json()) as { nvext: { worker_id: object; routing: { decisions: DecisionExplanation[] } } };
+        const body = (await answer.json()) as {
+          nvext: { worker_id: object; routing: { decisions: DecisionExplanation[] } };
+        };
         assert.deepEqual(body.nvext.worker_id, { decode_worker_id: named, decode_dp_rank: 0 });
         assert.equal(body.nvext.routing.decisions[0]!.reason, "named by the caller");
       }
@@ -95,14 +123,24 @@ describe("routing of a whole cluster", () => {
       const extra = (last.at(-1) as unknown as { nvext?: { routing: { decisions: DecisionExplanation[] } } }).nvext;
       assert.equal(extra?.routing.decisions[0]!.worker.instance_id, named);
       const absent = { ...nvext, backend_instance_id: "0000000000000000" };
-      assert.equal((await post(cluster, "/v1/completions", { model: "echo", prompt: "abc", nvext: absent })).status, 503);
+      assert.equal(
+        (await post(cluster, "/v1/completions", { model: "echo", prompt: "abc", nvext: absent })).status,
+        503,
+      );
     });
   });
 
   test("operators only: without the key there is no explanation, no preview, no pin; with it there is", async () => {
     await withCluster({ frontend: { adminKey: "secret" } }, async (cluster) => {
       const key = { "x-dynamo-admin-key": "secret" };
-      await (await post(cluster, "/v1/completions", { model: "echo", prompt: "abc", max_tokens: 1 }, { "x-request-id": "one" })).text();
+      await (
+        await post(
+          cluster,
+          "/v1/completions",
+          { model: "echo", prompt: "abc", max_tokens: 1 },
+          { "x-request-id": "one" },
+        )
+      ).text();
       const get = (path: string, headers: Record<string, string>) => fetch(cluster.baseUrl + path, { headers });
       for (const wrong of [{}, { "x-dynamo-admin-key": "Secret" }, { authorization: "Bearer none" }]) {
         assert.equal((await get("/v1/route/explain/one", wrong)).status, 404);
@@ -176,7 +214,9 @@ describe("routing of a whole cluster", () => {
       const workers = new Set<string>();
       for (let i = 0; i < 5; i++) {
         const headers = { "x-dynamo-session-id": "s1", "x-request-id": `s${i}` };
-        await (await post(cluster, "/v1/completions", { model: "echo", prompt: `turn ${i}`, max_tokens: 1 }, headers)).text();
+        await (
+          await post(cluster, "/v1/completions", { model: "echo", prompt: `turn ${i}`, max_tokens: 1 }, headers)
+        ).text();
         workers.add((await explain(cluster, `s${i}`))[0]!.worker.instance_id);
       }
       assert.equal(workers.size, 1);
@@ -195,7 +235,12 @@ describe("routing of a whole cluster", () => {
   test("cache salt: prompts of another salt do not count as cached", async () => {
     await withCluster({ frontend: { routerMode: "kv", router: { kvEvents: false } } }, async (cluster) => {
       const ask = async (requestId: string, nvext?: object): Promise<DecisionExplanation> => {
-        const body = { model: "echo", prompt: "a prompt that is long enough for some blocks", max_tokens: 1, ...(nvext && { nvext }) };
+        const body = {
+          model: "echo",
+          prompt: "a prompt that is long enough for some blocks",
+          max_tokens: 1,
+          ...(nvext && { nvext }),
+        };
         await (await post(cluster, "/v1/completions", body, { "x-request-id": requestId })).text();
         return (await explain(cluster, requestId))[0]!;
       };

@@ -6,4 +6,12 @@ export { CHAT_FIELD_NAMES, readChatRequest } from "./validate-chat.ts";
 export { COMPLETION_FIELD_NAMES, readCompletionRequest } from "./validate-completion.ts";
 export { openApiRoute } from "./openapi-route.ts";
 export { readPriority, readStrictPriority, type ExtraField, type Nvext, type WithNvext } from "./nvext.ts";
-export { invalidField, isObject, readNumber, readString, refuseUnknown, unsupportedField, type JsonObject } from "./fields.ts";
+export {
+  invalidField,
+  isObject,
+  readNumber,
+  readString,
+  refuseUnknown,
+  unsupportedField,
+  type JsonObject,
+} from "./fields.ts";

@@ -1,4 +1,13 @@
-import { MAX_INT, invalidField, readArray, readInteger, readObject, readString, refuseUnknown, unsupportedField } from "./fields.ts";
+import {
+  MAX_INT,
+  invalidField,
+  readArray,
+  readInteger,
+  readObject,
+  readString,
+  refuseUnknown,
+  unsupportedField,
+} from "./fields.ts";
 
 /**
  * `nvext`, Dynamo's extensions to a request: hints for the router, a salt that keeps cached prefixes apart, and what else
@@ -56,7 +65,9 @@ function readHints(value: unknown, name: string): Nvext {
   const { priority, strict_priority: strictPriority, osl } = hints;
   return {
     ...(isGiven(priority) ? { priority: readPriority(priority, `${name}.priority`) } : {}),
-    ...(isGiven(strictPriority) ? { strictPriority: readStrictPriority(strictPriority, `${name}.strict_priority`) } : {}),
+    ...(isGiven(strictPriority)
+      ? { strictPriority: readStrictPriority(strictPriority, `${name}.strict_priority`) }
+      : {}),
     ...(isGiven(osl) ? { expectedOutputTokens: readInteger(osl, `${name}.osl`, 1, MAX_INT) } : {}),
   };
 }
@@ -70,7 +81,8 @@ export function readStrictPriority(value: unknown, name: string): number {
 }
 
 function readInstanceId(value: unknown, name: string): string {
-  if (typeof value !== "string" || !INSTANCE_ID.test(value)) throw invalidField(name, "16 lower-case hex digits", value);
+  if (typeof value !== "string" || !INSTANCE_ID.test(value))
+    throw invalidField(name, "16 lower-case hex digits", value);
   return value;
 }
 

@@ -100,7 +100,12 @@ export function readChatRequest(body: unknown, limits: FrontendLimits): ChatRequ
     });
   }
   draft.topLogprobs = draft.logprobs ? Math.max(0, draft.topLogprobs) : -1;
-  const request = { model, messages, options: finishOptions(draft, undefined), chatTemplateArgs: templateArgsOf(draft) };
+  const request = {
+    model,
+    messages,
+    options: finishOptions(draft, undefined),
+    chatTemplateArgs: templateArgsOf(draft),
+  };
   return draft.nvext === undefined ? request : { ...request, nvext: draft.nvext };
 }
 

@@ -15,7 +15,9 @@ function aRecord(requestId: string, candidateCount: number): DecisionRecord {
     policy: "kv",
     prompt: PROMPT,
     weights: DEFAULT_ROUTER_CONFIG,
-    candidates: Array.from({ length: candidateCount }, (_, i) => aCandidate({ instanceId: String(i).padStart(16, "0") })),
+    candidates: Array.from({ length: candidateCount }, (_, i) =>
+      aCandidate({ instanceId: String(i).padStart(16, "0") }),
+    ),
     leftOut: { tried: 0, notAllowed: 0, inhibited: 0, busy: 0 },
     degradations: [],
     queuedMs: 0,
@@ -44,7 +46,11 @@ function assertIntact(log: DecisionLog, record: DecisionRecord, mark: number): v
   assert.ok(columns !== undefined, `${record.requestId} lost its numbers`);
   const expected = columnsFor(mark, count);
   for (const name of ["device", "prefillTokens", "decodeBlocks", "cost"] as const) {
-    assert.deepEqual([...columns[name].subarray(0, count)], [...expected[name].subarray(0, count)], `${record.requestId} ${name}`);
+    assert.deepEqual(
+      [...columns[name].subarray(0, count)],
+      [...expected[name].subarray(0, count)],
+      `${record.requestId} ${name}`,
+    );
   }
 }
 
@@ -83,7 +89,8 @@ test("decision log: with room for all of them every kept record has its numbers,
 
 test("decision log: finds a request with its retries and samples, and not others that begin alike", () => {
   const log = new DecisionLog();
-  for (const id of ["abc", "abc", "abc-1", "abc-p2", "abc-p2-1", "abcd", "abc-x"]) log.add(aRecord(id, 1), columnsFor(1, 1));
+  for (const id of ["abc", "abc", "abc-1", "abc-p2", "abc-p2-1", "abcd", "abc-x"])
+    log.add(aRecord(id, 1), columnsFor(1, 1));
   assert.deepEqual(
     log.find("abc").map((record) => record.requestId),
     ["abc", "abc", "abc-1", "abc-p2", "abc-p2-1"],

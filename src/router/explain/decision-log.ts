@@ -81,7 +81,10 @@ export class DecisionLog {
   /** Numbers written since the start. */
   #written = 0;
 
-  constructor({ records = 4_096, arenaBytes = 16 * 1024 * 1024 }: { readonly records?: number; readonly arenaBytes?: number } = {}) {
+  constructor({
+    records = 4_096,
+    arenaBytes = 16 * 1024 * 1024,
+  }: { readonly records?: number; readonly arenaBytes?: number } = {}) {
     this.#limit = records;
     this.#maxArena = arenaBytes >> 2;
     this.#arena = new Float32Array(Math.min(INITIAL_ARENA, this.#maxArena));
@@ -189,6 +192,8 @@ export class DecisionLog {
 
 function isSampleOf(candidate: string, requestId: string): boolean {
   return (
-    candidate.length > requestId.length && candidate.startsWith(requestId) && /^-p?\d+(-\d+)?$/.test(candidate.slice(requestId.length))
+    candidate.length > requestId.length &&
+    candidate.startsWith(requestId) &&
+    /^-p?\d+(-\d+)?$/.test(candidate.slice(requestId.length))
   );
 }

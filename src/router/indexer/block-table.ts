@@ -13,11 +13,11 @@ import {
  *
  *   directory  [ s0 s0 s1 s2 ]   by the top bits of the mixed hash; several entries may name one segment
  *   segment    [ 1,024 slots ]   linear probing from the low 10 bits; a full segment splits in two by one more bit
- *   slot       6-bit tag | 26-bit record; 0 = empty. The tag spares a record that is not it 63 times of 64.
+ *   slot       6-bit tag | 26-bit record; 0 = empty, all ones = left. The tag spares a record that is not it 63 times of 64.
  *
  * Growth costs one segment (about 20 us) at a time, never a rehash of everything, and the table needs no second copy of
- * itself. Removal moves later entries of the run back (Knuth, vol. 3, 6.4, algorithm R): no tombstones. Hashes come from
- * outside, so they are mixed with a secret of this index: nobody can aim at one segment.
+ * itself. Removal leaves a mark where a run goes on behind it (moving entries back would have to look at each one's record,
+ * a cache miss apiece); a segment full of marks is rewritten instead of split. Hashes come from outside, so they are mixed with a secret of this index: nobody can aim at one segment.
  */
 const SEGMENT_SLOTS = 1_024;
 const SLOT_MASK = SEGMENT_SLOTS - 1;
@@ -25,6 +25,10 @@ const SLOT_MASK = SEGMENT_SLOTS - 1;
 const SEGMENT_LIMIT = 820;
 const RECORD_BITS = 26;
 const RECORD_MASK = 2 ** RECORD_BITS - 1;
+/** A slot whose entry left; `MAX_RECORDS` keeps it apart from every entry. */
+const LEFT = 0xffffffff;
+/** With fewer entries than this, a segment that is full is full of marks. */
+const REWRITE_LIMIT = 600;
 
 /** Mixed hash, as an i32. Bits 0-9 slot, 10-15 tag, from the top the directory. */
 function mix(control: Int32Array, lo: number, hi: number): number {
@@ -43,6 +47,7 @@ export function findBlock(memory: FlatKvMemory, lo: number, hi: number): number 
     const slot = slots[base + at]!;
     if (slot === 0) return 0;
     if (slot >>> RECORD_BITS !== tag) continue;
+    if (slot === LEFT) continue;
     const record = slot & RECORD_MASK;
     if (records[record * RECORD_WORDS + RECORD_LO] === lo && records[record * RECORD_WORDS + RECORD_HI] === hi) {
       return record;
@@ -56,8 +61,9 @@ export class BlockTable {
   readonly #memory: FlatKvMemory;
   readonly #maxSegments: number;
   readonly #maxDirectoryBits: number;
-  /** By segment: entries, and bits of hash that all of them share. */
+  /** By segment: entries; slots that are not empty; bits of hash that all entries share. */
   readonly #counts: number[] = [];
+  readonly #taken: number[] = [];
   readonly #bits: number[] = [];
   #directoryBits = 1;
   readonly #splitting = new Uint32Array(SEGMENT_SLOTS);
@@ -80,12 +86,18 @@ export class BlockTable {
       const hash = this.#hashOf(record);
       const base = memory.directory[hash >>> (32 - this.#directoryBits)]!;
       const segment = base / SEGMENT_SLOTS;
-      if (this.#counts[segment]! < SEGMENT_LIMIT) {
+      if (this.#taken[segment]! < SEGMENT_LIMIT) {
         put(memory.slots, base, hash, record);
         this.#counts[segment]!++;
+        this.#taken[segment]!++;
         return true;
       }
-      if (!this.#trySplit(segment, hash)) return false;
+      if (this.#counts[segment]! < REWRITE_LIMIT) this.#spread(segment, base, base, 0);
+      else if (!this.#trySplit(segment, hash)) {
+        // A table at its bound still makes use of what was left.
+        if (this.#counts[segment]! === this.#taken[segment]) return false;
+        this.#spread(segment, base, base, 0);
+      }
     }
   }
 
@@ -94,20 +106,23 @@ export class BlockTable {
     const { slots, directory } = this.#memory;
     const hash = this.#hashOf(record);
     const base = directory[hash >>> (32 - this.#directoryBits)]!;
-    let hole = hash & SLOT_MASK;
-    while ((slots[base + hole]! & RECORD_MASK) !== record) {
-      assert(slots[base + hole] !== 0, "a record that is removed is in the table");
-      hole = (hole + 1) & SLOT_MASK;
+    const segment = base / SEGMENT_SLOTS;
+    let at = hash & SLOT_MASK;
+    while ((slots[base + at]! & RECORD_MASK) !== record) {
+      assert(slots[base + at] !== 0, "a record that is removed is in the table");
+      at = (at + 1) & SLOT_MASK;
     }
-    for (let at = (hole + 1) & SLOT_MASK; slots[base + at] !== 0; at = (at + 1) & SLOT_MASK) {
-      // An entry may move back to the hole unless its home lies behind the hole.
-      const home = this.#hashOf(slots[base + at]! & RECORD_MASK) & SLOT_MASK;
-      if (((at - home) & SLOT_MASK) < ((at - hole) & SLOT_MASK)) continue;
-      slots[base + hole] = slots[base + at]!;
-      hole = at;
+    this.#counts[segment]!--;
+    if (slots[base + ((at + 1) & SLOT_MASK)] !== 0) {
+      slots[base + at] = LEFT;
+      return;
     }
-    slots[base + hole] = 0;
-    this.#counts[base / SEGMENT_SLOTS]!--;
+    // The end of a run: it and the marks before it are empty again.
+    do {
+      slots[base + at] = 0;
+      this.#taken[segment]!--;
+      at = (at - 1) & SLOT_MASK;
+    } while (slots[base + at] === LEFT);
   }
 
   #trySplit(segment: number, hash: number): boolean {
@@ -116,25 +131,34 @@ export class BlockTable {
     if (bits === this.#directoryBits && !this.#tryDoubleDirectory()) return false;
     const base = segment * SEGMENT_SLOTS;
     const newBase = this.#addSegment(bits + 1);
-    const { slots, directory } = this.#memory;
+    const { directory } = this.#memory;
     this.#bits[segment] = bits + 1;
     // The directory entries of the segment are one run; its upper half goes to the new segment.
     const runLength = 2 ** (this.#directoryBits - bits);
     const first = (hash >>> (32 - bits)) * runLength;
     directory.fill(newBase, first + runLength / 2, first + runLength);
+    this.#spread(segment, base, newBase, bits);
+    return true;
+  }
+
+  /** Writes a segment anew, without marks; entries with the bit after the first `bits` set go to `upperBase`. */
+  #spread(segment: number, base: number, upperBase: number, bits: number): void {
+    const { slots } = this.#memory;
     this.#splitting.set(slots.subarray(base, base + SEGMENT_SLOTS));
     slots.fill(0, base, base + SEGMENT_SLOTS);
     let moved = 0;
     for (const slot of this.#splitting) {
-      if (slot === 0) continue;
-      const slotHash = this.#hashOf(slot & RECORD_MASK);
-      const isUpper = (slotHash >>> (31 - bits)) & 1;
-      moved += isUpper;
-      put(slots, isUpper === 1 ? newBase : base, slotHash, slot & RECORD_MASK);
+      if (slot === 0 || slot === LEFT) continue;
+      const hash = this.#hashOf(slot & RECORD_MASK);
+      const isUpper = upperBase !== base && ((hash >>> (31 - bits)) & 1) === 1;
+      if (isUpper) moved++;
+      put(slots, isUpper ? upperBase : base, hash, slot & RECORD_MASK);
     }
     this.#counts[segment]! -= moved;
-    this.#counts[newBase / SEGMENT_SLOTS] = moved;
-    return true;
+    this.#taken[segment] = this.#counts[segment]!;
+    if (upperBase === base) return;
+    this.#counts[upperBase / SEGMENT_SLOTS] = moved;
+    this.#taken[upperBase / SEGMENT_SLOTS] = moved;
   }
 
   #tryDoubleDirectory(): boolean {
@@ -156,6 +180,7 @@ export class BlockTable {
     const segment = this.#counts.length;
     this.#memory.ensureSlots((segment + 1) * SEGMENT_SLOTS);
     this.#counts.push(0);
+    this.#taken.push(0);
     this.#bits.push(bits);
     return segment * SEGMENT_SLOTS;
   }

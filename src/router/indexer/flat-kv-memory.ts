@@ -19,8 +19,8 @@ export const RECORD_SET = 2;
 export const RECORD_CHILD = 3;
 /** Of a node of the rank sets. */
 export const NODE_WORDS = 8;
-/** What 26 bits number. */
-export const MAX_RECORDS = 2 ** 26 - 1;
+/** What 26 bits number, without "none" and the table's mark. */
+export const MAX_RECORDS = 2 ** 26 - 2;
 
 /** A directory of 4 MiB. */
 export const MAX_DIRECTORY_BITS = 20;

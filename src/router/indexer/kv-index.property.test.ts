@@ -148,7 +148,10 @@ test("KV index: flat and naive agree through thousands of chains that come and g
     const parts = { chain, from, to: from + 1 + pick(40 - from), tier: TIERS[pick(8) < 6 ? 0 : pick(4)]! };
     const event = pick(3) === 0 ? aRemoved(parts) : aStored(parts);
     assert.equal(flat.apply(flatRank, event), naive.apply(naiveRank, event));
-    if (round % 500 === 499) [flat.clearRank(flatRank), naive.clearRank(naiveRank)];
+    if (round % 500 === 499) {
+      flat.clearRank(flatRank);
+      naive.clearRank(naiveRank);
+    }
     flat.findMatches(chain, 40, scores);
     naive.findMatches(chain, 40, expected);
     assert.deepEqual(scores, expected);

@@ -82,7 +82,7 @@ export class NaiveKvIndex implements KvIndex {
   }
 
   clearRank(rank: number): void {
-    for (const block of [...this.#blocks.values()]) {
+    for (const block of this.#blocks.values()) {
       for (const tier of TIERS) block.owners.delete(`${tier} ${rank}`);
       this.#forgetIfUnused(block);
     }

@@ -14,7 +14,9 @@ for (const policy of Object.values(ROUTING_POLICIES)) {
 
 test("round-robin: takes each worker in turn", () => {
   const candidates = FOUR.slice(0, 3);
-  const chosen = [0, 1, 2, 3].map((turn) => ROUTING_POLICIES["round-robin"].choose(aSnapshot(candidates, { turn })).index);
+  const chosen = [0, 1, 2, 3].map(
+    (turn) => ROUTING_POLICIES["round-robin"].choose(aSnapshot(candidates, { turn })).index,
+  );
   assert.deepEqual(chosen, [0, 1, 2, 0]);
 });
 
@@ -32,7 +34,8 @@ test("power-of-two: never takes the most loaded of three, and takes the least lo
   const candidates = [5, 9, 1].map((activeRequests, id) => aCandidate({ instanceId: String(id), activeRequests }));
   const random = new SeededRandom(7);
   const counts = [0, 0, 0];
-  for (let i = 0; i < 3_000; i++) counts[ROUTING_POLICIES["power-of-two"].choose(aSnapshot(candidates, { random })).index]!++;
+  for (let i = 0; i < 3_000; i++)
+    counts[ROUTING_POLICIES["power-of-two"].choose(aSnapshot(candidates, { random })).index]!++;
   assert.equal(counts[1], 0);
   assert.ok(Math.abs(counts[2]! - 2_000) < 150, `least loaded taken ${counts[2]} times of 3000`);
 });
@@ -58,8 +61,20 @@ describe("kv", () => {
 
   test("a longer prefix wins at equal load, and a lower load at equal prefix", () => {
     assert.equal(choose([{ device: 3 }, { device: 4 }, { device: 0 }]), 1);
-    assert.equal(choose([{ device: 4, decodeBlocks: 9 }, { device: 4, decodeBlocks: 8 }]), 1);
-    assert.equal(choose([{ device: 4, prefillTokens: 32 }, { device: 4, prefillTokens: 16 }]), 1);
+    assert.equal(
+      choose([
+        { device: 4, decodeBlocks: 9 },
+        { device: 4, decodeBlocks: 8 },
+      ]),
+      1,
+    );
+    assert.equal(
+      choose([
+        { device: 4, prefillTokens: 32 },
+        { device: 4, prefillTokens: 16 },
+      ]),
+      1,
+    );
   });
 
   test("ties are drawn uniformly among the tied only", () => {
@@ -114,7 +129,8 @@ describe("stay-until-saturated", () => {
     const worker = (activeRequests: number) => aCandidate({ activeRequests, capacity });
     const off = { ...DEFAULT_ROUTER_CONFIG, maxImbalance: 0 };
     const at = (first: number, load: CandidateLoad): number =>
-      policy.choose(aSnapshot([worker(first), worker(0)], { loads: [{ device: 9, ...load }, {}], settings: off })).index;
+      policy.choose(aSnapshot([worker(first), worker(0)], { loads: [{ device: 9, ...load }, {}], settings: off }))
+        .index;
     assert.equal(at(3, { prefillTokens: 1_023, decodeBlocks: 899 }), 0);
     assert.equal(at(4, {}), 1);
     assert.equal(at(0, { prefillTokens: 1_024 }), 1);

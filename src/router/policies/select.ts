@@ -27,7 +27,12 @@ export function lowest(values: Float64Array, count: number, random: { nextFloat(
  * One draw with weights exp(-normalised cost / temperature), costs normalised to 0..1 over the finite ones. All equal:
  * uniform.
  */
-export function sampled(values: Float64Array, count: number, temperature: number, random: { nextFloat(): number }): number {
+export function sampled(
+  values: Float64Array,
+  count: number,
+  temperature: number,
+  random: { nextFloat(): number },
+): number {
   let min = Infinity;
   let max = -Infinity;
   for (let i = 0; i < count; i++) {
@@ -54,7 +59,10 @@ export function sampled(values: Float64Array, count: number, temperature: number
 }
 
 /** The snapshot's costs, with Infinity for candidates whose load is at `cap`. Valid until the next call. */
-export function costsBelow({ candidates, columns }: RoutingSnapshot, cap: number): { costs: Float64Array; left: number } {
+export function costsBelow(
+  { candidates, columns }: RoutingSnapshot,
+  cap: number,
+): { costs: Float64Array; left: number } {
   const { count } = columns;
   if (cap === Infinity) return { costs: columns.cost, left: count };
   if (masked.length < count) masked = new Float64Array(columns.cost.length);

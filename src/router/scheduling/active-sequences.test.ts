@@ -5,7 +5,10 @@ import { ActiveSequences, type Booking } from "./active-sequences.ts";
 import { NaiveActiveSequences, type NaiveBooking } from "./naive-active-sequences.ts";
 import { BLOCK_SIZE, aPath, chainOf } from "./testing.ts";
 
-const aRequest = (path: readonly number[], overrides: { shared?: boolean; prefillTokens?: number; osl?: number } = {}) => {
+const aRequest = (
+  path: readonly number[],
+  overrides: { shared?: boolean; prefillTokens?: number; osl?: number } = {},
+) => {
   const { hashes, blockCount } = chainOf(path);
   return {
     sequenceHashes: overrides.shared === false ? undefined : hashes,
@@ -105,47 +108,51 @@ const aStep: fc.Arbitrary<Step> = fc.oneof(
 
 test("active sequences: the flat and the naive one agree after every step of any history", () => {
   fc.assert(
-    fc.property(fc.array(aStep, { maxLength: 60 }), fc.array(aPath, { minLength: 1, maxLength: 3 }), (steps, probes) => {
-      const flat = new ActiveSequences(BLOCK_SIZE);
-      const naive = new NaiveActiveSequences(BLOCK_SIZE);
-      for (let slot = 0; slot < SLOTS; slot++) flat.addSlot();
-      const pairs: [Booking, NaiveBooking][] = [];
-      for (const step of steps) {
-        if (step.do === "add") {
-          const request = aRequest(step.path, { shared: step.shared, prefillTokens: step.prefill, osl: step.osl });
-          pairs.push([flat.add(step.slot, request), naive.add(step.slot, request)]);
-        } else if (step.do === "replace") {
-          flat.removeSlot(step.slot);
-          assert.equal(flat.addSlot(), step.slot);
-          naive.removeSlot(step.slot);
-        } else if (pairs.length > 0) {
-          const [mine, theirs] = pairs[step.which % pairs.length]!;
-          if (step.do === "free") {
-            flat.free(mine);
-            naive.bookings.delete(theirs);
-          } else if (step.do === "prefilled") {
-            flat.prefillDone(mine);
-            theirs.isPrefilled = true;
-          } else {
-            flat.addOutput(mine, step.tokens);
-            theirs.outputTokens += step.tokens;
+    fc.property(
+      fc.array(aStep, { maxLength: 60 }),
+      fc.array(aPath, { minLength: 1, maxLength: 3 }),
+      (steps, probes) => {
+        const flat = new ActiveSequences(BLOCK_SIZE);
+        const naive = new NaiveActiveSequences(BLOCK_SIZE);
+        for (let slot = 0; slot < SLOTS; slot++) flat.addSlot();
+        const pairs: [Booking, NaiveBooking][] = [];
+        for (const step of steps) {
+          if (step.do === "add") {
+            const request = aRequest(step.path, { shared: step.shared, prefillTokens: step.prefill, osl: step.osl });
+            pairs.push([flat.add(step.slot, request), naive.add(step.slot, request)]);
+          } else if (step.do === "replace") {
+            flat.removeSlot(step.slot);
+            assert.equal(flat.addSlot(), step.slot);
+            naive.removeSlot(step.slot);
+          } else if (pairs.length > 0) {
+            const [mine, theirs] = pairs[step.which % pairs.length]!;
+            if (step.do === "free") {
+              flat.free(mine);
+              naive.bookings.delete(theirs);
+            } else if (step.do === "prefilled") {
+              flat.prefillDone(mine);
+              theirs.isPrefilled = true;
+            } else {
+              flat.addOutput(mine, step.tokens);
+              theirs.outputTokens += step.tokens;
+            }
+          }
+          for (let slot = 0; slot < SLOTS; slot++) {
+            assert.equal(flat.requests(slot), naive.requests(slot));
+            assert.equal(flat.prefillTokens(slot), naive.prefillTokens(slot));
+            assert.equal(flat.decodeBlocks(slot), naive.decodeBlocks(slot));
+          }
+          for (const path of probes) {
+            const { hashes, blockCount } = chainOf(path);
+            const shared = new Uint32Array(SLOTS);
+            flat.sharedInto(hashes, blockCount, shared);
+            for (let slot = 0; slot < SLOTS; slot++) assert.equal(shared[slot], naive.shared(slot, hashes, blockCount));
           }
         }
-        for (let slot = 0; slot < SLOTS; slot++) {
-          assert.equal(flat.requests(slot), naive.requests(slot));
-          assert.equal(flat.prefillTokens(slot), naive.prefillTokens(slot));
-          assert.equal(flat.decodeBlocks(slot), naive.decodeBlocks(slot));
-        }
-        for (const path of probes) {
-          const { hashes, blockCount } = chainOf(path);
-          const shared = new Uint32Array(SLOTS);
-          flat.sharedInto(hashes, blockCount, shared);
-          for (let slot = 0; slot < SLOTS; slot++) assert.equal(shared[slot], naive.shared(slot, hashes, blockCount));
-        }
-      }
-      for (const [mine] of pairs) flat.free(mine);
-      for (let slot = 0; slot < SLOTS; slot++) assert.equal(flat.decodeBlocks(slot), 0);
-    }),
+        for (const [mine] of pairs) flat.free(mine);
+        for (let slot = 0; slot < SLOTS; slot++) assert.equal(flat.decodeBlocks(slot), 0);
+      },
+    ),
     { numRuns: 150 },
   );
 });
@@ -158,8 +165,14 @@ test("active sequences: growth keeps what was there", () => {
   const shared = new Uint32Array(40);
   const { hashes } = chainOf([777, 778, 779]);
   sequences.sharedInto(hashes, 3, shared);
-  assert.deepEqual([...shared.keys()].filter((slot) => shared[slot] === 3), [777 % 40]);
-  assert.equal([...shared].reduce((sum, blocks) => sum + blocks), 3);
+  assert.deepEqual(
+    [...shared.keys()].filter((slot) => shared[slot] === 3),
+    [777 % 40],
+  );
+  assert.equal(
+    [...shared].reduce((sum, blocks) => sum + blocks),
+    3,
+  );
   for (const booking of bookings) sequences.free(booking);
   assert.equal(sequences.decodeBlocks(777 % 40), 0);
 });

@@ -53,7 +53,10 @@ test("approximate index: above its bound the longest unused goes down to 80 %, l
   record(index, 0, [3, 3, 3]);
   assert.equal(index.stats().memberships, 8);
   // The two deepest of the first chain were the oldest, then one of the second.
-  assert.deepEqual([matches(index, [1, 1, 1, 1]), matches(index, [2, 2, 2, 2]), matches(index, [3, 3, 3])], [[2], [3], [3]]);
+  assert.deepEqual(
+    [matches(index, [1, 1, 1, 1]), matches(index, [2, 2, 2, 2]), matches(index, [3, 3, 3])],
+    [[2], [3], [3]],
+  );
   assert.equal(index.stats().evictedBlocks, 3);
 });
 

@@ -31,7 +31,8 @@ export function hasThresholds(thresholds: BusyThresholds): boolean {
 export function isBusy(thresholds: BusyThresholds, load: RankLoad): boolean {
   const { activeDecodeBlocks, activePrefillTokens, activePrefillTokensFrac } = thresholds;
   const { decodeBlocks, totalBlocks, prefillTokens, maxBatchedTokens } = load;
-  if (activeDecodeBlocks !== undefined && totalBlocks > 0 && decodeBlocks > activeDecodeBlocks * totalBlocks) return true;
+  if (activeDecodeBlocks !== undefined && totalBlocks > 0 && decodeBlocks > activeDecodeBlocks * totalBlocks)
+    return true;
   if (activePrefillTokens !== undefined && prefillTokens > activePrefillTokens) return true;
   return (
     activePrefillTokensFrac !== undefined &&

@@ -19,7 +19,15 @@ function columnsOf(rows: readonly Row[]): CandidateColumns {
   const columns = new CandidateColumns();
   columns.resize(rows.length);
   rows.forEach((row, i) => {
-    for (const name of ["device", "host", "disk", "shared", "prefillTokens", "decodeBlocks", "activeRequests"] as const) {
+    for (const name of [
+      "device",
+      "host",
+      "disk",
+      "shared",
+      "prefillTokens",
+      "decodeBlocks",
+      "activeRequests",
+    ] as const) {
       columns[name][i] = row[name] ?? 0;
     }
     columns.multiplier[i] = row.multiplier ?? 1;

@@ -163,37 +163,47 @@ test("queue: any mix of entering, cancelling and draining serves by (strict, key
     fc.record({ kind: fc.constant("drain" as const), room: fc.nat(3) }),
   );
   fc.assert(
-    fc.property(fc.array(step, { maxLength: 60 }), fc.constantFrom<QueuePolicy>("fcfs", "lcfs", "wspt"), (steps, policy) => {
-      const { clock, queue, placed, enter, openFor } = aQueue({ policy });
-      const waiting = new Map<number, { item: Item; arrivalMs: number; cancel: (error: DynamoError) => void }>();
-      let ids = 0;
-      const key = ({ item, arrivalMs }: { item: Item; arrivalMs: number }): number => {
-        if (policy === "wspt") return (1 + item.priorityJump) / Math.max(1, item.promptTokens);
-        return item.priorityJump + ((policy === "fcfs" ? -1 : 1) * arrivalMs) / 1_000;
-      };
-      for (const one of steps) {
-        clock.advance(100);
-        if (one.kind === "enter") {
-          const item = anItem(ids++, { strictPriority: one.strict, priorityJump: one.jump, promptTokens: one.tokens });
-          waiting.set(item.id, { item, arrivalMs: clock.monotonicMs(), cancel: (error) => handle.cancel(error) });
-          const handle = enter(item);
-        } else if (one.kind === "cancel") {
-          const target = [...waiting.values()][one.which % Math.max(1, waiting.size)];
-          target?.cancel(new DynamoError("cancelled", "x"));
-          if (target !== undefined) waiting.delete(target.item.id);
-        } else {
-          const expected = [...waiting.values()]
-            .toSorted((a, b) => b.item.strictPriority - a.item.strictPriority || key(b) - key(a) || a.item.id - b.item.id)
-            .slice(0, one.room)
-            .map(({ item }) => item.id);
-          const before = placed.length;
-          openFor(one.room);
-          assert.deepEqual(placed.slice(before), expected);
-          for (const id of expected) waiting.delete(id);
+    fc.property(
+      fc.array(step, { maxLength: 60 }),
+      fc.constantFrom<QueuePolicy>("fcfs", "lcfs", "wspt"),
+      (steps, policy) => {
+        const { clock, queue, placed, enter, openFor } = aQueue({ policy });
+        const waiting = new Map<number, { item: Item; arrivalMs: number; cancel: (error: DynamoError) => void }>();
+        let ids = 0;
+        const key = ({ item, arrivalMs }: { item: Item; arrivalMs: number }): number => {
+          if (policy === "wspt") return (1 + item.priorityJump) / Math.max(1, item.promptTokens);
+          return item.priorityJump + ((policy === "fcfs" ? -1 : 1) * arrivalMs) / 1_000;
+        };
+        for (const one of steps) {
+          clock.advance(100);
+          if (one.kind === "enter") {
+            const item = anItem(ids++, {
+              strictPriority: one.strict,
+              priorityJump: one.jump,
+              promptTokens: one.tokens,
+            });
+            waiting.set(item.id, { item, arrivalMs: clock.monotonicMs(), cancel: (error) => handle.cancel(error) });
+            const handle = enter(item);
+          } else if (one.kind === "cancel") {
+            const target = [...waiting.values()][one.which % Math.max(1, waiting.size)];
+            target?.cancel(new DynamoError("cancelled", "x"));
+            if (target !== undefined) waiting.delete(target.item.id);
+          } else {
+            const expected = [...waiting.values()]
+              .toSorted(
+                (a, b) => b.item.strictPriority - a.item.strictPriority || key(b) - key(a) || a.item.id - b.item.id,
+              )
+              .slice(0, one.room)
+              .map(({ item }) => item.id);
+            const before = placed.length;
+            openFor(one.room);
+            assert.deepEqual(placed.slice(before), expected);
+            for (const id of expected) waiting.delete(id);
+          }
+          assert.equal(queue.length, waiting.size);
         }
-        assert.equal(queue.length, waiting.size);
-      }
-    }),
+      },
+    ),
     { numRuns: 200 },
   );
 });

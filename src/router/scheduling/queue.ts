@@ -39,11 +39,11 @@ export interface RouteQueueOptions<Item extends QueueItem, Decision> {
   /** A request that waited this long gets its key anew before it is placed. 0 = never. */
   readonly refreshAfterMs: number;
   /** undefined = it must go on waiting. What it throws goes to the waiting one. */
-  place(item: Item, waitedMs: number): Decision | undefined;
+  readonly place: (item: Item, waitedMs: number) => Decision | undefined;
   /** Most prompt tokens that any worker has cached, for wspt. */
-  cachedTokens(item: Item): number;
+  readonly cachedTokens: (item: Item) => number;
   /** After each change: how many wait, with how many prompt tokens, of which cached somewhere. */
-  onChange?(entries: number, promptTokens: number, cachedTokens: number): void;
+  readonly onChange?: (entries: number, promptTokens: number, cachedTokens: number) => void;
 }
 
 class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decision> {
@@ -78,7 +78,10 @@ class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decis
   }
 
   onExpire(): void {
-    this.queue.leave(this, new DynamoError("request-deadline", "the request was still waiting for a worker at its deadline"));
+    this.queue.leave(
+      this,
+      new DynamoError("request-deadline", "the request was still waiting for a worker at its deadline"),
+    );
   }
 }
 
@@ -151,7 +154,7 @@ export class RouteQueue<Item extends QueueItem, Decision> {
 
   /** Everything that waits is refused with `error`. */
   close(error: DynamoError): void {
-    for (const entry of [...this.#heap]) this.leave(entry, error);
+    while (this.#heap.length > 0) this.leave(this.#heap[0]!, error);
     this.#deadlines.close();
   }
 

@@ -43,6 +43,9 @@ test("session affinity: above the limit the one that was idle longest goes", () 
   clock.advance(10);
   sessions.release("one", sessions.lease("one", A));
   sessions.release("three", sessions.lease("three", A));
-  assert.deepEqual(["one", "two", "three"].map((id) => sessions.find(id) !== undefined), [true, false, true]);
+  assert.deepEqual(
+    ["one", "two", "three"].map((id) => sessions.find(id) !== undefined),
+    [true, false, true],
+  );
   assert.equal(sessions.size, 2);
 });

@@ -24,7 +24,15 @@ export class SessionAffinity {
   /** In order of last use: the front was idle longest, or runs a request that long. */
   readonly #sessions = new Map<string, Session>();
 
-  constructor({ clock, ttlMs, limit = MAX_SESSIONS }: { readonly clock: Clock; readonly ttlMs: number; readonly limit?: number }) {
+  constructor({
+    clock,
+    ttlMs,
+    limit = MAX_SESSIONS,
+  }: {
+    readonly clock: Clock;
+    readonly ttlMs: number;
+    readonly limit?: number;
+  }) {
     this.#clock = clock;
     this.#ttlMs = ttlMs;
     this.#limit = limit;
