@@ -45,6 +45,15 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     about: "Loads the model, checks itself with a short request, registers, and serves until SIGTERM drains it.",
     load: () => import("./worker.ts"),
   },
+  mocker: {
+    summary: "run workers with a mock engine that schedules and takes its time like a real one",
+    usage: "dynamo mocker [options]",
+    example: "dynamo mocker --num-workers 4 --speedup-ratio 10 --file-kv /tmp/cluster",
+    about:
+      "For tests of load and routing without a GPU: KV blocks, batches, preemption, KV events and timing are simulated, the\n" +
+      "answer is made up from the prompt. Without --model bytes are tokens.",
+    load: () => import("./mocker.ts"),
+  },
   model: {
     summary: "pull, list and remove model files",
     usage: "dynamo model pull NAME | list | rm NAME",

@@ -1,5 +1,6 @@
 import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
+import { MOCKER_OPTIONS } from "./mocker-options.ts";
 
 /**
  * Every option of every command, in one table: the command line (`--flag`), the environment (`DYN_...`), the key of a
@@ -8,7 +9,7 @@ import { join } from "node:path";
  *
  * Limits are bounds on what clients can send; the reason for each number stands beside it.
  */
-export const COMMAND_NAMES = ["local", "frontend", "worker", "model", "status", "doctor"] as const;
+export const COMMAND_NAMES = ["local", "frontend", "worker", "mocker", "model", "status", "doctor"] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
 
 interface OptionBase {
@@ -52,7 +53,7 @@ interface SwitchOption extends OptionBase {
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
 export type OptionGroup = "Model and engine" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
-const ROLES = ["local", "frontend", "worker"] as const;
+const ROLES = ["local", "frontend", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
 const WORKERS = ["local", "worker"] as const;
 
@@ -66,11 +67,11 @@ export const OPTIONS = {
   model: {
     type: "text",
     default: undefined,
-    defaultText: "SmolLM2-135M-Instruct; with --engine echo: none, bytes are tokens",
+    defaultText: "SmolLM2-135M-Instruct; with --engine echo: none, bytes are tokens; mocker: none, bytes are tokens",
     env: "DYN_MODEL",
     also: [{ flag: "model-path", env: "DYN_MODEL_PATH" }],
     group: "Model and engine",
-    commands: ["local", "worker", "doctor"],
+    commands: ["local", "worker", "mocker", "doctor"],
     help: "Model to serve: a name of `dynamo model list`, hf:owner/repository/file.gguf, or the path of a GGUF file.",
   },
   "model-name": {
@@ -80,7 +81,7 @@ export const OPTIONS = {
     env: "DYN_MODEL_NAME",
     also: [{ flag: "served-model-name", env: "DYN_SERVED_MODEL_NAME" }],
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "The name clients use.",
   },
   "custom-jinja-template": {
@@ -89,7 +90,7 @@ export const OPTIONS = {
     defaultText: "the model's own",
     env: "DYN_CUSTOM_JINJA_TEMPLATE",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "File with a chat template to use instead of the model's own.",
   },
   engine: {
@@ -126,10 +127,10 @@ export const OPTIONS = {
     default: 0,
     min: 0,
     max: 16_777_216,
-    defaultText: "0 = what the model was trained for; 8192 with --engine echo",
+    defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker: 131072",
     env: "DYN_CONTEXT_LENGTH",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "Longest sequence, prompt and answer together, in tokens.",
   },
   "kv-cache-tokens": {
@@ -147,34 +148,37 @@ export const OPTIONS = {
   "max-num-seqs": {
     type: "integer",
     default: 64,
+    defaultText: "64; mocker: 256",
     min: 1,
     // libllama's own bound on sequences of one context is 256; some are kept for cached prefixes.
     max: 256,
     env: "DYN_MAX_NUM_SEQS",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "Sequences one worker runs at once.",
   },
   "max-num-batched-tokens": {
     type: "integer",
     // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
     default: 512,
+    defaultText: "512; mocker: 8192",
     min: 16,
     max: 65_536,
     env: "DYN_MAX_NUM_BATCHED_TOKENS",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "Tokens one engine step takes.",
   },
   "kv-cache-block-size": {
     type: "integer",
     default: 16,
+    defaultText: "16; mocker: 64, with --engine-type sglang 1",
     min: 1,
     max: 1_024,
     env: "DYN_KV_CACHE_BLOCK_SIZE",
     also: [{ flag: "block-size" }],
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "Tokens per KV block.",
   },
   threads: {
@@ -196,7 +200,7 @@ export const OPTIONS = {
     max: 1_000_000,
     env: "DYN_ENGINE_REQUEST_LIMIT",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "Requests a worker holds, running and waiting, before it refuses more.",
   },
   "echo-step-ms": {
@@ -214,7 +218,7 @@ export const OPTIONS = {
     default: "backend",
     env: "DYN_COMPONENT",
     group: "Model and engine",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Component name of the worker in discovery.",
   },
   "system-port": {
@@ -225,9 +229,10 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_SYSTEM_PORT",
     group: "Model and engine",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Port for this worker's own /health, /live and /metrics on loopback; 0 = any free port.",
   },
+  ...MOCKER_OPTIONS,
   // ---- HTTP ----
   "http-host": {
     type: "text",
@@ -389,10 +394,20 @@ export const OPTIONS = {
     commands: FRONTENDS,
     help: "KiB a client may leave unread before its stream is closed.",
   },
+  "admin-key": {
+    type: "text",
+    default: undefined,
+    defaultText: "none: clients of this machine are operators",
+    secret: true,
+    env: "DYN_ADMIN_KEY",
+    group: "HTTP",
+    commands: FRONTENDS,
+    help: "Whoever sends it may see routing explanations, set busy thresholds and name workers.",
+  },
   // ---- Routing ----
   "router-mode": {
     type: "choice",
-    choices: ["round-robin", "random", "least-loaded"],
+    choices: ["round-robin", "random", "power-of-two", "least-loaded", "kv", "stay-until-saturated", "direct"],
     default: "round-robin",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
@@ -405,7 +420,228 @@ export const OPTIONS = {
     env: "DYN_ROUTER_USE_KV_EVENTS",
     group: "Routing",
     commands: FRONTENDS,
-    help: "Whether KV-aware routing follows the workers' KV events. The modes above do not use them.",
+    help: "Whether KV-aware routing follows the workers' KV events. Off: by its own decisions.",
+  },
+  "router-kv-overlap-score-credit": {
+    type: "number",
+    default: 1,
+    min: 0,
+    max: 100,
+    also: [
+      { flag: "kv-overlap-score-credit" },
+      { flag: "kv-overlap-score-weight", env: "DYN_KV_OVERLAP_SCORE_WEIGHT" },
+    ],
+    env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "How much of its prefill a block that a worker has cached saves; 0 = cached blocks do not count.",
+  },
+  "router-kv-overlap-score-credit-decay": {
+    type: "number",
+    default: 0,
+    min: 0,
+    max: 1000,
+    env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "How fast that credit shrinks on a worker whose backlog is longer than the least loaded one's.",
+  },
+  "router-prefill-load-scale": {
+    type: "number",
+    default: 1,
+    min: 0,
+    max: 1000,
+    env: "DYN_ROUTER_PREFILL_LOAD_SCALE",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Weight of the prompt tokens to compute against the blocks in use.",
+  },
+  "router-host-cache-hit-weight": {
+    type: "number",
+    default: 0.75,
+    min: 0,
+    max: 100,
+    env: "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Credit of a block that a worker has in host memory.",
+  },
+  "router-disk-cache-hit-weight": {
+    type: "number",
+    default: 0.25,
+    min: 0,
+    max: 100,
+    env: "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Credit of a block that a worker has on disk.",
+  },
+  "router-decode-active-request-weight": {
+    type: "number",
+    default: 0,
+    min: 0,
+    max: 1000000,
+    env: "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Cost in blocks of each request that runs on a worker.",
+  },
+  "router-temperature": {
+    type: "number",
+    default: 0,
+    min: 0,
+    max: 1000,
+    env: "DYN_ROUTER_TEMPERATURE",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Above 0, workers are drawn by cost instead of the cheapest taken; larger is more even.",
+  },
+  "router-max-imbalance": {
+    type: "number",
+    default: 2,
+    min: 0,
+    max: 1000,
+    env: "DYN_ROUTER_MAX_IMBALANCE",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "KV modes pass over a worker with this many times the mean load, however much it has cached; 0 = no bound.",
+  },
+  "router-ttl-secs": {
+    type: "number",
+    default: 120,
+    min: 0.001,
+    max: 31536000,
+    env: "DYN_ROUTER_TTL_SECS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Without KV events: how long a prompt counts as cached where it was sent.",
+  },
+  "router-predicted-ttl-secs": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 0.001,
+    max: 31536000,
+    env: "DYN_ROUTER_PREDICTED_TTL_SECS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Beside KV events: how long a prompt counts as cached where it was sent; 5 covers the time until the events come.",
+  },
+  "router-track-active-blocks": {
+    type: "switch",
+    default: true,
+    env: "DYN_ROUTER_TRACK_ACTIVE_BLOCKS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Whether the blocks of running requests count as load.",
+  },
+  "router-track-output-blocks": {
+    type: "switch",
+    default: false,
+    env: "DYN_ROUTER_TRACK_OUTPUT_BLOCKS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Whether generated tokens count as blocks too.",
+  },
+  "router-track-prefill-tokens": {
+    type: "switch",
+    default: true,
+    env: "DYN_ROUTER_TRACK_PREFILL_TOKENS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Whether prompt tokens that wait to be computed count as load.",
+  },
+  "router-assume-kv-reuse": {
+    type: "switch",
+    default: true,
+    env: "DYN_ROUTER_ASSUME_KV_REUSE",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Whether requests that run at the same time share the blocks of a common prefix.",
+  },
+  "router-queue-threshold": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 0,
+    max: 1000000,
+    env: "DYN_ROUTER_QUEUE_THRESHOLD",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Requests wait in the router while every worker has more than this many batches to prefill.",
+  },
+  "router-queue-policy": {
+    type: "choice",
+    default: "fcfs",
+    choices: ["fcfs", "lcfs", "wspt"],
+    env: "DYN_ROUTER_QUEUE_POLICY",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Order of the requests that wait: arrival, newest first, or least uncached work first.",
+  },
+  "router-queue-limit": {
+    type: "integer",
+    default: 4096,
+    min: 1,
+    max: 1000000,
+    env: "DYN_ROUTER_QUEUE_LIMIT",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Requests that may wait in one model's router; more get status 529.",
+  },
+  "router-overlap-refresh-after-secs": {
+    type: "number",
+    default: 10,
+    min: 0,
+    max: 86400,
+    env: "DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "A request that waited this long gets its place by its cached prefix of now; 0 = never.",
+  },
+  "router-session-affinity-ttl-secs": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 1,
+    max: 31536000,
+    env: "DYN_ROUTER_SESSION_AFFINITY_TTL_SECS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "How long a session (x-dynamo-session-id) stays with its worker after its last request.",
+  },
+  "active-decode-blocks-threshold": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 0,
+    max: 1,
+    env: "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "A worker with more than this part of its KV blocks in use is busy; when all are, requests get status 529.",
+  },
+  "active-prefill-tokens-threshold": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 0,
+    max: 1099511627776,
+    env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "A worker with more prompt tokens to compute is busy.",
+  },
+  "active-prefill-tokens-threshold-frac": {
+    type: "number",
+    default: undefined,
+    defaultText: "off",
+    min: 0,
+    max: 1000,
+    env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "The same in batches of the engine.",
   },
   // ---- Planes ----
   namespace: {
@@ -423,7 +659,7 @@ export const OPTIONS = {
     default: "file",
     env: "DYN_DISCOVERY_BACKEND",
     group: "Planes",
-    commands: ["frontend", "worker", "status"],
+    commands: ["frontend", "worker", "mocker", "status"],
     help: "How processes find each other. memory is for one process alone.",
   },
   "file-kv": {
@@ -442,7 +678,7 @@ export const OPTIONS = {
     default: "tcp",
     env: "DYN_REQUEST_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker"],
+    commands: ["frontend", "worker", "mocker"],
     help: "How requests reach workers.",
   },
   "tcp-rpc-host": {
@@ -450,7 +686,7 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_TCP_RPC_HOST",
     group: "Planes",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Address the worker's request plane listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
   },
   "tcp-rpc-port": {
@@ -460,7 +696,7 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_TCP_RPC_PORT",
     group: "Planes",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Port of the worker's request plane; 0 = any free port.",
   },
   "tcp-rpc-advertise-host": {
@@ -469,7 +705,7 @@ export const OPTIONS = {
     defaultText: "--tcp-rpc-host",
     env: "DYN_TCP_RPC_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Address that frontends connect to, when it is not the one to listen on.",
   },
   "event-plane": {
@@ -479,7 +715,7 @@ export const OPTIONS = {
     default: "zmq",
     env: "DYN_EVENT_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker", "status"],
+    commands: ["frontend", "worker", "mocker", "status"],
     help: "How load and KV events travel.",
   },
   "zmq-host": {
@@ -487,7 +723,7 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_ZMQ_HOST",
     group: "Planes",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Address the worker's event publishers listen on.",
   },
   "zmq-advertise-host": {
@@ -496,7 +732,7 @@ export const OPTIONS = {
     defaultText: "--zmq-host",
     env: "DYN_ZMQ_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker"],
+    commands: ["worker", "mocker"],
     help: "Address that event subscribers connect to, when it is not the one to listen on.",
   },
   "cluster-secret": {
@@ -554,7 +790,7 @@ export const OPTIONS = {
     defaultText: "~/.cache/dynamo-ts/models",
     env: "DYN_MODEL_DIR",
     group: "General",
-    commands: ["local", "worker", "model", "doctor"],
+    commands: ["local", "worker", "mocker", "model", "doctor"],
     help: "Folder of pulled models.",
   },
   json: {

@@ -1,6 +1,6 @@
 import { availableParallelism } from "node:os";
 import { DynamoError } from "../errors/index.ts";
-import type { FrontendConfig } from "../frontend/index.ts";
+import type { FrontendConfig, RouterConfig } from "../frontend/index.ts";
 import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
 import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
 import type { OptionValues } from "./options.ts";
@@ -12,6 +12,8 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
     httpHost: values["http-host"],
     httpPort: values["http-port"],
     routerMode: values["router-mode"],
+    router: routerConfig(values),
+    ...(values["admin-key"] === undefined ? {} : { adminKey: values["admin-key"] }),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     limits: {
       bodyBytes: values["http-body-limit-mb"] * 1024 * 1024,
@@ -28,6 +30,43 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
       connections: values["http-connections"],
     },
   };
+}
+
+function routerConfig(values: OptionValues): Partial<RouterConfig> {
+  const blocks = values["active-decode-blocks-threshold"];
+  const tokens = values["active-prefill-tokens-threshold"];
+  const fraction = values["active-prefill-tokens-threshold-frac"];
+  return {
+    overlapScoreCredit: values["router-kv-overlap-score-credit"],
+    overlapScoreCreditDecay: values["router-kv-overlap-score-credit-decay"],
+    prefillLoadScale: values["router-prefill-load-scale"],
+    hostCacheHitWeight: values["router-host-cache-hit-weight"],
+    diskCacheHitWeight: values["router-disk-cache-hit-weight"],
+    decodeActiveRequestWeight: values["router-decode-active-request-weight"],
+    temperature: values["router-temperature"],
+    maxImbalance: values["router-max-imbalance"],
+    kvEvents: values["router-kv-events"],
+    ttlMs: milliseconds(values["router-ttl-secs"]),
+    predictedTtlMs: optionalMilliseconds(values["router-predicted-ttl-secs"]),
+    trackActiveBlocks: values["router-track-active-blocks"],
+    trackOutputBlocks: values["router-track-output-blocks"],
+    trackPrefillTokens: values["router-track-prefill-tokens"],
+    assumeKvReuse: values["router-assume-kv-reuse"],
+    queueThreshold: values["router-queue-threshold"],
+    queuePolicy: values["router-queue-policy"],
+    queueLimit: values["router-queue-limit"],
+    overlapRefreshAfterMs: milliseconds(values["router-overlap-refresh-after-secs"]),
+    sessionAffinityTtlMs: optionalMilliseconds(values["router-session-affinity-ttl-secs"]),
+    busyThresholds: {
+      ...(blocks === undefined ? {} : { activeDecodeBlocks: blocks }),
+      ...(tokens === undefined ? {} : { activePrefillTokens: tokens }),
+      ...(fraction === undefined ? {} : { activePrefillTokensFrac: fraction }),
+    },
+  };
+}
+
+function optionalMilliseconds(seconds: number | undefined): number | undefined {
+  return seconds === undefined ? undefined : milliseconds(seconds);
 }
 
 /** Throws `model-unavailable` when the model is not on this machine: a worker does not pull. */

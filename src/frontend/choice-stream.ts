@@ -41,6 +41,13 @@ const RETRIED: ReadonlySet<Reason> = new Set<Reason>([
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
 const CREDIT_PAUSE_BYTES = 64 * 1024;
 
+export interface ChoiceOptions {
+  readonly stops: readonly string[];
+  readonly hints: RoutingHints;
+  /** The first choice of the same prompt: its blocks are hashed once for all of them. */
+  readonly sibling: ChoiceStream | undefined;
+}
+
 export class ChoiceStream implements ClientStreamHandler {
   readonly index: number;
   readonly #run: GenerationRun;
@@ -51,6 +58,7 @@ export class ChoiceStream implements ClientStreamHandler {
   readonly #excluded = new Set<string>();
   /** Kept for all attempts: it remembers the hashes of the prompt. */
   readonly #route: RouteRequest;
+  readonly #sibling: ChoiceStream | undefined;
   #attempts = 0;
   /** In the router's queue. */
   #waiting: WaitingRoute | undefined;
@@ -75,13 +83,14 @@ export class ChoiceStream implements ClientStreamHandler {
     run: GenerationRun,
     index: number,
     request: PreprocessedRequest,
-    { stops, hints }: { readonly stops: readonly string[]; readonly hints: RoutingHints },
+    { stops, hints, sibling }: ChoiceOptions,
   ) {
     this.index = index;
     this.#run = run;
     this.#request = request;
     this.#detokenizer = new Detokenizer(run.model.preprocessor.tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
+    this.#sibling = sibling;
     this.#route = {
       ...hints.route,
       requestId: request.requestId,
@@ -97,6 +106,11 @@ export class ChoiceStream implements ClientStreamHandler {
     return this.#ended;
   }
 
+  /** Of the prompt's blocks, once it was routed. */
+  get hashes(): RouteRequest["hashes"] {
+    return this.#route.hashes;
+  }
+
   /** The worker of the last attempt, for the log line. */
   get instanceId(): string {
     return this.#decision?.instanceId ?? "";
@@ -109,6 +123,7 @@ export class ChoiceStream implements ClientStreamHandler {
     stages.enter("route");
     try {
       // Step 4: route.
+      if (this.#sibling?.hashes !== undefined) this.#route.hashes ??= this.#sibling.hashes;
       const routed = model.router.routeWhenReady(this.#route);
       if ("instanceId" in routed) this.#send(routed, startMs);
       else void this.#await(routed, startMs);
@@ -318,7 +333,14 @@ export class ChoiceStream implements ClientStreamHandler {
       router.inhibit(decision.instanceId);
     }
     const untouched = this.tokenCount === 0 && this.#turnCount === 0;
-    if (decision === undefined || !untouched || !RETRIED.has(error.reason) || this.#attempts >= MAX_ATTEMPTS) {
+    const isBound = this.#route.pinned !== undefined;
+    if (
+      decision === undefined ||
+      isBound ||
+      !untouched ||
+      !RETRIED.has(error.reason) ||
+      this.#attempts >= MAX_ATTEMPTS
+    ) {
       this.#failNow(error);
       return;
     }

@@ -12,6 +12,8 @@ export interface FrontendConfig {
   readonly routerMode: RouterMode | (string & {});
   /** What is not given has Dynamo's default. */
   readonly router?: Partial<RouterConfig>;
+  /** `--router-replica-sync`: frontends tell each other what they have on the workers. @default false */
+  readonly routerReplicaSync?: boolean;
   /** Asked for by the operators' endpoints and fields; without one, clients of this machine are operators. */
   readonly adminKey?: string;
   readonly limits: FrontendLimits;

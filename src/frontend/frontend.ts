@@ -30,6 +30,7 @@ export async function startFrontend(
       namespace: config.namespace,
       routerMode: config.routerMode,
       router: config.router,
+      replicaSync: config.routerReplicaSync,
     });
     const operators = new Operators(config.adminKey);
     const pipeline = new Pipeline(planes, config, models, operators);

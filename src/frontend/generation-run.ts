@@ -71,9 +71,16 @@ export class GenerationRun {
     this.#dispatchedMs = context.planes.clock.monotonicMs();
     const { n, stop } = plan.options;
     for (const prompt of plan.prompts) {
+      let sibling: ChoiceStream | undefined;
       for (let copy = 0; copy < n; copy++) {
         const request = copy === 0 ? prompt.request : anotherSample(prompt.request, copy);
-        this.#choices.push(new ChoiceStream(this, this.#choices.length, request, { stops: stop, hints: plan.hints }));
+        const choice = new ChoiceStream(this, this.#choices.length, request, {
+          stops: stop,
+          hints: plan.hints,
+          sibling,
+        });
+        sibling ??= choice;
+        this.#choices.push(choice);
       }
     }
     this.#running = this.#choices.length;

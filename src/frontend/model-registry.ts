@@ -12,6 +12,8 @@ import {
 import {
   DEFAULT_ROUTER_CONFIG,
   FlatKvIndex,
+  KvEventFeed,
+  ReplicaSync,
   Router,
   findPolicy,
   type KvIndex,
@@ -73,13 +75,22 @@ export class ModelRegistry {
   readonly #loading = new Map<string, Promise<ServedModel>>();
   readonly #workers = new Map<string, WorkerRecord>();
   readonly #retryTimers = new Set<TimerHandle>();
+  /** Keeps the models' KV indexes; undefined when the router does not use them. */
+  readonly #kvFeed: KvEventFeed | undefined;
+  /** Tells other routers what this one books; undefined when not asked for. */
+  readonly #replicaSync: ReplicaSync | undefined;
   #watches: (Watch | EventSubscription)[] = [];
   #closed = false;
 
   /** Throws `invalid-config` for a router mode that nobody registered. */
   constructor(
     planes: Planes,
-    options: { namespace: string; routerMode: string; router?: Partial<RouterConfig> | undefined },
+    options: {
+      namespace: string;
+      routerMode: string;
+      router?: Partial<RouterConfig> | undefined;
+      replicaSync?: boolean | undefined;
+    },
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
@@ -88,10 +99,17 @@ export class ModelRegistry {
     this.#policy = policy;
     this.#routerConfig = { ...DEFAULT_ROUTER_CONFIG, ...options.router };
     this.#logger = planes.logger;
+    const { events, request, clock, logger, metrics } = planes;
+    const usesKvEvents = policy.usesOverlap === true && this.#routerConfig.kvEvents;
+    this.#kvFeed = usesKvEvents ? new KvEventFeed({ events, client: request.client, clock, logger, metrics }) : undefined;
+    this.#replicaSync = options.replicaSync === true ? new ReplicaSync({ events, clock, logger, metrics }) : undefined;
   }
 
   async start(): Promise<void> {
     const scope = { namespace: this.#namespace };
+    // Before the first worker joins.
+    await this.#kvFeed?.start();
+    await this.#replicaSync?.start();
     this.#watches.push(
       await watchInstances(this.#planes.discovery, { ...scope, endpoint: GENERATE_ENDPOINT }, (change) => {
         if (change.type === "put") this.#onInstance(change.instance);
@@ -140,7 +158,7 @@ export class ModelRegistry {
     this.#watches = [];
     for (const model of this.#models.values())
       model.router.close(new DynamoError("draining", "the server is shutting down"));
-    await Promise.all(watches.map((watch) => watch.close()));
+    await Promise.all([...watches.map((watch) => watch.close()), this.#kvFeed?.close(), this.#replicaSync?.close()]);
   }
 
   #record(instanceId: string): WorkerRecord {
@@ -152,7 +170,7 @@ export class ModelRegistry {
   #onInstance(instance: Instance): void {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
-    if (record.joined !== undefined) joinRouter(record.joined, instance, record.joined.card);
+    if (record.joined !== undefined) this.#joinRouter(record.joined, instance, record.joined.card);
     this.#join(instance.instanceId);
   }
 
@@ -172,6 +190,7 @@ export class ModelRegistry {
     if (record === undefined) return;
     delete record[part];
     if (record.joined !== undefined) {
+      this.#kvFeed?.removeWorker(instanceId);
       record.joined.router.removeWorker(instanceId);
       record.joined.workerGauges.get(instanceId)?.remove();
       record.joined.workerGauges.delete(instanceId);
@@ -246,10 +265,11 @@ export class ModelRegistry {
     if (conflict !== undefined) {
       // The last worker of the old kind is gone: the model starts over with the new card.
       this.#models.delete(model.name);
+      this.#replicaSync?.detach(model.name);
       this.#join(instanceId);
       return;
     }
-    joinRouter(model, instance, card);
+    this.#joinRouter(model, instance, card);
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
@@ -258,6 +278,20 @@ export class ModelRegistry {
       { instance: instanceId, model: model.name, workers: model.router.workers.length },
       "worker joined",
     );
+  }
+
+  #joinRouter(model: ServedModel, instance: Instance, card: ModelCard): void {
+    const { maxSequences, maxBatchedTokens, totalBlocks } = card;
+    const { instanceId, address, namespace, component } = instance;
+    const dataParallelSize = Math.max(1, Math.min(card.dataParallelSize, MAX_RANKS));
+    this.#kvFeed?.removeMoved(instanceId, address);
+    model.router.addWorker(instanceId, address, {
+      dataParallelSize,
+      capacity: { maxSequences, maxBatchedTokens, totalBlocks },
+    });
+    if (model.kvIndex === undefined) return;
+    const endpointPrefix = `${namespace}.${component}`;
+    this.#kvFeed?.addWorker({ instanceId, model: model.name, address, endpointPrefix, dataParallelSize, index: model.kvIndex });
   }
 
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {
@@ -291,9 +325,11 @@ export class ModelRegistry {
       metrics: new ModelMetrics(metrics, card.name),
       workerGauges: new Map(),
     };
+    if (kvIndex !== undefined) router.indexHealth = this.#kvFeed?.health(kvIndex);
     model.metrics.setCard(card);
     this.#evictIdle();
     this.#models.set(card.name, model);
+    this.#replicaSync?.attach(card.name, router);
     return model;
   }
 
@@ -302,16 +338,9 @@ export class ModelRegistry {
     const idle = [...this.#models.values()].find((model) => model.router.workers.length === 0);
     if (idle === undefined) throw new DynamoError("stream-limit", `${MAX_MODELS} models are served already`);
     this.#models.delete(idle.name);
+    this.#replicaSync?.detach(idle.name);
     idle.router.close(new DynamoError("no-workers", `no worker that serves ${idle.name} is available`));
   }
-}
-
-function joinRouter(model: ServedModel, instance: Instance, card: ModelCard): void {
-  const { maxSequences, maxBatchedTokens, totalBlocks, dataParallelSize } = card;
-  model.router.addWorker(instance.instanceId, instance.address, {
-    dataParallelSize: Math.max(1, Math.min(dataParallelSize, MAX_RANKS)),
-    capacity: { maxSequences, maxBatchedTokens, totalBlocks },
-  });
 }
 
 /** What must agree between all workers of one model, or requests would mean different things on each. */

@@ -41,7 +41,7 @@ export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
 const EXPLAIN_PREFIX = "/v1/route/explain/";
 
 function sendExplanation(exchange: Exchange, models: ModelRegistry): void {
-  const requestId = decodeURIComponent(exchange.path.slice(EXPLAIN_PREFIX.length));
+  const requestId = decoded(exchange.path.slice(EXPLAIN_PREFIX.length));
   for (const model of models.all()) {
     const decisions = model.router.explain(requestId);
     if (decisions.length === 0) continue;
@@ -49,6 +49,15 @@ function sendExplanation(exchange: Exchange, models: ModelRegistry): void {
     return;
   }
   throw new DynamoError("route-not-found", "no decision is kept for that request; the last 4,096 of each model are");
+}
+
+/** A path that is not well formed names no request. */
+function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 /** `nvext` of an answer. */

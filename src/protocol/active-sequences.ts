@@ -124,7 +124,8 @@ function eventOf(reader: ByteReader): ActiveSequenceEvent {
   const prefillTokens = reader.u32();
   const expectedOutputTokens = reader.u32();
   const hashed = reader.u8() === 1 ? reader.u32() : undefined;
-  if (blockCount > MAX_BLOCKS || (hashed ?? 0) > MAX_BLOCKS) throw new Error(`blocks are over the limit of ${MAX_BLOCKS}`);
+  if (blockCount > MAX_BLOCKS || (hashed ?? 0) > MAX_BLOCKS)
+    throw new Error(`blocks are over the limit of ${MAX_BLOCKS}`);
   if (hashed !== undefined && hashed < blockCount) throw new Error(`${hashed} hashes for ${blockCount} blocks`);
   const sequenceHashes = hashed === undefined ? undefined : reader.u32s(2 * hashed);
   return { type, requestId, instanceId, dpRank, sequenceHashes, blockCount, prefillTokens, expectedOutputTokens };

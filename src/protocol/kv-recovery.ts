@@ -25,7 +25,7 @@ export type KvQuery =
 
 interface KvAnswerHead {
   readonly epoch: number;
-  /** The newest event of the rank; of a dump: the newest one that it contains. */
+  /** The newest event of the rank. */
   readonly lastEventId: number;
 }
 
@@ -34,11 +34,13 @@ export type KvAnswer =
   | (KvAnswerHead & { readonly type: "events"; readonly firstEventId: number; readonly events: readonly KvEvent[] })
   /**
    * Events that lead from nothing to every block of the rank, parents before children, over `pageCount` pages from 0. A
-   * block that is gone while others behind it are not is stored, and removed at the end.
+   * block that is gone while others behind it are not is stored, and removed at the end. The dump holds what was before
+   * and with event `atEventId`, the same on every page; what came after it is to be asked for.
    */
   | (KvAnswerHead & {
       readonly type: "tree-dump";
       readonly dumpId: number;
+      readonly atEventId: number;
       readonly page: number;
       readonly pageCount: number;
       readonly events: readonly KvEvent[];
@@ -133,6 +135,7 @@ export function encodeKvAnswer(answer: KvAnswer, encoded?: Uint8Array): Buffer {
     writer.bytes(encoded ?? encodeKvEvents(answer.events));
   } else if (answer.type === "tree-dump") {
     writeNumber(answer.dumpId);
+    writeNumber(answer.atEventId);
     writer.u32(answer.page);
     writer.u32(answer.pageCount);
     writer.bytes(encoded ?? encodeKvEvents(answer.events));
@@ -155,6 +158,7 @@ export function decodeKvAnswer(bytes: Uint8Array, dpRank: number): KvAnswer {
     }
     if (type === "tree-dump") {
       const dumpId = readNumber(reader);
+      const atEventId = readNumber(reader);
       const page = reader.u32();
       const pageCount = reader.u32();
       if (pageCount < 1 || pageCount > KV_DUMP_MAX_PAGES || page >= pageCount) {
@@ -162,7 +166,7 @@ export function decodeKvAnswer(bytes: Uint8Array, dpRank: number): KvAnswer {
       }
       const events = eventsOf(reader, dpRank);
       if (events.some((event) => event.type === "cleared")) throw new Error("a dump does not clear");
-      return { type, epoch, lastEventId, dumpId, page, pageCount, events };
+      return { type, epoch, lastEventId, dumpId, atEventId, page, pageCount, events };
     }
     if (reader.remaining !== 0) throw new Error(`${reader.remaining} bytes follow the answer`);
     return { type, epoch, lastEventId };

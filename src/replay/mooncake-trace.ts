@@ -47,7 +47,11 @@ function parseRow({ text, number }: TraceLine, { name, blockSizeTokens }: Moonca
   const expected = Math.ceil(inputTokens / blockSizeTokens);
   if (!Array.isArray(ids) || ids.length !== expected) {
     const got = Array.isArray(ids) ? `${ids.length}` : shown(ids);
-    throw invalidTrace(name, number, `hash_ids: expected ${expected} ids, one per ${blockSizeTokens} tokens, got ${got}`);
+    throw invalidTrace(
+      name,
+      number,
+      `hash_ids: expected ${expected} ids, one per ${blockSizeTokens} tokens, got ${got}`,
+    );
   }
   for (const id of ids as unknown[]) {
     if (typeof id !== "number" || !Number.isInteger(id) || id < 0 || id > 0xffff_ffff) {

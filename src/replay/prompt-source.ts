@@ -27,7 +27,13 @@ export function firstPrompt(start: PromptStart, session: number, tokens: number)
 }
 
 /** The prompt of a later turn: what was said so far and `newTokens` more. */
-export function nextPrompt(history: Uint32Array, answer: readonly number[], newTokens: number, session: number, turn: number): Uint32Array {
+export function nextPrompt(
+  history: Uint32Array,
+  answer: readonly number[],
+  newTokens: number,
+  session: number,
+  turn: number,
+): Uint32Array {
   const prompt = new Uint32Array(history.length + answer.length + newTokens);
   prompt.set(history);
   prompt.set(answer, history.length);

@@ -11,7 +11,10 @@ export async function readTrace(path: string, options: TraceOptions = {}): Promi
   try {
     const { size } = await stat(path);
     if (size > MAX_TRACE_CHARACTERS) {
-      throw new DynamoError("invalid-config", `trace ${name}: expected at most ${MAX_TRACE_CHARACTERS} bytes, got ${size}`);
+      throw new DynamoError(
+        "invalid-config",
+        `trace ${name}: expected at most ${MAX_TRACE_CHARACTERS} bytes, got ${size}`,
+      );
     }
     return parseTrace(await readFile(path, "utf8"), { name, ...options });
   } catch (cause) {

@@ -1,7 +1,13 @@
 import type { Sequence } from "../engines/mocker/index.ts";
 import type { RoutingDecision, RoutingPolicy } from "../router/index.ts";
 import { LogHistogram } from "./log-histogram.ts";
-import { distributionOf, type Balance, type Distribution, type ReplayReport, type WorkerShare } from "./replay-report.ts";
+import {
+  distributionOf,
+  type Balance,
+  type Distribution,
+  type ReplayReport,
+  type WorkerShare,
+} from "./replay-report.ts";
 import type { ReplayRank } from "./replay-worker.ts";
 
 /** Gathers a replay's figures: exact per request, in a histogram per token. */
@@ -100,7 +106,13 @@ function shareOf(instanceId: string, ranks: readonly ReplayRank[], simulatedMs: 
     busyMs += rank.busyMs;
     preemptions += rank.load().preemptions;
   }
-  return { instanceId, requests, computedTokens, busy: simulatedMs === 0 ? 0 : busyMs / simulatedMs / ranks.length, preemptions };
+  return {
+    instanceId,
+    requests,
+    computedTokens,
+    busy: simulatedMs === 0 ? 0 : busyMs / simulatedMs / ranks.length,
+    preemptions,
+  };
 }
 
 function balanceOf(shares: readonly WorkerShare[]): Balance {

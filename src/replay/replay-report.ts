@@ -69,7 +69,8 @@ export interface WorkerShare {
 export function distributionOf(values: ArrayLike<number>): Distribution {
   const sorted = Float64Array.from(values).sort();
   if (sorted.length === 0) return { mean: 0, p50: 0, p90: 0, p99: 0, max: 0 };
-  const at = (share: number): number => sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(share * sorted.length) - 1))]!;
+  const at = (share: number): number =>
+    sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(share * sorted.length) - 1))]!;
   let sum = 0;
   for (const value of sorted) sum += value;
   return { mean: sum / sorted.length, p50: at(0.5), p90: at(0.9), p99: at(0.99), max: sorted.at(-1)! };

@@ -1,6 +1,5 @@
-import type { KvEvent } from "../protocol/index.ts";
-import type { LoadSnapshot } from "../protocol/index.ts";
-import { MockScheduler, type PassObserver, type Sequence } from "../engines/mocker/index.ts";
+import type { MockScheduler, PassObserver, Sequence } from "../engines/mocker/index.ts";
+import type { KvEvent, LoadSnapshot } from "../protocol/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import type { VirtualClock } from "./virtual-clock.ts";
 

@@ -192,15 +192,19 @@ test("virtual clock: runs timers by time, then by creation, and never one that w
 
 test("log histogram: quantiles are right within half a per cent", () => {
   fc.assert(
-    fc.property(fc.array(fc.double({ min: 0.01, max: 1e6, noNaN: true }), { minLength: 1, maxLength: 200 }), (values) => { // prettier-ignore
-      const histogram = new LogHistogram();
-      for (const value of values) histogram.observe(value);
-      const sorted = values.toSorted((a, b) => a - b);
-      for (const share of [0, 0.5, 0.9, 1]) {
-        const exact = sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)]!;
-        assert.ok(Math.abs(histogram.quantile(share) / exact - 1) < 0.0051);
-      }
-      assert.equal(histogram.max, sorted.at(-1));
-    }),
+    fc.property(
+      fc.array(fc.double({ min: 0.01, max: 1e6, noNaN: true }), { minLength: 1, maxLength: 200 }),
+      (values) => {
+        // prettier-ignore
+        const histogram = new LogHistogram();
+        for (const value of values) histogram.observe(value);
+        const sorted = values.toSorted((a, b) => a - b);
+        for (const share of [0, 0.5, 0.9, 1]) {
+          const exact = sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)]!;
+          assert.ok(Math.abs(histogram.quantile(share) / exact - 1) < 0.0051);
+        }
+        assert.equal(histogram.max, sorted.at(-1));
+      },
+    ),
   );
 });

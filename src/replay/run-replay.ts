@@ -101,7 +101,7 @@ class Replay {
     for (let events = 0; this.#isUnfinished(); events++) {
       assert(this.#clock.runNext(), "while requests are unfinished something is due");
       // A request that the router's queue lets go is told so by a promise.
-      if (this.#waitingRoutes > 0) await undefined;
+      if (this.#waitingRoutes > 0) await Promise.resolve();
       if (events % EVENTS_PER_BREATH === 0) {
         await new Promise<void>((resolve) => setImmediate(resolve));
         if (signal?.aborted === true) throw new DynamoError("cancelled", "the replay was cancelled");
@@ -294,7 +294,14 @@ function arrivalTimes(sessions: readonly TraceSession[], options: ReplayOptions,
   return Float64Array.from(sessions, ({ arrivalMs }) => (arrivalMs + random.nextFloat() * smearMs) / speedup);
 }
 
-function checkOptions({ workers, arrivals = ON_SCHEDULE, smearMs = 0, eventDelayMs = 0, loadIntervalMs = 250, maxSessions = 1 }: ReplayOptions): void {
+function checkOptions({
+  workers,
+  arrivals = ON_SCHEDULE,
+  smearMs = 0,
+  eventDelayMs = 0,
+  loadIntervalMs = 250,
+  maxSessions = 1,
+}: ReplayOptions): void {
   const problems: string[] = [];
   if (!Number.isInteger(workers) || workers < 1 || workers > 4_096) {
     problems.push(`workers: expected a whole number from 1 to 4096, got ${workers}`);

@@ -50,7 +50,14 @@ export function syntheticTrace(options: SyntheticOptions): Trace {
   check("turns", turns, 1, 10_000);
   check("turn tokens", turnTokens, 1, MAX_REQUEST_TOKENS);
   check("groups", groups, 1, 1_000_000);
-  for (const [name, value, max] of [["length spread", lengthSpread, 1], ["shared prefix ratio", sharedPrefixRatio, 1], ["interval", intervalMs, 1e12], ["turn delay", turnDelayMs, 1e12], ["group skew", groupSkew, 100]] as const) { // prettier-ignore
+  for (const [name, value, max] of [
+    ["length spread", lengthSpread, 1],
+    ["shared prefix ratio", sharedPrefixRatio, 1],
+    ["interval", intervalMs, 1e12],
+    ["turn delay", turnDelayMs, 1e12],
+    ["group skew", groupSkew, 100],
+  ] as const) {
+    // prettier-ignore
     if (!(value >= 0 && value <= max)) throw invalid(`${name}: expected 0 to ${max}, got ${value}`);
   }
   const random = new SeededRandom(seed);

@@ -62,15 +62,35 @@ test("trace: what breaks the format is named with its line", () => {
 });
 
 test("trace: no text makes the readers throw anything but invalid-config", () => {
-  const piece = fc.constantFrom("{", "}", '"timestamp":', "1", ",", "\n", "hash_ids", "[", "]", "TIMESTAMP", "é", row());
+  const piece = fc.constantFrom(
+    "{",
+    "}",
+    '"timestamp":',
+    "1",
+    ",",
+    "\n",
+    "hash_ids",
+    "[",
+    "]",
+    "TIMESTAMP",
+    "é",
+    row(),
+  );
   fc.assert(
-    fc.property(fc.oneof(fc.string(), fc.array(piece).map((list) => list.join(""))), (text) => { // prettier-ignore
-      try {
+    fc.property(
+      fc.oneof(
+        fc.string(),
+        fc.array(piece).map((list) => list.join("")),
+      ),
+      (text) => {
+        // prettier-ignore
+        try {
         parseTrace(text);
       } catch (error) {
         assert.ok(isInvalid(/^trace trace, line \d+: /)(error), String(error));
       }
-    }),
+      },
+    ),
   );
 });
 

@@ -1,4 +1,5 @@
 export * from "./config.ts";
+export * from "./events/index.ts";
 export type { RemoteResult } from "./remote-bookings.ts";
 export * from "./indexer/index.ts";
 export * from "./policies/index.ts";

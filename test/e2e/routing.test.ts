@@ -152,6 +152,7 @@ describe("routing of a whole cluster", () => {
       assert.equal((await get("/v1/route/explain/one", key)).status, 200);
       assert.equal((await get("/v1/route/explain/one", { authorization: "Bearer secret" })).status, 200);
       assert.equal((await get("/v1/route/explain/two", key)).status, 404);
+      assert.equal((await get("/v1/route/explain/%E0%A4%A", key)).status, 404);
     });
   });
 

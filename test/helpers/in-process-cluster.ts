@@ -2,7 +2,7 @@ import { startFrontend, DEFAULT_LIMITS, type FrontendConfig, type RunningFronten
 import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
 import type { Planes } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
-import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
+import { MemoryEventBus, MemoryEventPlane, type MemoryEventBusOptions } from "../../src/runtime/event-plane/index.ts";
 import { MemoryNetwork, MemoryRequestPlane } from "../../src/runtime/request-plane/index.ts";
 import { systemClock, SeededRandom } from "../../src/std/index.ts";
 import { startWorker, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
@@ -13,9 +13,17 @@ export interface InProcessCluster {
   readonly frontendPlanes: Planes;
   readonly workers: RunningWorker[];
   addWorker(overrides?: Partial<WorkerConfig>): Promise<RunningWorker>;
+  /** One more frontend on the same planes, as the first one but for `overrides`. */
+  addFrontend(overrides?: InProcessOptions["frontend"]): Promise<InProcessFrontend>;
   /** Waits until the frontend routes to that many workers. */
   settled(workerCount: number): Promise<void>;
   stop(): Promise<void>;
+}
+
+export interface InProcessFrontend {
+  readonly baseUrl: string;
+  readonly frontend: RunningFrontend;
+  readonly planes: Planes;
 }
 
 export interface InProcessOptions {
@@ -23,6 +31,8 @@ export interface InProcessOptions {
   readonly worker?: Partial<WorkerConfig>;
   readonly frontend?: Partial<Omit<FrontendConfig, "limits">> & { limits?: Partial<FrontendConfig["limits"]> };
   readonly logger?: Logger;
+  /** Loses what it says of the event plane. */
+  readonly drop?: MemoryEventBusOptions["drop"];
 }
 
 export const ECHO: WorkerConfig["engine"] = {
@@ -37,7 +47,7 @@ export const ECHO: WorkerConfig["engine"] = {
 export async function startInProcessCluster(options: InProcessOptions = {}): Promise<InProcessCluster> {
   const store = new MemoryStore();
   const network = new MemoryNetwork();
-  const bus = new MemoryEventBus();
+  const bus = new MemoryEventBus(options.drop === undefined ? {} : { drop: options.drop });
   const logger = options.logger ?? silentLogger;
   const opened: Planes[] = [];
   const planes = (): Planes => {
@@ -55,22 +65,27 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     return made;
   };
   const never = new AbortController().signal;
-  const frontendPlanes = planes();
-  const { limits, ...frontendRest } = options.frontend ?? {};
-  const frontend = await startFrontend(
-    {
-      namespace: "dynamo",
-      httpHost: "127.0.0.1",
-      httpPort: 0,
-      routerMode: "round-robin",
-      drainTimeoutMs: 5_000,
-      ...frontendRest,
-      limits: { ...DEFAULT_LIMITS, ...limits },
-    },
-    frontendPlanes,
-    never,
-  );
-  const baseUrl = `http://127.0.0.1:${frontend.port}`;
+  const frontends: RunningFrontend[] = [];
+  const addFrontend = async (overrides: InProcessOptions["frontend"] = {}): Promise<InProcessFrontend> => {
+    const made = planes();
+    const given = { ...options.frontend, ...overrides };
+    const frontend = await startFrontend(
+      {
+        namespace: "dynamo",
+        httpHost: "127.0.0.1",
+        httpPort: 0,
+        routerMode: "round-robin",
+        drainTimeoutMs: 5_000,
+        ...given,
+        limits: { ...DEFAULT_LIMITS, ...given.limits },
+      },
+      made,
+      never,
+    );
+    frontends.push(frontend);
+    return { baseUrl: `http://127.0.0.1:${frontend.port}`, frontend, planes: made };
+  };
+  const { baseUrl, frontend, planes: frontendPlanes } = await addFrontend();
   const workers: RunningWorker[] = [];
   const addWorker = async (overrides: Partial<WorkerConfig> = {}): Promise<RunningWorker> => {
     const worker = await startWorker(
@@ -105,9 +120,10 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     frontendPlanes,
     workers,
     addWorker,
+    addFrontend,
     settled,
     async stop() {
-      await frontend.stop();
+      await Promise.all(frontends.map((each) => each.stop()));
       await Promise.all(workers.map((worker) => worker.stop()));
       for (const made of opened) {
         await made.events.close();

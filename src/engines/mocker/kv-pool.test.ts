@@ -124,24 +124,28 @@ test("block chain: grows to the same hashes as the whole sequence has", () => {
 
 test("block heap: gives the smallest key first, whatever was removed in between", () => {
   fc.assert(
-    fc.property(fc.array(fc.tuple(fc.constantFrom("add", "remove", "take"), fc.nat(15), fc.nat(5)), { maxLength: 80 }), (steps) => { // prettier-ignore
-      const heap = new BlockHeap(16);
-      const model = new Map<number, number>();
-      for (const [what, block, key] of steps) {
-        if (what === "take") {
-          const first = heap.takeFirst();
-          assert.equal(first === -1 ? Infinity : model.get(first), Math.min(...model.values(), Infinity));
-          model.delete(first);
-        } else if (what === "add" && !model.has(block)) {
-          heap.add(block, key);
-          model.set(block, key);
-        } else if (what === "remove" && model.delete(block)) {
-          heap.remove(block);
+    fc.property(
+      fc.array(fc.tuple(fc.constantFrom("add", "remove", "take"), fc.nat(15), fc.nat(5)), { maxLength: 80 }),
+      (steps) => {
+        // prettier-ignore
+        const heap = new BlockHeap(16);
+        const model = new Map<number, number>();
+        for (const [what, block, key] of steps) {
+          if (what === "take") {
+            const first = heap.takeFirst();
+            assert.equal(first === -1 ? Infinity : model.get(first), Math.min(...model.values(), Infinity));
+            model.delete(first);
+          } else if (what === "add" && !model.has(block)) {
+            heap.add(block, key);
+            model.set(block, key);
+          } else if (what === "remove" && model.delete(block)) {
+            heap.remove(block);
+          }
+          assert.equal(heap.count, model.size);
+          for (let i = 0; i < 16; i++) assert.equal(heap.has(i), model.has(i));
         }
-        assert.equal(heap.count, model.size);
-        for (let i = 0; i < 16; i++) assert.equal(heap.has(i), model.has(i));
-      }
-    }),
+      },
+    ),
   );
 });
 

@@ -136,7 +136,7 @@ export class KvPool {
     return true;
   }
 
-  /** Gives all blocks of the table back, the last first: so a block is always older than its parent. */
+  /** Gives all blocks of the table back. */
   release(table: BlockTable): void {
     const { blocks } = table;
     for (let i = blocks.length - 1; i >= 0; i--) {

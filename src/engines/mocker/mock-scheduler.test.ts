@@ -5,7 +5,14 @@ import { polynomialDecodeMs, polynomialPrefillMs, polynomialTiming } from "../..
 import type { KvEvent } from "../../protocol/index.ts";
 import { blockHashSeed } from "../../tokens/index.ts";
 import { replayKvEvents } from "../engine.recorder.ts";
-import { DEFAULT_SGLANG, DEFAULT_TRANSFER, MockScheduler, Sequence, TokenSource, type SchedulerConfig } from "./index.ts";
+import {
+  DEFAULT_SGLANG,
+  DEFAULT_TRANSFER,
+  MockScheduler,
+  Sequence,
+  TokenSource,
+  type SchedulerConfig,
+} from "./index.ts";
 import type { SequenceEnd } from "./sequence.ts";
 
 interface Overrides extends Partial<Omit<SchedulerConfig, "sglang" | "transfer">> {
@@ -189,6 +196,19 @@ test("scheduler: the newest gives way under LIFO, the oldest under FIFO, and bot
   }
 });
 
+test("scheduler: whoever makes another give way gets its token in the same pass", () => {
+  const simulation = new Simulation({ totalBlocks: 10, contextLength: 40, preemptionMode: "fifo" });
+  const older = simulation.submit(1, counting(12, 100), 20);
+  // Ahead by three tokens, it is the first to need a block that is not there.
+  const younger = simulation.submit(2, counting(15, 200), 20);
+  while (older.preemptions === 0) {
+    const before = younger.generatedTokens;
+    simulation.step();
+    assert.equal(younger.generatedTokens, before + 1);
+  }
+  assert.equal(younger.preemptions, 0);
+});
+
 test("scheduler: trtllm style never preempts, it admits what fits to its end", () => {
   const simulation = new Simulation({ totalBlocks: 10, contextLength: 40, engineType: "trtllm" });
   for (const id of [1, 2, 3]) simulation.submit(id, counting(12, 100 * id), 20);
@@ -279,7 +299,11 @@ describe("scheduler: a decode worker", () => {
   });
 
   test("pays only for missing blocks when told so, and all of it otherwise", () => {
-    for (const [timingMode, expectedMs] of [["destination_missing", 4], ["full_prompt", 100]] as const) { // prettier-ignore
+    for (const [timingMode, expectedMs] of [
+      ["destination_missing", 4],
+      ["full_prompt", 100],
+    ] as const) {
+      // prettier-ignore
       const simulation = new Simulation({ role: "decode", transfer: { ...transfer, timingMode } });
       simulation.submit(1, counting(100), 1);
       simulation.run();

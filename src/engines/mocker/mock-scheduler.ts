@@ -254,7 +254,8 @@ export class MockScheduler {
     this.#hasCancelled = false;
     const { waiting, running, parked } = this.#rank;
     const cancelled: Sequence[] = [];
-    for (const list of [waiting, parked, running]) for (const sequence of list) if (sequence.cancelled) cancelled.push(sequence);
+    for (const list of [waiting, parked, running])
+      for (const sequence of list) if (sequence.cancelled) cancelled.push(sequence);
     for (const sequence of cancelled) {
       this.#link.remove(sequence, nowMs);
       this.#leave(sequence);

@@ -2,7 +2,13 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { DynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
-import { parseProfile, polynomialTiming, profileTiming, withSpeedup, type TimingModel } from "../../perf-model/index.ts";
+import {
+  parseProfile,
+  polynomialTiming,
+  profileTiming,
+  withSpeedup,
+  type TimingModel,
+} from "../../perf-model/index.ts";
 import {
   EMPTY_LOAD,
   StepWriter,

@@ -62,7 +62,7 @@ export class SglangPlanner {
     const rank = this.#rank;
     const { running } = rank;
     let retracted = false;
-    for (let at = 0; at < running.length; ) {
+    for (let at = 0; at < running.length;) {
       if (rank.trySchedule(running[at]!, running[at]!.remainingTokens)) {
         at++;
       } else if (running.length > 1) {
@@ -74,7 +74,9 @@ export class SglangPlanner {
         break;
       }
     }
-    this.#ratio = retracted ? this.#ratioAfterRetraction() : Math.max(this.#ratioFloor, this.#ratio - this.#ratioStep());
+    this.#ratio = retracted
+      ? this.#ratioAfterRetraction()
+      : Math.max(this.#ratioFloor, this.#ratio - this.#ratioStep());
   }
 
   #ratioStep(): number {
@@ -115,7 +117,10 @@ function fewestOutputTokens(running: readonly Sequence[]): number {
   for (let i = 1; i < running.length; i++) {
     const a = running[i]!;
     const b = running[fewest]!;
-    if (a.generatedTokens < b.generatedTokens || (a.generatedTokens === b.generatedTokens && a.promptTokens > b.promptTokens)) {
+    if (
+      a.generatedTokens < b.generatedTokens ||
+      (a.generatedTokens === b.generatedTokens && a.promptTokens > b.promptTokens)
+    ) {
       fewest = i;
     }
   }

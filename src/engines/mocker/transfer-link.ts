@@ -68,7 +68,8 @@ export class TransferLink<T> {
   /** The one that ends first; the earlier one of equals. */
   #next(): Transfer<T> | undefined {
     let first: Transfer<T> | undefined;
-    for (const transfer of this.#transfers) if (first === undefined || transfer.endBytes < first.endBytes) first = transfer;
+    for (const transfer of this.#transfers)
+      if (first === undefined || transfer.endBytes < first.endBytes) first = transfer;
     return first;
   }
 }

@@ -26,6 +26,8 @@ export interface KvEventFeedOptions {
   readonly queryTimeoutMs?: number;
   /** Queries under way at once. @default 16 */
   readonly maxQueries?: number;
+  /** A worker is asked once more this long after its first restore. @default 1000 */
+  readonly checkDelayMs?: number;
 }
 
 export interface FedWorkerOptions {
@@ -56,6 +58,7 @@ export class KvFeedHealth {
 const QUERY_TIMEOUT_MS = 2_000;
 const MAX_QUERIES = 16;
 const BACK_OFF_MS = 25;
+const CHECK_DELAY_MS = 1_000;
 const MAX_BACK_OFF_MS = 5_000;
 /** Ranks of one worker; a card that claims more is damaged. */
 const MAX_RANKS = 1_024;
@@ -63,7 +66,7 @@ const MAX_RANKS = 1_024;
 export class KvEventFeed {
   readonly #options: KvEventFeedOptions;
   readonly #workers = new Map<string, FedWorker>();
-  readonly #healths = new Map<KvIndex, KvFeedHealth>();
+  readonly #healths = new WeakMap<KvIndex, KvFeedHealth>();
   readonly #counters: FeedCounters;
   /** Asks that wait for room, oldest first; at most one per rank that is not cancelled. */
   readonly #queue: { readonly ask: Ask; readonly isCancelled: () => boolean }[] = [];
@@ -128,12 +131,20 @@ export class KvEventFeed {
       health.recoveringCount--;
       this.#counters.recovering(model).add(-1);
     }
-    if (health.rankCount === 0) this.#healths.delete(index);
     this.#pump();
   }
 
+  /** The worker is at another address now, so that it may be another life of it: it is forgotten until it is added again. */
+  removeMoved(instanceId: string, address: string): void {
+    const known = this.#workers.get(instanceId);
+    if (known !== undefined && known.options.address !== address) this.removeWorker(instanceId);
+  }
+
   /** Where the feed stands with a rank: the last event applied, and if it is being restored. For tests and operators. */
-  cursor(instanceId: string, dpRank = 0): { readonly id: number; readonly epoch: number; readonly recovering: boolean } | undefined {
+  cursor(
+    instanceId: string,
+    dpRank = 0,
+  ): { readonly id: number; readonly epoch: number; readonly recovering: boolean } | undefined {
     const recovery = this.#workers.get(instanceId)?.ranks[dpRank]?.recovery;
     return recovery && { id: recovery.cursor.id, epoch: recovery.cursor.epoch, recovering: recovery.recovering };
   }
@@ -188,6 +199,7 @@ export class KvEventFeed {
     const { index, model, instanceId } = rank.worker.options;
     this.health(index).recoveringCount += recovering ? 1 : -1;
     this.#counters.recovering(model).add(recovering ? 1 : -1);
+    if (!recovering) rank.checkOnce(this.#options.clock, this.#options.checkDelayMs ?? CHECK_DELAY_MS);
     if (!recovering || rank.worker.hasLoggedGap) return;
     rank.worker.hasLoggedGap = true;
     this.#options.logger.info(
@@ -269,7 +281,12 @@ export class KvEventFeed {
     if (rank.worker.hasLoggedFailure) return;
     rank.worker.hasLoggedFailure = true;
     this.#options.logger.warn(
-      { instance: rank.worker.options.instanceId, dp_rank: rank.dpRank, reason: error.reason, diagnostic: error.diagnostic },
+      {
+        instance: rank.worker.options.instanceId,
+        dp_rank: rank.dpRank,
+        reason: error.reason,
+        diagnostic: error.diagnostic,
+      },
       `cannot restore the KV events of this worker, trying again: ${error.publicMessage}`,
     );
   }
@@ -304,6 +321,7 @@ class FedRank implements RankRecoverySink {
   isRecovering = true;
   readonly #counted = { duplicate: 0, stale: 0, overflow: 0 };
   #timer: TimerHandle | undefined;
+  #check: TimerHandle | undefined;
   #query: { cancel(): void } | undefined;
 
   constructor(feed: KvEventFeed, worker: FedWorker, dpRank: number, rankNumber: number, counters: FeedCounters) {
@@ -346,7 +364,13 @@ class FedRank implements RankRecoverySink {
     this.#query = query;
   }
 
+  /** Some time after the first restore, asks what came while the subscription's link was perhaps not up yet. */
+  checkOnce(clock: Clock, delayMs: number): void {
+    this.#check ??= clock.setTimer(delayMs, () => this.recovery.suspect());
+  }
+
   leave(): void {
+    this.#check?.cancel();
     this.cancel();
     this.worker.options.index.clearRank(this.#rankNumber);
   }

@@ -60,7 +60,9 @@ export function queryKvEvents(options: KvQueryOptions, handler: KvQueryHandler):
     if (answer.type === "tree-dump") {
       if (answer.page !== nextPage || (dumpId !== undefined && answer.dumpId !== dumpId)) {
         const diagnostic = `expected page ${nextPage}, got page ${answer.page} of dump ${answer.dumpId}`;
-        handler.onEnd(new DynamoError("malformed-frame", "KV query: the worker sent another page of its dump", { diagnostic }));
+        handler.onEnd(
+          new DynamoError("malformed-frame", "KV query: the worker sent another page of its dump", { diagnostic }),
+        );
         return;
       }
       dumpId = answer.dumpId;

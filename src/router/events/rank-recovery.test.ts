@@ -13,7 +13,15 @@ const CLEARED: KvEvent = { type: "cleared", dpRank: 0 };
 /** One block of a chain of its own, by number. */
 function stored(number: number): KvEvent {
   const { sequenceHashes, localHashes } = hashBlocks(Uint32Array.of(number), 1, blockHashSeed());
-  return { type: "stored", dpRank: 0, tier: "device", parentHash: undefined, startBlock: 0, sequenceHashes, localHashes };
+  return {
+    type: "stored",
+    dpRank: 0,
+    tier: "device",
+    parentHash: undefined,
+    startBlock: 0,
+    sequenceHashes,
+    localHashes,
+  };
 }
 
 class Recorder {
@@ -37,7 +45,16 @@ class Recorder {
   }
 
   dump(lastEventId: number, events: KvEvent[] = [], epoch = 7): void {
-    this.answer({ type: "tree-dump", epoch, lastEventId, dumpId: 1, page: 0, pageCount: 1, events });
+    this.answer({
+      type: "tree-dump",
+      epoch,
+      lastEventId,
+      dumpId: 1,
+      atEventId: lastEventId,
+      page: 0,
+      pageCount: 1,
+      events,
+    });
   }
 
   names(...numbers: number[]): string[] {
@@ -112,7 +129,13 @@ describe("rank recovery", () => {
     assert.deepEqual(recorder.log, ["clear"]);
     assert.deepEqual(recorder.recovery.cursor, { kind: "fresh-after-barrier", id: 14, epoch: 7 });
     assert.ok(!recorder.recovery.recovering);
-    recorder.recovery.onAnswer(voided, { type: "events", epoch: 7, firstEventId: 11, lastEventId: 12, events: [stored(11)] });
+    recorder.recovery.onAnswer(voided, {
+      type: "events",
+      epoch: 7,
+      firstEventId: 11,
+      lastEventId: 12,
+      events: [stored(11)],
+    });
     assert.deepEqual(recorder.log, ["clear"]);
     assert.equal(recorder.recovery.discardedAnswerCount, 1);
     recorder.recovery.onEvent(7, 15, stored(15));
@@ -185,12 +208,32 @@ describe("rank recovery", () => {
   it("a dump that breaks off starts over and leaves nothing of the first half", () => {
     const recorder = liveAtTen();
     recorder.recovery.onEvent(8, 1, stored(1));
-    recorder.answer({ type: "tree-dump", epoch: 8, lastEventId: 5, dumpId: 1, page: 0, pageCount: 2, events: [stored(1)] });
+    recorder.answer({
+      type: "tree-dump",
+      epoch: 8,
+      lastEventId: 5,
+      dumpId: 1,
+      atEventId: 5,
+      page: 0,
+      pageCount: 2,
+      events: [stored(1)],
+    });
     recorder.recovery.onFailure(recorder.asked!.askNumber);
     assert.equal(recorder.asked!.start, undefined);
     recorder.dump(6, [stored(2)], 8);
     assert.deepEqual(recorder.log, ["clear", ...recorder.names(1), "clear", ...recorder.names(2)]);
     assert.equal(recorder.recovery.cursor.id, 6);
+  });
+
+  it("a dump that is a little older than the worker's newest event is followed by a question for the rest", () => {
+    const recorder = new Recorder();
+    recorder.recovery.start();
+    const page = { type: "tree-dump", epoch: 7, dumpId: 1, atEventId: 5, page: 0, pageCount: 1, events: [] } as const;
+    recorder.answer({ ...page, lastEventId: 6 });
+    assert.equal(recorder.asked!.start, 6);
+    recorder.answer({ type: "events", epoch: 7, firstEventId: 6, lastEventId: 6, events: [stored(6)] });
+    assert.deepEqual(recorder.log, ["clear", ...recorder.names(6)]);
+    assert.ok(!recorder.recovery.recovering);
   });
 
   it("an answer that leaves a hole, brings nothing or makes no sense leads to a full restore", () => {
@@ -251,10 +294,17 @@ function toKvEvent(spec: EngineEvent, dpRank: number): KvEvent {
   const from = Math.min(spec.from, blockCount - 1);
   const tail = sequenceHashes.slice(2 * from);
   if (spec.type === "removed") return { type: "removed", dpRank, tier: spec.tier, sequenceHashes: tail };
-  const parentHash =
-    from === 0 ? undefined : ([sequenceHashes[2 * from - 2]!, sequenceHashes[2 * from - 1]!] as const);
+  const parentHash = from === 0 ? undefined : ([sequenceHashes[2 * from - 2]!, sequenceHashes[2 * from - 1]!] as const);
   const { tier } = spec;
-  return { type: "stored", dpRank, tier, parentHash, startBlock: from, sequenceHashes: tail, localHashes: localHashes.slice(2 * from) };
+  return {
+    type: "stored",
+    dpRank,
+    tier,
+    parentHash,
+    startBlock: from,
+    sequenceHashes: tail,
+    localHashes: localHashes.slice(2 * from),
+  };
 }
 
 class Simulation {
@@ -269,6 +319,7 @@ class Simulation {
   #answers: { rank: number; askNumber: number; answer: KvAnswer }[] = [];
   /** Ranks of which the plane lost something and has not told yet. */
   readonly #untold = new Set<number>();
+  #hasJoined = false;
 
   constructor(index: KvIndex, ringEvents: number) {
     this.index = index;
@@ -286,7 +337,16 @@ class Simulation {
   }
 
   #newLogs(): RankEventLog[] {
-    return [0, 1].map((dpRank) => new RankEventLog({ dpRank, epoch: this.#epoch, maxBlocks: 1_000, clock: this.#clock, ringEvents: this.#ringEvents }));
+    return [0, 1].map(
+      (dpRank) =>
+        new RankEventLog({
+          dpRank,
+          epoch: this.#epoch,
+          maxBlocks: 1_000,
+          clock: this.#clock,
+          ringEvents: this.#ringEvents,
+        }),
+    );
   }
 
   engine(rank: number, events: readonly KvEvent[]): void {
@@ -294,6 +354,10 @@ class Simulation {
     const out = log.append(events);
     const first = log.lastEventId - out.length + 1;
     out.forEach((event, i) => this.#wire.push({ rank, epoch: this.#epoch, id: first + i, event }));
+  }
+
+  doubt(rank: number): void {
+    if (this.#hasJoined) this.recoveries[rank]!.suspect();
   }
 
   restart(): void {
@@ -304,8 +368,21 @@ class Simulation {
     this.#logs = this.#newLogs();
   }
 
+  /** Another router asks for everything: makes the dump that is shared for a while. */
+  otherRouterAsks(rank: number): void {
+    this.#logs[rank]!.answer({ type: "range", start: undefined, end: undefined });
+  }
+
+  /** The router learns of the worker only now; what was on the way is not for it. */
+  join(): void {
+    this.#wire.length = 0;
+    this.#untold.clear();
+    this.#hasJoined = true;
+    for (const recovery of this.recoveries) recovery.start();
+  }
+
   deliver(which: number, alsoKeep: boolean): void {
-    if (this.#wire.length === 0) return;
+    if (this.#wire.length === 0 || !this.#hasJoined) return;
     const at = which % this.#wire.length;
     const { rank, epoch, id, event } = this.#wire[at]!;
     if (!alsoKeep) this.#wire.splice(at, 1);
@@ -326,7 +403,10 @@ class Simulation {
     const answer = decodeKvAnswer(this.#logs[ask.rank]!.answer(query), ask.rank);
     if (answer.type === "tree-dump") {
       const half = answer.events.length >> 1;
-      this.#answers.push({ ...ask, answer: { ...answer, page: 0, pageCount: 2, events: answer.events.slice(0, half) } });
+      this.#answers.push({
+        ...ask,
+        answer: { ...answer, page: 0, pageCount: 2, events: answer.events.slice(0, half) },
+      });
       this.#answers.push({ ...ask, answer: { ...answer, page: 1, pageCount: 2, events: answer.events.slice(half) } });
     } else this.#answers.push({ ...ask, answer });
   }
@@ -397,6 +477,7 @@ const step = fc.oneof(
   { weight: 1, arbitrary: fc.record({ do: fc.constant("fail" as const) }) },
   { weight: 1, arbitrary: fc.record({ do: fc.constant("suspect" as const), rank: fc.nat(1) }) },
   { weight: 1, arbitrary: fc.record({ do: fc.constant("restart" as const) }) },
+  { weight: 1, arbitrary: fc.record({ do: fc.constant("other-asks" as const), rank: fc.nat(1) }) },
 );
 
 describe("rank recovery: random histories", () => {
@@ -406,23 +487,37 @@ describe("rank recovery: random histories", () => {
   ] as const) {
     it(`under loss, repetition, reordering, failed queries and restarts of two ranks the ${name} index ends with exactly the worker's blocks`, () => {
       fc.assert(
-        fc.property(fc.array(step, { minLength: 1, maxLength: 60 }), fc.integer({ min: 1, max: 6 }), (steps, ringEvents) => {
-          const simulation = new Simulation(makeIndex(), ringEvents);
-          for (const recovery of simulation.recoveries) recovery.start();
-          for (const next of steps) {
-            if (next.do === "engine") simulation.engine(next.rank, next.events.map((event) => toKvEvent(event, next.rank)));
-            else if (next.do === "deliver") simulation.deliver(next.which, next.again);
-            else if (next.do === "lose") simulation.lose(next.which);
-            else if (next.do === "answer") simulation.answerAsk();
-            else if (next.do === "deliver-answer") simulation.deliverAnswer();
-            else if (next.do === "fail") simulation.failAsk();
-            else if (next.do === "suspect") simulation.recoveries[next.rank]!.suspect();
-            else simulation.restart();
-          }
-          simulation.settle();
-          const { index } = simulation;
-          assert.deepEqual([0, 1].map((rank) => memberships(index, index.rankOf("worker", rank))), simulation.truth());
-        }),
+        fc.property(
+          fc.array(step, { minLength: 1, maxLength: 60 }),
+          fc.integer({ min: 1, max: 6 }),
+          fc.nat(10),
+          (steps, ringEvents, joinAt) => {
+            const simulation = new Simulation(makeIndex(), ringEvents);
+            for (const [at, next] of [...steps, undefined].entries()) {
+              if (at === Math.min(joinAt, steps.length)) simulation.join();
+              if (next === undefined) break;
+              if (next.do === "engine")
+                simulation.engine(
+                  next.rank,
+                  next.events.map((event) => toKvEvent(event, next.rank)),
+                );
+              else if (next.do === "deliver") simulation.deliver(next.which, next.again);
+              else if (next.do === "lose") simulation.lose(next.which);
+              else if (next.do === "answer") simulation.answerAsk();
+              else if (next.do === "deliver-answer") simulation.deliverAnswer();
+              else if (next.do === "other-asks") simulation.otherRouterAsks(next.rank);
+              else if (next.do === "fail") simulation.failAsk();
+              else if (next.do === "suspect") simulation.doubt(next.rank);
+              else simulation.restart();
+            }
+            simulation.settle();
+            const { index } = simulation;
+            assert.deepEqual(
+              [0, 1].map((rank) => memberships(index, index.rankOf("worker", rank))),
+              simulation.truth(),
+            );
+          },
+        ),
         { numRuns: name === "naive" ? 1_500 : 300 },
       );
     });

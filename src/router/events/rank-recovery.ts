@@ -155,7 +155,9 @@ export class RankRecovery {
     for (const event of answer.events) this.#sink.apply(event);
     if (answer.page < answer.pageCount - 1) return;
     this.#cursor = "live";
-    this.#id = answer.lastEventId;
+    this.#id = answer.atEventId;
+    // A dump that others fetched too may be a little older.
+    if (answer.lastEventId > this.#newestSeen) this.#newestSeen = answer.lastEventId;
     this.#fruitless = 0;
     this.#finish();
   }

@@ -7,7 +7,7 @@ import assert from "node:assert/strict";
  * message. Address space is reserved, memory is not: untouched pages cost nothing.
  *
  * The owner calls `ensureWords`; another thread makes an arena over the same memory and calls `refresh` when it is told
- * that there is more. Cost: a growth takes up to half a millisecond with threads attached, so it adds an eighth each time.
+ * that there is more. Cost: a growth takes up to half a millisecond with threads attached, so it adds a sixteenth each time.
  */
 export interface SharedMemory {
   readonly buffer: SharedArrayBuffer;
@@ -53,7 +53,7 @@ export class SharedArena {
     const havePages = this.words.byteLength / PAGE_BYTES;
     const needPages = Math.ceil((wordCount * 4) / PAGE_BYTES);
     assert(needPages <= this.#maxPages, "the owner stays within the bound it gave");
-    const pages = Math.min(this.#maxPages, Math.max(needPages, havePages + (havePages >>> 3)));
+    const pages = Math.min(this.#maxPages, Math.max(needPages, havePages + (havePages >>> 4)));
     this.memory.grow(pages - havePages);
     this.words = new Uint32Array(this.memory.buffer);
     return true;

@@ -44,8 +44,18 @@ function counting(count: number): number[] {
 const path = fc.array(fc.nat(2), { minLength: 1, maxLength: 6 });
 const tiers = fc.constantFrom("device" as const, "host" as const);
 const engineEvent: fc.Arbitrary<KvEvent> = fc.oneof(
-  { weight: 5, arbitrary: fc.tuple(path, fc.nat(5), tiers).map(([p, from, tier]) => storedEvent(p, Math.min(from, p.length - 1), tier)) },
-  { weight: 4, arbitrary: fc.tuple(path, fc.nat(5), tiers).map(([p, from, tier]) => removedEvent(p, Math.min(from, p.length - 1), tier)) },
+  {
+    weight: 5,
+    arbitrary: fc
+      .tuple(path, fc.nat(5), tiers)
+      .map(([p, from, tier]) => storedEvent(p, Math.min(from, p.length - 1), tier)),
+  },
+  {
+    weight: 4,
+    arbitrary: fc
+      .tuple(path, fc.nat(5), tiers)
+      .map(([p, from, tier]) => removedEvent(p, Math.min(from, p.length - 1), tier)),
+  },
   { weight: 1, arbitrary: fc.constant({ type: "cleared" as const, dpRank: 0 }) },
 );
 
@@ -84,11 +94,20 @@ describe("KV event coalescer", () => {
 
   it("joins removals in their order, and cuts what is over the cap into chained pieces", () => {
     const [joined] = coalesceKvEvents([removedEvent([2]), removedEvent([1, 2])], 128);
-    assert.deepEqual(keys((joined as KvStored).sequenceHashes), [...keys(storedEvent([2]).sequenceHashes), ...keys(storedEvent([1, 2]).sequenceHashes)]);
+    assert.deepEqual(keys((joined as KvStored).sequenceHashes), [
+      ...keys(storedEvent([2]).sequenceHashes),
+      ...keys(storedEvent([1, 2]).sequenceHashes),
+    ]);
     const long = storedEvent(counting(300));
     const pieces = coalesceKvEvents([long], 128) as KvStored[];
-    assert.deepEqual(pieces.map((piece) => piece.sequenceHashes.length / 2), [128, 128, 44]);
-    assert.deepEqual(pieces.map((piece) => piece.startBlock), [0, 128, 256]);
+    assert.deepEqual(
+      pieces.map((piece) => piece.sequenceHashes.length / 2),
+      [128, 128, 44],
+    );
+    assert.deepEqual(
+      pieces.map((piece) => piece.startBlock),
+      [0, 128, 256],
+    );
     assert.deepEqual(pieces[1]!.parentHash, [long.sequenceHashes[254], long.sequenceHashes[255]]);
     assert.deepEqual(coalesceKvEvents([removedEvent(counting(129))], 128).length, 2);
   });
@@ -100,7 +119,8 @@ describe("KV event coalescer", () => {
         for (const event of events) before.apply(event);
         for (const event of coalesceKvEvents(events, cap)) {
           after.apply(event);
-          if (event.type !== "cleared") assert.ok(event.sequenceHashes.length >= 2 && event.sequenceHashes.length <= 2 * cap);
+          if (event.type !== "cleared")
+            assert.ok(event.sequenceHashes.length >= 2 && event.sequenceHashes.length <= 2 * cap);
         }
         assert.deepEqual(after.held, before.held);
       }),
@@ -159,7 +179,8 @@ describe("local block index", () => {
         const known = new Set<string>();
         for (const event of index.dump(0, cap)) {
           if (event.type === "stored") {
-            if (event.parentHash !== undefined) assert.ok(known.has(event.parentHash.join(" ")), "the parent came before");
+            if (event.parentHash !== undefined)
+              assert.ok(known.has(event.parentHash.join(" ")), "the parent came before");
             for (const key of keys(event.sequenceHashes)) known.add(key);
             assert.ok(event.sequenceHashes.length <= 2 * cap);
           }
@@ -190,7 +211,10 @@ describe("rank event log", () => {
     const some = ask(range(4, 6));
     assert.equal(some.type, "events");
     assert.equal(some.type === "events" && some.firstEventId, 4);
-    assert.deepEqual(some.type === "events" && some.events, [4, 5, 6].map((i) => storedEvent([i])));
+    assert.deepEqual(
+      some.type === "events" && some.events,
+      [4, 5, 6].map((i) => storedEvent([i])),
+    );
     assert.equal(some.lastEventId, 10);
     assert.equal(ask(range(3)).type, "events");
     assert.equal(ask(range(2)).type, "tree-dump");
@@ -203,7 +227,16 @@ describe("rank event log", () => {
   it("an empty rank has an empty dump of one page", () => {
     const { log, ask } = makeLog();
     const answer = ask(range());
-    assert.deepEqual(answer, { type: "tree-dump", epoch: 5, lastEventId: 0, dumpId: 1, page: 0, pageCount: 1, events: [] });
+    assert.deepEqual(answer, {
+      type: "tree-dump",
+      epoch: 5,
+      lastEventId: 0,
+      dumpId: 1,
+      atEventId: 0,
+      page: 0,
+      pageCount: 1,
+      events: [],
+    });
     log.close();
   });
 
@@ -216,7 +249,7 @@ describe("rank event log", () => {
     for (let page = 0; page < first.pageCount; page++) {
       assert.ok(log.answer({ type: "page", dumpId: first.dumpId, page }).length < KV_ANSWER_EVENT_BYTES + 1_000);
       const answer = ask({ type: "page", dumpId: first.dumpId, page });
-      assert.ok(answer.type === "tree-dump" && answer.lastEventId === first.lastEventId);
+      assert.ok(answer.type === "tree-dump" && answer.atEventId === first.atEventId);
       for (const event of answer.events) if (event.type === "stored") blocks += event.sequenceHashes.length / 2;
     }
     assert.equal(blocks, 40 * 600);
@@ -227,10 +260,14 @@ describe("rank event log", () => {
     clock.advance(1_500);
     const third = ask(range());
     assert.ok(third.type === "tree-dump" && third.dumpId !== first.dumpId, "too old to be shared");
-    assert.equal(third.lastEventId, log.lastEventId);
+    assert.equal(third.atEventId, log.lastEventId);
+    assert.ok(second.atEventId < second.lastEventId, "so that the router asks for the rest");
     assert.equal(ask({ type: "page", dumpId: first.dumpId, page: 0 }).type, "dump-gone");
     clock.advance(11_000);
-    assert.equal(ask({ type: "page", dumpId: third.type === "tree-dump" ? third.dumpId : 0, page: 0 }).type, "dump-gone");
+    assert.equal(
+      ask({ type: "page", dumpId: third.type === "tree-dump" ? third.dumpId : 0, page: 0 }).type,
+      "dump-gone",
+    );
     log.close();
     assert.equal(clock.pendingTimerCount, 0);
   });
@@ -245,9 +282,7 @@ describe("rank event log", () => {
 });
 
 describe("KV publisher", () => {
-  const setUp = (
-    publish?: () => never,
-  ): { publisher: KvPublisher; batches: KvEventBatch[]; dropped: CounterChild } => {
+  const setUp = (publish?: () => never): { publisher: KvPublisher; batches: KvEventBatch[]; dropped: CounterChild } => {
     const batches: KvEventBatch[] = [];
     const dropped = new CounterChild();
     const publisher = new KvPublisher({
@@ -270,7 +305,11 @@ describe("KV publisher", () => {
     publisher.onKvEvents([storedEvent([1]), storedEvent([1, 2], 1), { ...storedEvent([1]), dpRank: 1 }]);
     publisher.onKvEvents([storedEvent([3]), { type: "cleared", dpRank: 0 }]);
     const told = batches.map(({ dpRank, epoch, firstEventId, events }) => [dpRank, epoch, firstEventId, events.length]);
-    assert.deepEqual(told, [[0, 9, 1, 1], [1, 9, 1, 1], [0, 9, 2, 2]]);
+    assert.deepEqual(told, [
+      [0, 9, 1, 1],
+      [1, 9, 1, 1],
+      [0, 9, 2, 2],
+    ]);
   });
 
   it("tells nothing of a step that changed nothing for routers", () => {

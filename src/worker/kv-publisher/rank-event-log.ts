@@ -33,7 +33,8 @@ const DUMP_SHARED_MS = 1_000;
 
 interface Dump {
   readonly id: number;
-  readonly lastEventId: number;
+  /** The newest event that it contains. */
+  readonly atEventId: number;
   readonly madeMs: number;
   readonly pages: readonly Buffer[];
 }
@@ -153,29 +154,31 @@ export class RankEventLog {
     const known = this.#dump;
     if (
       known !== undefined &&
-      (known.lastEventId === this.#lastEventId ||
-        (nowMs - known.madeMs < DUMP_SHARED_MS && known.lastEventId > this.#lastEventId - this.#ring.length / 2))
+      (known.atEventId === this.#lastEventId ||
+        (nowMs - known.madeMs < DUMP_SHARED_MS && known.atEventId > this.#lastEventId - this.#ring.length / 2))
     ) {
       return known;
     }
     const id = ++this.#dumpCount;
-    this.#dump = { id, lastEventId: this.#lastEventId, madeMs: nowMs, pages: paged(this.blocks()) };
+    this.#dump = { id, atEventId: this.#lastEventId, madeMs: nowMs, pages: paged(this.blocks()) };
     return this.#dump;
   }
 
   #page(dump: Dump, page: number): Buffer {
     this.#dumpTimer?.cancel();
     this.#dumpTimer = this.#options.clock.setTimer(DUMP_KEPT_MS, () => (this.#dump = undefined));
-    const { id: dumpId, lastEventId, pages } = dump;
-    const head = {
+    const { id: dumpId, atEventId, pages } = dump;
+    const head = { epoch: this.#options.epoch, lastEventId: this.#lastEventId };
+    const answer = {
+      ...head,
       type: "tree-dump",
-      epoch: this.#options.epoch,
-      lastEventId,
       dumpId,
+      atEventId,
       page,
       pageCount: pages.length,
+      events: [],
     } as const;
-    return encodeKvAnswer({ ...head, events: [] }, pages[page]!);
+    return encodeKvAnswer(answer, pages[page]!);
   }
 }
 

@@ -1,0 +1,254 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import type OpenAI from "openai";
+import type { DecisionExplanation } from "../../src/router/index.ts";
+import { SeededRandom } from "../../src/std/index.ts";
+import {
+  ECHO,
+  startInProcessCluster,
+  until,
+  type InProcessCluster,
+  type InProcessOptions,
+} from "../helpers/in-process-cluster.ts";
+
+/** 64 blocks: a few conversations, then the oldest blocks go. */
+const SMALL = { ...ECHO, contextLength: 512, maxSequences: 2 };
+const KV = { routerMode: "kv" } as const;
+const MODEL = process.env["DYN_TEST_MODEL"];
+
+async function withCluster(
+  options: InProcessOptions,
+  use: (cluster: InProcessCluster) => Promise<void>,
+): Promise<void> {
+  const cluster = await startInProcessCluster(options);
+  try {
+    await use(cluster);
+  } finally {
+    await cluster.stop();
+  }
+}
+
+function post(baseUrl: string, path: string, body: object, requestId = ""): Promise<Response> {
+  const headers = { "content-type": "application/json", ...(requestId === "" ? {} : { "x-request-id": requestId }) };
+  return fetch(baseUrl + path, { method: "POST", headers, body: JSON.stringify(body) });
+}
+
+/** Completes a prompt; gives the router's record of it, and what the engine told. */
+async function complete(baseUrl: string, model: string, prompt: string, requestId: string) {
+  const answer = await post(baseUrl, "/v1/completions", { model, prompt, max_tokens: 2, temperature: 0 }, requestId);
+  assert.equal(answer.status, 200, await answer.clone().text());
+  const { usage } = (await answer.json()) as OpenAI.Completion;
+  const explained = await fetch(`${baseUrl}/v1/route/explain/${requestId}`);
+  const { decisions } = (await explained.json()) as { decisions: DecisionExplanation[] };
+  return { decision: decisions[0]!, cachedTokens: usage!.prompt_tokens_details!.cached_tokens! };
+}
+
+async function preview(baseUrl: string, prompt: string): Promise<DecisionExplanation> {
+  const answer = await post(baseUrl, "/v1/route", { model: "echo", prompt });
+  assert.equal(answer.status, 200, await answer.clone().text());
+  return ((await answer.json()) as { decisions: DecisionExplanation[] }).decisions[0]!;
+}
+
+/** Device blocks of the prompt by worker. */
+function overlaps(explanation: DecisionExplanation): Record<string, number> {
+  return Object.fromEntries(explanation.candidates.map((one) => [one.instance_id, one.overlap_blocks.device]));
+}
+
+async function metric(baseUrl: string, pattern: RegExp): Promise<number> {
+  const text = await (await fetch(`${baseUrl}/metrics`)).text();
+  const line = text.split("\n").find((candidate) => pattern.test(candidate));
+  return line === undefined ? Number.NaN : Number(line.split(" ").at(-1));
+}
+
+/** All workers have joined this frontend, and it has what they have. */
+async function whole(baseUrl: string, workers: number): Promise<void> {
+  await until(async () => {
+    const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
+    return health.instances.filter((one) => one.problem === undefined).length === workers;
+  }, "the workers to join");
+  await until(
+    async () => (await metric(baseUrl, /^dynamo_router_kv_ranks_recovering/)) === 0,
+    "all ranks to be restored",
+  );
+}
+
+/** Conversations that grow and fall back, so that prefixes are shared, extended, evicted and computed again. */
+function promptOf(i: number): string {
+  return `conversation ${i % 5}: ${"and then she said ".repeat(2 + ((i * 7) % 17))}`;
+}
+
+describe("KV events of a whole cluster", () => {
+  test("what the router predicts is what the engine reuses, request by request, also while blocks are evicted", async () => {
+    await withCluster({ workers: 3, worker: { engine: SMALL }, frontend: KV }, async (cluster) => {
+      await whole(cluster.baseUrl, 3);
+      let reused = 0;
+      for (let i = 0; i < 150; i++) {
+        const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+        assert.equal(decision.predicted.cached_tokens, cachedTokens, `request ${i}: ${JSON.stringify(decision)}`);
+        assert.deepEqual(decision.degradations, i === 0 ? ["kv: index empty, choosing by load"] : []);
+        if (cachedTokens > 0) reused++;
+      }
+      assert.ok(reused > 50, `${reused} requests reused something`);
+      const removed = /^dynamo_component_kv_cache_events_applied\{status="ok",event_type="removed"\}/;
+      assert.ok((await metric(cluster.baseUrl, removed)) > 0, "the caches were full, so blocks were evicted");
+    });
+  });
+
+  test("a frontend that starts late knows within a second what the first one knows, and serves at once", async () => {
+    await withCluster({ workers: 4, frontend: KV }, async (cluster) => {
+      await whole(cluster.baseUrl, 4);
+      for (let i = 0; i < 60; i++) await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+      const late = await cluster.addFrontend();
+      const startMs = performance.now();
+      await whole(late.baseUrl, 4);
+      assert.ok(performance.now() - startMs < 1_000, "within a second");
+      let known = 0;
+      for (let i = 0; i < 60; i++) {
+        const seen = overlaps(await preview(late.baseUrl, promptOf(i)));
+        assert.deepEqual(seen, overlaps(await preview(cluster.baseUrl, promptOf(i))));
+        known += Math.max(...Object.values(seen));
+      }
+      assert.ok(known > 60);
+    });
+  });
+
+  test("events that never arrive are got by asking the worker, and requests are served meanwhile", async () => {
+    let losing = true;
+    // Nothing arrives of the events themselves; what the worker tells when asked still does.
+    const drop = (kind: string, topic: string): boolean => losing && kind !== "beacon" && topic === "kv-events";
+    await withCluster({ workers: 2, frontend: KV, drop }, async (cluster) => {
+      await whole(cluster.baseUrl, 2);
+      const { cachedTokens } = await complete(cluster.baseUrl, "echo", promptOf(3), "first");
+      assert.equal(cachedTokens, 0);
+      // The plane gives up on its replay after its deadline, then the router asks the worker.
+      await until(
+        async () => Math.max(...Object.values(overlaps(await preview(cluster.baseUrl, promptOf(3))))) > 0,
+        "the lost events to be restored",
+      );
+      await until(
+        async () => (await metric(cluster.baseUrl, /^dynamo_router_kv_events_lost_total/)) > 0,
+        "the loss to be counted",
+      );
+      losing = false;
+      const { decision } = await complete(cluster.baseUrl, "echo", promptOf(3), "second");
+      assert.ok(decision.predicted.cached_tokens > 0);
+    });
+  });
+
+  test("under heavy loss of events every index becomes exact again by itself", async () => {
+    const random = new SeededRandom(7);
+    let losing = true;
+    const drop = (kind: string): boolean => losing && kind !== "beacon" && random.nextFloat() < 0.4;
+    await withCluster({ workers: 3, worker: { engine: SMALL }, frontend: KV, drop }, async (cluster) => {
+      for (let i = 0; i < 100; i++) await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+      losing = false;
+      // A frontend that starts now gets each worker's truth by a dump: the one that lost events must agree with it.
+      const fresh = await cluster.addFrontend();
+      await whole(fresh.baseUrl, 3);
+      const truth: Record<string, number>[] = [];
+      for (let i = 0; i < 85; i++) truth.push(overlaps(await preview(fresh.baseUrl, promptOf(i))));
+      await until(async () => {
+        const seen: Record<string, number>[] = [];
+        for (let i = 0; i < 85; i++) seen.push(overlaps(await preview(cluster.baseUrl, promptOf(i))));
+        return JSON.stringify(seen) === JSON.stringify(truth);
+      }, "the index to be exact again");
+      await whole(cluster.baseUrl, 3);
+    });
+  });
+
+  test("a worker with another block size is left out with the reason, and the model goes on", async () => {
+    await withCluster({ workers: 1, frontend: KV }, async (cluster) => {
+      const odd = await cluster.addWorker({ engine: { ...ECHO, blockSizeTokens: 32 } });
+      let problem: string | undefined;
+      await until(async () => {
+        const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as {
+          instances: { instance_id: string; problem?: string }[];
+        };
+        problem = health.instances.find((one) => one.instance_id === odd.instanceId)?.problem;
+        return problem !== undefined && problem !== "no model card yet";
+      }, "the worker to be refused");
+      assert.equal(problem, "its blockSizeTokens is 32, the model's other workers have 16");
+      assert.equal((await preview(cluster.baseUrl, "abc")).candidates.length, 1);
+    });
+  });
+
+  test("a worker that leaves takes its blocks along", async () => {
+    await withCluster({ workers: 2, frontend: KV }, async (cluster) => {
+      await whole(cluster.baseUrl, 2);
+      const { decision } = await complete(cluster.baseUrl, "echo", promptOf(4), "q");
+      await until(
+        async () => Object.values(overlaps(await preview(cluster.baseUrl, promptOf(4)))).some((blocks) => blocks > 0),
+        "the blocks",
+      );
+      const holder = cluster.workers.find((worker) => worker.instanceId === decision.worker.instance_id)!;
+      await holder.drain(2_000);
+      await cluster.settled(1);
+      assert.deepEqual(Object.values(overlaps(await preview(cluster.baseUrl, promptOf(4)))), [0]);
+    });
+  });
+
+  test("two frontends with replica sync see the same load while requests run, and none when they are over", async () => {
+    const slow = { ...ECHO, contextLength: 100_000, stepMs: 5 };
+    const frontend = { ...KV, routerReplicaSync: true };
+    await withCluster({ workers: 3, worker: { engine: slow }, frontend }, async (cluster) => {
+      const second = await cluster.addFrontend();
+      await whole(second.baseUrl, 3);
+      const urls = [cluster.baseUrl, second.baseUrl];
+      const controllers = Array.from({ length: 12 }, () => new AbortController());
+      const streams = controllers.map((controller, i) =>
+        fetch(`${urls[i % 2]}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "echo", prompt: promptOf(i), max_tokens: 50_000, stream: true }),
+          signal: controller.signal,
+        }),
+      );
+      for (const stream of streams) assert.equal((await stream).status, 200);
+      const active = async (baseUrl: string): Promise<number[]> =>
+        (await preview(baseUrl, "zzz")).candidates.map((one) => one.load.active_requests);
+      const isSame = async (total: number): Promise<boolean> => {
+        const [one, two] = [await active(urls[0]!), await active(urls[1]!)];
+        return JSON.stringify(one) === JSON.stringify(two) && one.reduce((sum, count) => sum + count, 0) === total;
+      };
+      await until(() => isSame(12), "both to see all twelve");
+      // One that starts now is told of them too.
+      const third = await cluster.addFrontend();
+      await whole(third.baseUrl, 3);
+      await until(
+        async () => (await active(third.baseUrl)).reduce((sum, count) => sum + count, 0) === 12,
+        "the third to see them",
+      );
+      for (const controller of controllers) controller.abort();
+      await Promise.allSettled(streams.map(async (stream) => (await stream).text()));
+      await until(() => isSame(0), "both to see none");
+      assert.deepEqual(await active(third.baseUrl), [0, 0, 0]);
+    });
+  });
+
+  test(
+    "the embedded engine: predicted and reused tokens agree, request by request, on real prompts",
+    { skip: MODEL === undefined ? "no test model: DYN_TEST_MODEL is not set" : false },
+    async () => {
+      const engine = {
+        kind: "llama",
+        modelPath: MODEL!,
+        contextLength: 1_024,
+        kvCacheTokens: 1_536,
+        maxSequences: 2,
+        maxBatchedTokens: 512,
+        blockSizeTokens: 16,
+        threads: 1,
+      } as const;
+      await withCluster({ workers: 2, worker: { engine, modelName: "echo" }, frontend: KV }, async (cluster) => {
+        await whole(cluster.baseUrl, 2);
+        let reused = 0;
+        for (let i = 0; i < 16; i++) {
+          const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+          assert.equal(decision.predicted.cached_tokens, cachedTokens, `request ${i}: ${JSON.stringify(decision)}`);
+          if (cachedTokens > 0) reused++;
+        }
+        assert.ok(reused > 4, `${reused} requests reused something`);
+      });
+    },
+  );
+});
