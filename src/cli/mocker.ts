@@ -2,7 +2,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { mockerConfig } from "../engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
-import { artifactFromGguf, unknownModel, vocabularySizeOf, type StoredModel } from "../model/index.ts";
+import { artifactFromPath, unknownModel, vocabularySizeOf, type StoredModel } from "../model/index.ts";
 import type { Planes, RunningRole } from "../runtime/component/index.ts";
 import { startWorker, type RunningWorker, type WorkerConfig } from "../worker/index.ts";
 import type { CommandContext } from "./commands.ts";
@@ -120,7 +120,7 @@ async function engineConfig(
   const path = values["extra-engine-args"];
   const given = <Value>(name: OptionName, key: string, value: Value): Record<string, Value> =>
     sources[name] === "default" ? {} : { [key]: value };
-  const vocabulary = model === undefined ? undefined : vocabularySizeOf(artifactFromGguf(model.path));
+  const vocabulary = model === undefined ? undefined : vocabularySizeOf(artifactFromPath(model.path));
   return mockerConfig({
     ...(path === undefined ? {} : await readEngineArgs(path)),
     ...given("engine-type", "engineType", values["engine-type"]),

@@ -129,6 +129,7 @@ export const OPTIONS = {
     max: 16_777_216,
     defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker: 131072",
     env: "DYN_CONTEXT_LENGTH",
+    also: [{ flag: "max-model-len" }],
     group: "Model and engine",
     commands: [...WORKERS, "mocker"],
     help: "Longest sequence, prompt and answer together, in tokens.",

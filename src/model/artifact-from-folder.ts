@@ -1,6 +1,7 @@
 import { readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { DynamoError } from "../errors/index.ts";
+import { artifactFromGguf } from "./artifact-from-gguf.ts";
 import type { HfTokenizerJson } from "./hf-tokenizer.ts";
 import { ARTIFACT_LIMITS, checkArtifact, type TokenizerArtifact } from "./tokenizer-artifact.ts";
 import { checkTokenizerJson } from "./check-tokenizer.ts";
@@ -116,4 +117,10 @@ function readText(path: string): string | undefined {
     );
   }
   return readFileSync(path, "utf8");
+}
+
+/** The tokenizer of a GGUF file or of a model folder, whichever `path` is. Throws `model-file-invalid`. */
+export function artifactFromPath(path: string): TokenizerArtifact {
+  const isFolder = statSync(path, { throwIfNoEntry: false })?.isDirectory() === true;
+  return isFolder ? artifactFromFolder(path) : artifactFromGguf(path);
 }

@@ -1,11 +1,9 @@
 import { createHash } from "node:crypto";
-import { statSync } from "node:fs";
 import { hostname } from "node:os";
 import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
 import { toDynamoError } from "../errors/index.ts";
 import {
-  artifactFromFolder,
-  artifactFromGguf,
+  artifactFromPath,
   byteArtifact,
   chooseChatTemplate,
   encodeArtifact,
@@ -186,8 +184,7 @@ async function start(
 /** Async so that it runs beside the engine's start, and so that its failure is one of both. */
 async function loadArtifact({ engine, chatTemplatePath }: WorkerConfig, logger: Logger): Promise<TokenizerArtifact> {
   if (engine.modelPath === undefined) return byteArtifact();
-  const isFolder = statSync(engine.modelPath, { throwIfNoEntry: false })?.isDirectory() === true;
-  const own = isFolder ? artifactFromFolder(engine.modelPath) : artifactFromGguf(engine.modelPath);
+  const own = artifactFromPath(engine.modelPath);
   const { artifact, from } = chooseChatTemplate(own, engine.modelPath, chatTemplatePath);
   if (from !== "model file") logger.info(`chat template: ${from}`);
   return artifact;
