@@ -87,6 +87,8 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
   const children: ChildProcess[] = [];
   const launch = (command: string, args: readonly string[], env: NodeJS.ProcessEnv): number => {
     const child = spawn(command, args, {
+      // Dynamo looks for the model's folder by name in its working folder.
+      cwd: FOLDER,
       stdio: ["ignore", log, log],
       env: { ...process.env, ...env, DYN_FILE_KV: discovery },
     });

@@ -151,7 +151,7 @@ export class KvEventFeed {
 
   async close(): Promise<void> {
     this.#closed = true;
-    for (const instanceId of [...this.#workers.keys()]) this.removeWorker(instanceId);
+    for (const instanceId of this.#workers.keys()) this.removeWorker(instanceId);
     await this.#subscription?.close();
   }
 

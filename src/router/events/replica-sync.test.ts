@@ -7,6 +7,7 @@ import { MemoryEventBus, MemoryEventPlane } from "../../runtime/event-plane/inde
 import { ManualClock } from "../../std/index.ts";
 import { ReplicaSync, type SyncedRouter } from "./replica-sync.ts";
 
+const byRequest = (a: readonly [string, number], b: readonly [string, number]): number => (a[0] < b[0] ? -1 : 1);
 const WORKER = "00c0ffee00c0ffee";
 
 /** A router that keeps what the others told it: `router request` -> prefill tokens. */
@@ -55,7 +56,7 @@ class FakeRouter implements SyncedRouter {
   }
 
   of(routerId: string): [string, number][] {
-    return [...(this.remote.get(routerId) ?? [])].toSorted();
+    return [...(this.remote.get(routerId) ?? [])].toSorted(byRequest);
   }
 }
 
@@ -110,12 +111,12 @@ describe("replica sync", () => {
     assert.deepEqual(b.router.of(A), []);
     cluster.settle(50);
     assert.equal(messages, 1);
-    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted());
+    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted(byRequest));
     assert.deepEqual([a.router.of(A), a.router.of(B), b.router.of(B)], [[], [], []]);
     for (let i = 0; i < 300; i++) a.router.add(`s${i}`);
     cluster.settle(50);
     assert.equal(messages, 3, "256 and the rest");
-    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted());
+    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted(byRequest));
     await cluster.close();
     assert.equal(cluster.clock.pendingTimerCount, 0);
   });
@@ -129,7 +130,7 @@ describe("replica sync", () => {
     cluster.settle(500);
     const b = await cluster.join(B);
     cluster.settle(2_000);
-    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted());
+    assert.deepEqual(b.router.of(A), [...a.router.own].toSorted(byRequest));
     assert.deepEqual(b.sync.peers, [{ routerId: A, isWhole: true }]);
     await cluster.close();
   });
@@ -212,7 +213,7 @@ describe("replica sync", () => {
         cluster.settle(15_000);
         for (const { router } of routers) {
           for (const [at, other] of [A, B, C].entries()) {
-            const expected = routers[at]!.router === router ? [] : [...routers[at]!.router.own].toSorted();
+            const expected = routers[at]!.router === router ? [] : [...routers[at]!.router.own].toSorted(byRequest);
             assert.deepEqual(router.of(other), expected);
           }
         }

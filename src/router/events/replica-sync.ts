@@ -136,7 +136,7 @@ export class ReplicaSync {
     this.#batchTimer?.cancel();
     this.#snapshotTimer?.cancel();
     this.#askTimer?.cancel();
-    for (const name of [...this.#models.keys()]) this.detach(name);
+    for (const name of this.#models.keys()) this.detach(name);
     await this.#subscription?.close();
     await this.#publisher?.close();
   }

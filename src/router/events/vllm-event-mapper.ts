@@ -9,6 +9,7 @@ import type { KvGroup, VllmBatch, VllmEvent, VllmRemoved, VllmStored } from "./v
  *
  * Left out and counted, after what production relays do: other KV groups of hybrid models, remote blocks, unknown media,
  * another block size, placeholders of unknown blocks, chains whose parent is not known, and whatever contradicts itself.
+ * Copies are told one by one, stored and removed: whoever applies the events counts them (the worker's publisher does).
  * Bounded by `maxBlocks`. One object per rank; start a new one when the engine's sequence goes back.
  */
 export interface VllmEventMapperOptions {
@@ -126,6 +127,7 @@ export class VllmEventMapper {
     });
     const first = parent === undefined ? 0 : parent.depth + 1;
     let last = parent;
+    this.#forgetRenamed(hashes, hashed.sequenceHashes, dpRank, out);
     for (const [i, name] of hashes.entries())
       last = this.#note(name, pairAt(hashed.sequenceHashes, i), pairAt(hashed.localHashes, i), last, namespace, tier);
     out.push({
@@ -140,7 +142,21 @@ export class VllmEventMapper {
     return undefined;
   }
 
-  /** A name that the engine gives to other content than before belongs to the new one: the old block cannot be named any more. */
+  /** A name that the engine gives to other content than before: the old block cannot be named any more, so it is gone. */
+  #forgetRenamed(names: readonly string[], sequenceHashes: Uint32Array, dpRank: number, out: KvEvent[]): void {
+    for (const [i, name] of names.entries()) {
+      const block = this.#blocks.get(name);
+      const [lo, hi] = pairAt(sequenceHashes, i);
+      if (block === undefined || (block.hash[0] === lo && block.hash[1] === hi)) continue;
+      this.#blocks.delete(name);
+      for (const [index, tier] of TIERS.entries()) {
+        for (let left = block.copies[index]!; left > 0; left--) {
+          out.push({ type: "removed", dpRank, tier, sequenceHashes: Uint32Array.from(block.hash) });
+        }
+      }
+    }
+  }
+
   #note(
     name: string,
     hash: HashPair,
@@ -150,7 +166,7 @@ export class VllmEventMapper {
     tier: StorageTier,
   ): Block {
     let block = this.#blocks.get(name);
-    if (block === undefined || block.hash[0] !== hash[0] || block.hash[1] !== hash[1]) {
+    if (block === undefined) {
       block = {
         hash,
         localHash,

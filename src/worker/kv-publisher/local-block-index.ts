@@ -15,6 +15,7 @@ import type { KvEvent, KvStored, StorageTier } from "../../protocol/index.ts";
  */
 const TIERS: readonly StorageTier[] = ["device", "host", "disk", "external"];
 const NONE = -1;
+const FREED = -1;
 /** A count that reached this stays: nobody knows any more how many copies there are. */
 const COUNT_MAX = 0xffff;
 
@@ -29,6 +30,7 @@ export class LocalBlockIndex {
   #parent: Int32Array;
   /** Index of the block in its sequence. */
   #depth: Int32Array;
+  /** `FREED` for a record that is not in use. */
   #childCount: Int32Array;
   /** Four tiers per record. */
   #counts: Uint16Array;
@@ -128,11 +130,13 @@ export class LocalBlockIndex {
       if (run.length > 0) this.#emit(run, dpRank, events, ghosts);
       run.length = 0;
     };
-    for (const start of records) {
-      for (let record = start; record !== NONE && seen[record] === 0; record = firstChild[record]!) {
+    for (let at = 0; at < records.length; at++) {
+      let runTiers = 0;
+      for (let record = records[at]!; record !== NONE && seen[record] === 0; record = firstChild[record]!) {
         seen[record] = 1;
-        const last = run.at(-1);
-        if (last !== undefined && (run.length >= maxBlocks || this.#tiersOf(last) !== this.#tiersOf(record))) flush();
+        const tiers = this.#tiersOf(record);
+        if (run.length >= maxBlocks || tiers !== runTiers) flush();
+        runTiers = tiers;
         run.push(record);
       }
       flush();
@@ -148,12 +152,14 @@ export class LocalBlockIndex {
     const first = run[0]!;
     const sequenceHashes = new Uint32Array(2 * run.length);
     const localHashes = new Uint32Array(2 * run.length);
-    run.forEach((record, i) => {
-      sequenceHashes[2 * i] = this.#sequenceHashes[2 * record]!;
-      sequenceHashes[2 * i + 1] = this.#sequenceHashes[2 * record + 1]!;
-      localHashes[2 * i] = this.#localHashes[2 * record]!;
-      localHashes[2 * i + 1] = this.#localHashes[2 * record + 1]!;
-    });
+    const [ownSequenceHashes, ownLocalHashes] = [this.#sequenceHashes, this.#localHashes];
+    for (let i = 0; i < run.length; i++) {
+      const record = run[i]!;
+      sequenceHashes[2 * i] = ownSequenceHashes[2 * record]!;
+      sequenceHashes[2 * i + 1] = ownSequenceHashes[2 * record + 1]!;
+      localHashes[2 * i] = ownLocalHashes[2 * record]!;
+      localHashes[2 * i + 1] = ownLocalHashes[2 * record + 1]!;
+    }
     const parent = this.#parent[first]!;
     const parentHash =
       parent === NONE
@@ -168,14 +174,28 @@ export class LocalBlockIndex {
     }
   }
 
-  #byDepth(): number[] {
-    const records: number[] = [];
-    for (const record of this.#slots) if (record !== NONE) records.push(record);
-    return records.sort((a, b) => this.#depth[a]! - this.#depth[b]! || a - b);
+  /** All records, the shallow ones first: sorted by counting, as there are few depths and many records. */
+  #byDepth(): Int32Array {
+    const depth = this.#depth;
+    const childCount = this.#childCount;
+    const used = this.#used;
+    let deepest = 0;
+    for (let record = 0; record < used; record++) {
+      if (childCount[record] !== FREED && depth[record]! > deepest) deepest = depth[record]!;
+    }
+    // At d + 1 the number of records of depth d; then where depth d + 1 begins.
+    const starts = new Int32Array(deepest + 2);
+    for (let record = 0; record < used; record++) if (childCount[record] !== FREED) starts[depth[record]! + 1]!++;
+    for (let d = 0; d <= deepest; d++) starts[d + 1]! += starts[d]!;
+    const records = new Int32Array(this.#size);
+    for (let record = 0; record < used; record++) {
+      if (childCount[record] !== FREED) records[starts[depth[record]!]!++] = record;
+    }
+    return records;
   }
 
   /** For every record one of its children, or none. */
-  #firstChildren(records: readonly number[]): Int32Array {
+  #firstChildren(records: Int32Array): Int32Array {
     const firstChild = new Int32Array(this.#used).fill(NONE);
     for (const record of records) {
       const parent = this.#parent[record]!;
@@ -246,6 +266,7 @@ export class LocalBlockIndex {
       hole = slot;
     }
     slots[hole] = NONE;
+    this.#childCount[record] = FREED;
     this.#parent[record] = this.#freeHead;
     this.#freeHead = record;
     this.#size--;
