@@ -611,6 +611,14 @@ export const OPTIONS = {
     commands: FRONTENDS,
     help: "How long a session (x-dynamo-session-id) stays with its worker after its last request.",
   },
+  "router-replica-sync": {
+    type: "switch",
+    default: false,
+    env: "DYN_ROUTER_REPLICA_SYNC",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "Frontends tell each other what they have on the workers, so that all see one load.",
+  },
   "active-decode-blocks-threshold": {
     type: "number",
     default: undefined,

@@ -13,6 +13,7 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
     httpPort: values["http-port"],
     routerMode: values["router-mode"],
     router: routerConfig(values),
+    routerReplicaSync: values["router-replica-sync"],
     ...(values["admin-key"] === undefined ? {} : { adminKey: values["admin-key"] }),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     limits: {

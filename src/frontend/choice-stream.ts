@@ -160,12 +160,13 @@ export class ChoiceStream implements ClientStreamHandler {
     stages.leave("route", planes.clock.monotonicMs() - startMs);
     this.#decision = decision;
     this.#gauges = model.workerGauges.get(decision.instanceId);
+    const hasRanks = model.card.dataParallelSize > 1;
     try {
       // Step 5: decode.
       this.#attempts++;
       this.#stream = planes.request.client.open(
         decision.address,
-        encodeRequest(forRank(this.#request, decision.dpRank)),
+        encodeRequest(hasRanks ? { ...this.#request, dpRank: decision.dpRank } : this.#request),
         {
           endpoint: model.generateEndpoint,
           requestId: this.#run.requestId,
@@ -366,13 +367,6 @@ export class ChoiceStream implements ClientStreamHandler {
 
 function reasonOf(thrown: unknown): Reason {
   return thrown instanceof DynamoError ? thrown.reason : "internal";
-}
-
-/** Tells the engine which of its data-parallel ranks was chosen; most have one. */
-function forRank(request: PreprocessedRequest, dpRank: number): PreprocessedRequest {
-  if (dpRank === 0) return request;
-  const ranked: PreprocessedRequest & { readonly dpRank: number } = { ...request, dpRank };
-  return ranked;
 }
 
 /**

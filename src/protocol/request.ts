@@ -54,6 +54,8 @@ export interface PreprocessedRequest {
   readonly output: OutputOptions;
   /** Higher is sooner; 0 = normal. */
   readonly priority: number;
+  /** The data-parallel rank to run on, chosen by a router that knows the ranks' caches; undefined = the engine's choice. */
+  readonly dpRank?: number;
   /** Isolates KV reuse: enters the hash seed. Empty = shared. */
   readonly cacheNamespace: string;
 }

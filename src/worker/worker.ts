@@ -95,7 +95,7 @@ async function start(
     metrics,
     clock,
     logger,
-    maxStreams: config.engine.maxSequences + config.maxQueuedRequests,
+    maxStreams: config.engine.maxSequences * ranksOf(config.engine) + config.maxQueuedRequests,
   });
   const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
   lifecycle.defer("KV event publisher", () => publisher.close());
@@ -179,6 +179,10 @@ async function start(
     "worker ready",
   );
   return Object.assign(lifecycle.role(), { instanceId, systemPort: systemServer?.port, load: () => engine.load() });
+}
+
+function ranksOf(engine: WorkerConfig["engine"]): number {
+  return engine.kind === "mocker" ? engine.dataParallelSize : 1;
 }
 
 /** Async so that it runs beside the engine's start, and so that its failure is one of both. */

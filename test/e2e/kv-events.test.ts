@@ -10,6 +10,7 @@ import {
   type InProcessCluster,
   type InProcessOptions,
 } from "../helpers/in-process-cluster.ts";
+import { startProcessCluster } from "../helpers/process-cluster.ts";
 
 /** 64 blocks: a few conversations, then the oldest blocks go. */
 const SMALL = { ...ECHO, contextLength: 512, maxSequences: 2 };
@@ -223,6 +224,22 @@ describe("KV events of a whole cluster", () => {
       await until(() => isSame(0), "both to see none");
       assert.deepEqual(await active(third.baseUrl), [0, 0, 0]);
     });
+  });
+
+  test("the same between processes, over files, TCP and ZMQ", async () => {
+    const cluster = await startProcessCluster(["--engine=echo", "--workers=2", "--router-mode=kv"]);
+    try {
+      await whole(cluster.baseUrl, 2);
+      let reused = 0;
+      for (let i = 0; i < 60; i++) {
+        const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+        assert.equal(decision.predicted.cached_tokens, cachedTokens, `request ${i}: ${JSON.stringify(decision)}`);
+        if (cachedTokens > 0) reused++;
+      }
+      assert.ok(reused > 20, `${reused} requests reused something`);
+    } finally {
+      assert.equal(await cluster.stop(), 0);
+    }
   });
 
   test(

@@ -33,7 +33,7 @@ import { Sequence, type SequenceEnd } from "./sequence.ts";
  * worker's clock. Answers are a pure function of the tokens before them (token-source.ts): the same prompt gets the same
  * answer on every worker, and a request that moves to another worker with the tokens it has goes on as if it had stayed.
  *
- * Data-parallel ranks are schedulers of their own; a request goes to the one with the fewest. `EngineInfo` and `load` tell
+ * Data-parallel ranks are schedulers of their own; a request goes to the one it names, else to the one with the fewest. `EngineInfo` and `load` tell
  * the sum of all ranks. Roles: `prefill` ends each stream after its first token; `decode` waits for the KV cache of each
  * prompt over a link that its transfers share, in place of computing it. Exported blocks hold bytes that say which block
  * they are, so that a transfer that mixes them up is found out.
@@ -113,7 +113,7 @@ export class MockerEngine implements Engine {
       throw new DynamoError("engine-stopped", "the engine is not running");
     }
     assert(!this.#streams.has(streamId), "a stream id is unique among live streams");
-    const driver = this.#leastBusy();
+    const driver = (request.dpRank === undefined ? undefined : this.#drivers[request.dpRank]) ?? this.#leastBusy();
     const error = this.#refusal(request, driver.scheduler.config.contextLength);
     if (error === undefined) this.#accept(streamId, request, driver);
     else this.#refused.push({ streamId, error });
