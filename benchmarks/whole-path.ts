@@ -31,6 +31,8 @@ function aPrompt(length: number, salt: number): number[] {
 interface StreamTimes {
   readonly firstMs: number;
   readonly lastMs: number;
+  /** When each event with text came. */
+  readonly eventsMs: readonly number[];
 }
 
 /** One streamed completion; resolves with when its first and its last event with text came. */
@@ -55,16 +57,20 @@ function streamOnce(port: number, prompt: number[], maxTokens: number): Promise<
       (response) => {
         let firstMs = 0;
         let lastMs = 0;
+        const eventsMs: number[] = [];
         let tail = "";
         response.setEncoding("utf8");
         response.on("data", (chunk: string) => {
           const nowMs = performance.now();
           if (firstMs === 0) firstMs = nowMs;
           if (!chunk.startsWith("data: [DONE]")) lastMs = nowMs;
+        for (let at = chunk.indexOf('"text":"'); at >= 0; at = chunk.indexOf('"text":"', at + 1)) {
+          if (chunk[at + 8] !== '"') eventsMs.push(nowMs);
+        }
           tail = (tail + chunk).slice(-40);
         });
         response.on("end", () =>
-          tail.includes("[DONE]") ? done({ firstMs, lastMs }) : failed(new Error(`broken stream: ${tail}`)),
+          tail.includes("[DONE]") ? done({ firstMs, lastMs, eventsMs }) : failed(new Error(`broken stream: ${tail}`)),
         );
       },
     );
@@ -73,14 +79,19 @@ function streamOnce(port: number, prompt: number[], maxTokens: number): Promise<
   });
 }
 
-/** Tokens per second of all streams together, from the moment that each had its first token. */
+/**
+ * Tokens per second of all streams together while all of them run: from the first token of the last to begin, to the last
+ * token of the first to end. A token is an event with text; the few tokens without text of their own are not counted.
+ */
 async function pathDecode(port: number): Promise<number> {
   const streams = await Promise.all(
     Array.from({ length: STREAMS }, (_, s) => streamOnce(port, aPrompt(PROMPT_TOKENS, s), STEPS + 1)),
   );
   const fromMs = Math.max(...streams.map((stream) => stream.firstMs));
-  const toMs = Math.max(...streams.map((stream) => stream.lastMs));
-  return (STREAMS * STEPS * 1_000) / (toMs - fromMs);
+  const toMs = Math.min(...streams.map((stream) => stream.lastMs));
+  let tokens = 0;
+  for (const { eventsMs } of streams) for (const ms of eventsMs) if (ms > fromMs && ms <= toMs) tokens++;
+  return (tokens * 1_000) / (toMs - fromMs);
 }
 
 function bareDecode(context: LlamaContext): number {
