@@ -64,9 +64,9 @@ function streamOnce(port: number, prompt: number[], maxTokens: number): Promise<
           const nowMs = performance.now();
           if (firstMs === 0) firstMs = nowMs;
           if (!chunk.startsWith("data: [DONE]")) lastMs = nowMs;
-        for (let at = chunk.indexOf('"text":"'); at >= 0; at = chunk.indexOf('"text":"', at + 1)) {
-          if (chunk[at + 8] !== '"') eventsMs.push(nowMs);
-        }
+          for (let at = chunk.indexOf('"text":"'); at >= 0; at = chunk.indexOf('"text":"', at + 1)) {
+            if (chunk[at + 8] !== '"') eventsMs.push(nowMs);
+          }
           tail = (tail + chunk).slice(-40);
         });
         response.on("end", () =>

@@ -101,7 +101,9 @@ export class ModelRegistry {
     this.#logger = planes.logger;
     const { events, request, clock, logger, metrics } = planes;
     const usesKvEvents = policy.usesOverlap === true && this.#routerConfig.kvEvents;
-    this.#kvFeed = usesKvEvents ? new KvEventFeed({ events, client: request.client, clock, logger, metrics }) : undefined;
+    this.#kvFeed = usesKvEvents
+      ? new KvEventFeed({ events, client: request.client, clock, logger, metrics })
+      : undefined;
     this.#replicaSync = options.replicaSync === true ? new ReplicaSync({ events, clock, logger, metrics }) : undefined;
   }
 
@@ -291,7 +293,14 @@ export class ModelRegistry {
     });
     if (model.kvIndex === undefined) return;
     const endpointPrefix = `${namespace}.${component}`;
-    this.#kvFeed?.addWorker({ instanceId, model: model.name, address, endpointPrefix, dataParallelSize, index: model.kvIndex });
+    this.#kvFeed?.addWorker({
+      instanceId,
+      model: model.name,
+      address,
+      endpointPrefix,
+      dataParallelSize,
+      index: model.kvIndex,
+    });
   }
 
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {

@@ -238,7 +238,10 @@ describe("router: eligibility", () => {
     router.addWorker("b", "memory://b", { dataParallelSize: 2, capacity: { ...CAPACITY, totalBlocks: 4 } });
     const first = router.route({ tokenIds: aPrompt([1, 2, 3]) });
     const second = router.route({ tokenIds: aPrompt([1, 2, 3]) });
-    assert.deepEqual([first.dpRank, second.dpRank].toSorted((a, b) => a - b), [0, 1]);
+    assert.deepEqual(
+      [first.dpRank, second.dpRank].toSorted((a, b) => a - b),
+      [0, 1],
+    );
     assert.throws(() => router.route({ tokenIds: aPrompt([1]) }), isReason("worker-full"));
   });
 
