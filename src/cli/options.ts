@@ -132,7 +132,7 @@ export const OPTIONS = {
     default: 0,
     min: 0,
     max: 16_777_216,
-    defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker: 131072",
+    defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker and replay: 131072",
     env: "DYN_CONTEXT_LENGTH",
     group: "Model and engine",
     commands: [...WORKERS, "mocker", "replay"],
@@ -153,7 +153,7 @@ export const OPTIONS = {
   "max-num-seqs": {
     type: "integer",
     default: 64,
-    defaultText: "64; mocker: 256",
+    defaultText: "64; mocker and replay: 256",
     min: 1,
     // libllama's own bound on sequences of one context is 256; some are kept for cached prefixes.
     max: 256,
@@ -166,7 +166,7 @@ export const OPTIONS = {
     type: "integer",
     // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
     default: 512,
-    defaultText: "512; mocker: 8192",
+    defaultText: "512; mocker and replay: 8192",
     min: 16,
     max: 65_536,
     env: "DYN_MAX_NUM_BATCHED_TOKENS",
@@ -177,7 +177,7 @@ export const OPTIONS = {
   "kv-cache-block-size": {
     type: "integer",
     default: 16,
-    defaultText: "16; mocker: 64, with --engine-type sglang 1",
+    defaultText: "16; mocker and replay: 64, with --engine-type sglang 1",
     min: 1,
     max: 1_024,
     env: "DYN_KV_CACHE_BLOCK_SIZE",
