@@ -54,6 +54,17 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
       "answer is made up from the prompt. Without --model bytes are tokens.",
     load: () => import("./mocker.ts"),
   },
+  replay: {
+    summary: "run a trace of requests through simulated workers, or send it to a running cluster",
+    usage: "dynamo replay [TRACE] [options]",
+    example: "dynamo replay conversation_trace.jsonl --workers 16 --router-mode kv,round-robin",
+    about:
+      "TRACE is a file of Mooncake rows (JSON lines) or an Azure LLM trace (CSV); --format=synthetic makes one up. The real\n" +
+      "router and mock engines run it on a virtual clock: hours in seconds, the same report for the same seed, one column\n" +
+      "per router mode. With --url http://127.0.0.1:8000 the requests are sent there instead, at the trace's times, and the\n" +
+      "answers are measured; Ctrl-C ends that with the report so far.",
+    load: () => import("./replay.ts"),
+  },
   model: {
     summary: "pull, list and remove model files",
     usage: "dynamo model pull NAME | list | rm NAME",

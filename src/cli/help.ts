@@ -24,7 +24,7 @@ export function commandHelp(name: CommandName): string {
   const { usage, about, example } = COMMANDS[name];
   const groups = new Map<OptionGroup, string[]>();
   for (const option of optionsOf(name)) {
-    const spec = specOf(option);
+    const spec = specOf(option, name);
     const lines = groups.get(spec.group) ?? [];
     lines.push(optionHelp(option, spec));
     groups.set(spec.group, lines);

@@ -2,6 +2,8 @@ import type { OptionSpec } from "./options.ts";
 
 /** The options that only `dynamo mocker` has; part of the table in options.ts. Names and defaults are those of Dynamo's mocker. */
 const MOCKER = ["mocker"] as const;
+/** The engine's own, which a replay simulates too. */
+const MOCK_ENGINE = ["mocker", "replay"] as const;
 
 export const MOCKER_OPTIONS = {
   "num-workers": {
@@ -30,7 +32,7 @@ export const MOCKER_OPTIONS = {
     default: "vllm",
     env: "DYN_ENGINE_TYPE",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Whose scheduler is mocked.",
   },
   "num-gpu-blocks-override": {
@@ -40,7 +42,7 @@ export const MOCKER_OPTIONS = {
     max: 16_777_216,
     env: "DYN_NUM_GPU_BLOCKS_OVERRIDE",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "KV blocks of one data-parallel rank.",
   },
   "enable-prefix-caching": {
@@ -48,7 +50,7 @@ export const MOCKER_OPTIONS = {
     default: true,
     env: "DYN_ENABLE_PREFIX_CACHING",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Whether blocks are kept for later requests.",
   },
   "enable-chunked-prefill": {
@@ -56,7 +58,7 @@ export const MOCKER_OPTIONS = {
     default: true,
     env: "DYN_ENABLE_CHUNKED_PREFILL",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Whether a pass may take a part of a prompt.",
   },
   "preemption-mode": {
@@ -65,7 +67,7 @@ export const MOCKER_OPTIONS = {
     default: "lifo",
     env: "DYN_PREEMPTION_MODE",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Who gives way when blocks run out: the newest running request or the oldest.",
   },
   "speedup-ratio": {
@@ -75,7 +77,7 @@ export const MOCKER_OPTIONS = {
     max: 1_000_000,
     env: "DYN_SPEEDUP_RATIO",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Divides all simulated times; 0 = no time passes.",
   },
   "decode-speedup-ratio": {
@@ -85,7 +87,7 @@ export const MOCKER_OPTIONS = {
     max: 1_000_000,
     env: "DYN_DECODE_SPEEDUP_RATIO",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Divides decode times once more.",
   },
   "startup-time": {
@@ -105,7 +107,7 @@ export const MOCKER_OPTIONS = {
     max: 1_024,
     env: "DYN_DATA_PARALLEL_SIZE",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "Data-parallel ranks of each worker.",
   },
   reasoning: {
@@ -122,7 +124,7 @@ export const MOCKER_OPTIONS = {
     defaultText: "built-in polynomials",
     env: "DYN_PLANNER_PROFILE_DATA",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "File of measured times, JSON or CSV.",
   },
   "kv-transfer-bandwidth": {
@@ -140,7 +142,7 @@ export const MOCKER_OPTIONS = {
     default: undefined,
     env: "DYN_EXTRA_ENGINE_ARGS",
     group: "Model and engine",
-    commands: MOCKER,
+    commands: MOCK_ENGINE,
     help: "JSON file of engine arguments by Dynamo's names (num_gpu_blocks, block_size, ...); flags go before it.",
   },
 } as const satisfies Record<string, OptionSpec>;

@@ -25,7 +25,7 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
   const config: WorkerConfig = {
     namespace: values.namespace,
     component: values.component,
-    engine: await engineConfig(resolved, model),
+    engine: await mockEngineConfig(resolved, model),
     modelName: values["model-name"] ?? model?.name ?? "mocker",
     maxQueuedRequests: values["engine-request-limit"],
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
@@ -113,7 +113,7 @@ function storedModel({ values }: ResolvedOptions, env: NodeJS.ProcessEnv): Store
 }
 
 /** Flags, variables and file go before `--extra-engine-args`, those before the mocker's defaults. */
-async function engineConfig(
+export async function mockEngineConfig(
   { values, sources }: ResolvedOptions,
   model: StoredModel | undefined,
 ): Promise<MockerEngineConfig> {

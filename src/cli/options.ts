@@ -1,6 +1,7 @@
 import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
 import { MOCKER_OPTIONS } from "./mocker-options.ts";
+import { REPLAY_OPTIONS, REPLAY_VARIANTS } from "./replay-options.ts";
 
 /**
  * Every option of every command, in one table: the command line (`--flag`), the environment (`DYN_...`), the key of a
@@ -9,7 +10,7 @@ import { MOCKER_OPTIONS } from "./mocker-options.ts";
  *
  * Limits are bounds on what clients can send; the reason for each number stands beside it.
  */
-export const COMMAND_NAMES = ["local", "frontend", "worker", "mocker", "model", "status", "doctor"] as const;
+export const COMMAND_NAMES = ["local", "frontend", "worker", "mocker", "replay", "model", "status", "doctor"] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
 
 interface OptionBase {
@@ -51,11 +52,13 @@ interface SwitchOption extends OptionBase {
 }
 
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
-export type OptionGroup = "Model and engine" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
+export type OptionGroup = "Model and engine" | "Replay" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
 const ROLES = ["local", "frontend", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
 const WORKERS = ["local", "worker"] as const;
+/** What a replay without a cluster has too. */
+const ROUTERS = ["local", "frontend", "replay"] as const;
 
 /** Per user, so that two users of one machine neither meet nor get in each other's way. */
 export function defaultDiscoveryFolder(): string {
@@ -67,11 +70,12 @@ export const OPTIONS = {
   model: {
     type: "text",
     default: undefined,
-    defaultText: "SmolLM2-135M-Instruct; with --engine echo: none, bytes are tokens; mocker: none, bytes are tokens",
+    defaultText:
+      "SmolLM2-135M-Instruct; with --engine echo: none, bytes are tokens; mocker: none, bytes are tokens; replay: the only one served",
     env: "DYN_MODEL",
     also: [{ flag: "model-path", env: "DYN_MODEL_PATH" }],
     group: "Model and engine",
-    commands: ["local", "worker", "mocker", "doctor"],
+    commands: ["local", "worker", "mocker", "replay", "doctor"],
     help: "Model to serve: a name of `dynamo model list`, hf:owner/repository/file.gguf, or the path of a GGUF file.",
   },
   "model-name": {
@@ -105,11 +109,12 @@ export const OPTIONS = {
   workers: {
     type: "integer",
     default: 2,
+    defaultText: "2; replay: 16",
     min: 1,
     max: 64,
     env: "DYN_WORKERS",
     group: "Model and engine",
-    commands: ["local", "doctor"],
+    commands: ["local", "replay", "doctor"],
     help: "Worker processes.",
   },
   "disaggregation-mode": {
@@ -127,11 +132,11 @@ export const OPTIONS = {
     default: 0,
     min: 0,
     max: 16_777_216,
-    defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker: 131072",
+    defaultText: "0 = what the model was trained for; 8192 with --engine echo; mocker and replay: 131072",
     env: "DYN_CONTEXT_LENGTH",
     also: [{ flag: "max-model-len" }],
     group: "Model and engine",
-    commands: [...WORKERS, "mocker"],
+    commands: [...WORKERS, "mocker", "replay"],
     help: "Longest sequence, prompt and answer together, in tokens.",
   },
   "kv-cache-tokens": {
@@ -149,37 +154,37 @@ export const OPTIONS = {
   "max-num-seqs": {
     type: "integer",
     default: 64,
-    defaultText: "64; mocker: 256",
+    defaultText: "64; mocker and replay: 256",
     min: 1,
     // libllama's own bound on sequences of one context is 256; some are kept for cached prefixes.
     max: 256,
     env: "DYN_MAX_NUM_SEQS",
     group: "Model and engine",
-    commands: [...WORKERS, "mocker"],
+    commands: [...WORKERS, "mocker", "replay"],
     help: "Sequences one worker runs at once.",
   },
   "max-num-batched-tokens": {
     type: "integer",
     // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
     default: 512,
-    defaultText: "512; mocker: 8192",
+    defaultText: "512; mocker and replay: 8192",
     min: 16,
     max: 65_536,
     env: "DYN_MAX_NUM_BATCHED_TOKENS",
     group: "Model and engine",
-    commands: [...WORKERS, "mocker"],
+    commands: [...WORKERS, "mocker", "replay"],
     help: "Tokens one engine step takes.",
   },
   "kv-cache-block-size": {
     type: "integer",
     default: 16,
-    defaultText: "16; mocker: 64, with --engine-type sglang 1",
+    defaultText: "16; mocker and replay: 64, with --engine-type sglang 1",
     min: 1,
     max: 1_024,
     env: "DYN_KV_CACHE_BLOCK_SIZE",
     also: [{ flag: "block-size" }],
     group: "Model and engine",
-    commands: [...WORKERS, "mocker"],
+    commands: [...WORKERS, "mocker", "replay"],
     help: "Tokens per KV block.",
   },
   threads: {
@@ -234,6 +239,7 @@ export const OPTIONS = {
     help: "Port for this worker's own /health, /live and /metrics on loopback; 0 = any free port.",
   },
   ...MOCKER_OPTIONS,
+  ...REPLAY_OPTIONS,
   // ---- HTTP ----
   "http-host": {
     type: "text",
@@ -381,7 +387,7 @@ export const OPTIONS = {
     max: 86_400,
     env: "DYN_REQUEST_TIMEOUT_SECS",
     group: "Limits",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Longest time of a whole request.",
   },
   "response-buffer-kb": {
@@ -410,9 +416,10 @@ export const OPTIONS = {
     type: "choice",
     choices: ["round-robin", "random", "power-of-two", "least-loaded", "kv", "stay-until-saturated", "direct"],
     default: "round-robin",
+    defaultText: "round-robin; replay: kv",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How a worker is chosen for a request.",
   },
   "router-kv-events": {
@@ -434,7 +441,7 @@ export const OPTIONS = {
     ],
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How much of its prefill a block that a worker has cached saves; 0 = cached blocks do not count.",
   },
   "router-kv-overlap-score-credit-decay": {
@@ -444,7 +451,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How fast that credit shrinks on a worker whose backlog is longer than the least loaded one's.",
   },
   "router-prefill-load-scale": {
@@ -454,7 +461,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_PREFILL_LOAD_SCALE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Weight of the prompt tokens to compute against the blocks in use.",
   },
   "router-host-cache-hit-weight": {
@@ -484,7 +491,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Cost in blocks of each request that runs on a worker.",
   },
   "router-temperature": {
@@ -494,7 +501,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_TEMPERATURE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Above 0, workers are drawn by cost instead of the cheapest taken; larger is more even.",
   },
   "router-max-imbalance": {
@@ -504,7 +511,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_MAX_IMBALANCE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "KV modes pass over a worker with this many times the mean load, however much it has cached; 0 = no bound.",
   },
   "router-ttl-secs": {
@@ -533,7 +540,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_ACTIVE_BLOCKS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether the blocks of running requests count as load.",
   },
   "router-track-output-blocks": {
@@ -541,7 +548,7 @@ export const OPTIONS = {
     default: false,
     env: "DYN_ROUTER_TRACK_OUTPUT_BLOCKS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether generated tokens count as blocks too.",
   },
   "router-track-prefill-tokens": {
@@ -549,7 +556,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_PREFILL_TOKENS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether prompt tokens that wait to be computed count as load.",
   },
   "router-assume-kv-reuse": {
@@ -557,7 +564,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_ASSUME_KV_REUSE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether requests that run at the same time share the blocks of a common prefix.",
   },
   "router-queue-threshold": {
@@ -568,7 +575,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Requests wait in the router while every worker has more than this many batches to prefill.",
   },
   "router-queue-policy": {
@@ -577,7 +584,7 @@ export const OPTIONS = {
     choices: ["fcfs", "lcfs", "wspt"],
     env: "DYN_ROUTER_QUEUE_POLICY",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Order of the requests that wait: arrival, newest first, or least uncached work first.",
   },
   "router-queue-limit": {
@@ -587,7 +594,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_LIMIT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Requests that may wait in one model's router; more get status 529.",
   },
   "router-overlap-refresh-after-secs": {
@@ -597,7 +604,7 @@ export const OPTIONS = {
     max: 86400,
     env: "DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A request that waited this long gets its place by its cached prefix of now; 0 = never.",
   },
   "router-session-affinity-ttl-secs": {
@@ -807,7 +814,7 @@ export const OPTIONS = {
     default: false,
     env: "DYN_JSON",
     group: "General",
-    commands: ["model", "status", "doctor"],
+    commands: ["replay", "model", "status", "doctor"],
     help: "Print JSON for machines.",
   },
   once: {
@@ -839,8 +846,10 @@ export function optionsOf(command: CommandName): OptionName[] {
   return OPTION_NAMES.filter((name) => (OPTIONS[name].commands as readonly CommandName[]).includes(command));
 }
 
-export function specOf(name: OptionName): OptionSpec {
-  return OPTIONS[name];
+/** As `command` takes it: a few options mean a little more to one command than to the others. */
+export function specOf(name: OptionName, command?: CommandName): OptionSpec {
+  const variants: Partial<Record<OptionName, OptionSpec>> = command === "replay" ? REPLAY_VARIANTS : {};
+  return variants[name] ?? OPTIONS[name];
 }
 
 /**

@@ -59,7 +59,7 @@ export async function resolveOptions(input: ResolveInput): Promise<ResolvedOptio
   const values: Partial<Record<OptionName, string | number | boolean | undefined>> = {};
   const sources = {} as Record<OptionName, ValueSource>;
   for (const name of OPTION_NAMES) {
-    const spec = specOf(name);
+    const spec = specOf(name, input.command);
     const given = flags.given.get(name) ?? environment.get(name) ?? file.get(name);
     sources[name] = given?.source ?? "default";
     values[name] = given === undefined ? spec.default : parseValue(given, spec, mistakes);
@@ -79,7 +79,7 @@ function readFlags(
 ): { given: Map<OptionName, Given>; positionals: string[] } {
   const given = new Map<OptionName, Given>();
   const all = knownFlags();
-  const args = withoutEmptyFlags(input.argv, all, mistakes);
+  const args = withoutEmptyFlags(input, all, mistakes);
   const { tokens } = parseArgs({ args, options: parserOptions(), strict: false, tokens: true });
   const positionals: string[] = [];
   // Where the value of an unknown flag would stand: one mistake, not two.
@@ -104,7 +104,7 @@ function readFlags(
     const text = fixedValue ?? token.value;
     if (fixedValue !== undefined && token.value !== undefined)
       mistakes.push(`${shown}: takes no value, got ${token.value}`);
-    else if (text === undefined) mistakes.push(nothingGiven(shown, name));
+    else if (text === undefined) mistakes.push(nothingGiven(shown, name, input.command));
     else if (isSecret(specOf(name)))
       mistakes.push(`${shown}: set ${specOf(name).env} instead; a command line is public`);
     else if (given.has(name)) mistakes.push(`${shown}: given twice`);
@@ -114,19 +114,23 @@ function readFlags(
 }
 
 /** The parser would take `--http-port` for the value in `--http-host --http-port 1`; such a flag is taken out first. */
-function withoutEmptyFlags(argv: readonly string[], all: ReadonlyMap<string, KnownFlag>, mistakes: string[]): string[] {
+function withoutEmptyFlags(
+  { argv, command }: ResolveInput,
+  all: ReadonlyMap<string, KnownFlag>,
+  mistakes: string[],
+): string[] {
   return argv.filter((word, index) => {
     const flag = word.startsWith("--") ? all.get(word.slice(2)) : undefined;
     if (flag === undefined || flag.fixedValue !== undefined) return true;
     const next = argv[index + 1];
     if (next !== undefined && !next.startsWith("--")) return true;
-    mistakes.push(nothingGiven(word, flag.name));
+    mistakes.push(nothingGiven(word, flag.name, command));
     return false;
   });
 }
 
-function nothingGiven(shown: string, name: OptionName): string {
-  return `${shown}: expected ${expectation(specOf(name))}, got nothing`;
+function nothingGiven(shown: string, name: OptionName, command: CommandName): string {
+  return `${shown}: expected ${expectation(specOf(name, command))}, got nothing`;
 }
 
 interface KnownFlag {

@@ -33,7 +33,7 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
   };
 }
 
-function routerConfig(values: OptionValues): Partial<RouterConfig> {
+export function routerConfig(values: OptionValues): Partial<RouterConfig> {
   const blocks = values["active-decode-blocks-threshold"];
   const tokens = values["active-prefill-tokens-threshold"];
   const fraction = values["active-prefill-tokens-threshold-frac"];

@@ -5,7 +5,7 @@ import { parseAzureTrace } from "./azure-trace.ts";
 import { parseMooncakeTrace } from "./mooncake-trace.ts";
 import { MAX_TRACE_CHARACTERS, MAX_TRACE_SESSIONS, invalidTrace, type Trace } from "./trace.ts";
 
-/** Reads a trace file of either format; `{` as its first character means Mooncake rows. Throws `invalid-config`. */
+/** Reads a trace file; unless told its format, `{` as its first character means Mooncake rows. Throws `invalid-config`. */
 export async function readTrace(path: string, options: TraceOptions = {}): Promise<Trace> {
   const name = basename(path);
   try {
@@ -23,9 +23,13 @@ export async function readTrace(path: string, options: TraceOptions = {}): Promi
   }
 }
 
+export type TraceFormat = "mooncake" | "azure";
+
 export interface TraceOptions {
   /** For messages and the report. @default "trace" */
   readonly name?: string;
+  /** @default as the first line looks */
+  readonly format?: TraceFormat;
   /** Only the first rows. @default all */
   readonly maxRows?: number;
   /** Tokens that a hash id of a Mooncake row stands for. @default 512 */
@@ -38,7 +42,8 @@ export function parseTrace(text: string, options: TraceOptions = {}): Trace {
   const first = lines.next();
   if (first.done === true) throw invalidTrace(name, 1, "the file is empty");
   const limits = { name, maxRows: Math.min(maxRows, MAX_TRACE_SESSIONS) };
-  return first.value.text.trimStart().startsWith("{")
+  const { format = first.value.text.trimStart().startsWith("{") ? "mooncake" : "azure" } = options;
+  return format === "mooncake"
     ? parseMooncakeTrace([first.value, ...lines], { ...limits, blockSizeTokens: traceBlockSizeTokens })
     : parseAzureTrace([first.value, ...lines], limits);
 }

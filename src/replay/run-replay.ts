@@ -14,7 +14,7 @@ import { polynomialTiming, withSpeedup } from "../perf-model/index.ts";
 import type { KvEvent } from "../protocol/index.ts";
 import { FlatKvIndex, type KvIndex } from "../router/indexer/index.ts";
 import { Router, type RoutingDecision, type WaitingRoute } from "../router/index.ts";
-import { SeededRandom } from "../std/index.ts";
+import { SeededRandom, type Random } from "../std/index.ts";
 import { blockHashSeed } from "../tokens/index.ts";
 import { firstPrompt, nextPrompt } from "./prompt-source.ts";
 import { ReplayCollector } from "./replay-collector.ts";
@@ -288,7 +288,12 @@ class Replay {
   }
 }
 
-function arrivalTimes(sessions: readonly TraceSession[], options: ReplayOptions, random: SeededRandom): Float64Array {
+/** Length = sessions: when each arrives, after smear and speed-up. */
+export function arrivalTimes(
+  sessions: readonly TraceSession[],
+  options: Pick<ReplayOptions, "arrivals" | "smearMs">,
+  random: Random,
+): Float64Array {
   const { arrivals = ON_SCHEDULE, smearMs = 0 } = options;
   const speedup = arrivals.kind === "schedule" ? arrivals.speedup : 1;
   return Float64Array.from(sessions, ({ arrivalMs }) => (arrivalMs + random.nextFloat() * smearMs) / speedup);

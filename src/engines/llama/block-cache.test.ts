@@ -4,7 +4,6 @@ import fc from "fast-check";
 import type { KvEvent } from "../../protocol/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import { BlockCache, NO_SEQUENCE } from "./block-cache.ts";
-import { BlockIndex } from "./block-index.ts";
 import { FakeModel } from "./fake-model.ts";
 import { NaiveBlockCache } from "./naive-block-cache.ts";
 
@@ -254,27 +253,4 @@ test("block cache: pinning without a sequence keeps blocks from being evicted", 
   twins.cache.release(NO_SEQUENCE, blocks, 2, 0);
   assert.equal(twins.cache.reserve(1), true);
   assert.equal(twins.cache.findPrefix(sequence.hashes.sequenceHashes, 2, blocks), 1);
-});
-
-test("block index: any adds and removals find what a map finds, with hashes that collide", () => {
-  // Eight homes for twelve blocks, so runs grow, wrap and shrink.
-  const hashes = new Uint32Array(24);
-  for (let block = 0; block < 12; block++) hashes.set([block % 3 === 0 ? 7 : block % 2, block], 2 * block);
-  fc.assert(
-    fc.property(fc.array(fc.nat({ max: 11 }), { maxLength: 80 }), (toggles) => {
-      const index = new BlockIndex(hashes);
-      const present = new Set<number>();
-      for (const block of toggles) {
-        if (present.delete(block)) index.remove(block);
-        else {
-          present.add(block);
-          index.add(block);
-        }
-        for (let other = 0; other < 12; other++) {
-          const found = index.find(hashes[2 * other]!, hashes[2 * other + 1]!);
-          assert.equal(found, present.has(other) ? other : -1);
-        }
-      }
-    }),
-  );
 });

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { KvEvent } from "../../protocol/index.ts";
-import { BlockIndex } from "./block-index.ts";
+import { HashIndex } from "../../std/index.ts";
 import type { KvCells } from "./token-model.ts";
 
 /**
@@ -49,7 +49,7 @@ export class BlockCache {
   readonly #cells: KvCells;
   readonly #firstHolder: number;
   readonly #holderCount: number;
-  readonly #index: BlockIndex;
+  readonly #index: HashIndex;
   // Per block id.
   readonly #sequenceHashes: Uint32Array;
   readonly #references: Int32Array;
@@ -80,7 +80,7 @@ export class BlockCache {
     this.#firstHolder = options.firstHolder;
     this.#holderCount = holderCount;
     this.#sequenceHashes = new Uint32Array(2 * totalBlocks);
-    this.#index = new BlockIndex(this.#sequenceHashes);
+    this.#index = new HashIndex(this.#sequenceHashes);
     this.#references = new Int32Array(totalBlocks);
     this.#children = new Int32Array(totalBlocks);
     this.#parent = new Int32Array(totalBlocks);
