@@ -84,7 +84,7 @@ interface RouteContext {
 }
 
 function routes(context: RouteContext): Route[] {
-  const { models, pipeline, planes } = context;
+  const { models, pipeline } = context;
   return [
     {
       method: "POST",
