@@ -185,7 +185,13 @@ class FrontendThreads {
         this.#onBroken(member, errorFromWire(message.reason, message.message, message.diagnostic ?? ""));
         return;
       case "ask":
-        void this.#ask(member, message.id, message.question);
+        this.#ask(member, message.id, message.question).catch((cause: unknown) => {
+          this.#planes.logger.error(
+            { err: cause, question: message.question.type },
+            "a frontend thread's question failed",
+          );
+          tell(member, { type: "answers", id: message.id, answers: undefined });
+        });
         return;
       case "answer": {
         const collecting = this.#collecting.get(message.id);

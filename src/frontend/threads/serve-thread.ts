@@ -21,7 +21,7 @@ export async function serveFrontendThread(
   host: MessagePort,
   { bookings, threadCount }: ThreadSeat,
 ): Promise<void> {
-  const link = new ThreadLink(host, bookings);
+  const link = new ThreadLink(host, bookings, planes.logger);
   const abort = new AbortController();
   try {
     const httpPort = await link.listen;

@@ -1,5 +1,6 @@
 import type { MessagePort } from "node:worker_threads";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
+import type { Logger } from "../../observability/index.ts";
 import { KvFeedHealth, SharedKvIndex, type IndexHealth } from "../../router/index.ts";
 import type { EventPlane } from "../../runtime/event-plane/index.ts";
 import { BookingBus } from "./booking-bus.ts";
@@ -44,13 +45,15 @@ export class ThreadLink {
     ((wish: { readonly type: "drain"; readonly timeoutMs: number } | { readonly type: "stop" }) => void) | undefined =
     undefined;
   readonly #port: MessagePort;
+  readonly #logger: Logger;
   readonly #listen = Promise.withResolvers<number | undefined>();
   readonly #indexes = new Map<string, SharedModelIndex>();
   readonly #asked = new Map<number, Asked>();
   #questionCount = 0;
 
-  constructor(port: MessagePort, bookingsName: string) {
+  constructor(port: MessagePort, bookingsName: string, logger: Logger) {
     this.#port = port;
+    this.#logger = logger;
     this.bookings = new BookingBus(bookingsName);
     this.listen = this.#listen.promise;
     port.on("message", (message: HostMessage) => this.#onMessage(message));
@@ -111,9 +114,13 @@ export class ThreadLink {
   }
 
   async #onQuestion(id: number, question: Question): Promise<void> {
-    // A question that fails here stays without an answer: the host's deadline says so to who asked.
-    const answer = (await this.answer?.(question)) ?? { type: "done" };
-    this.tell({ type: "answer", id, answer });
+    try {
+      const answer = (await this.answer?.(question)) ?? { type: "done" };
+      this.tell({ type: "answer", id, answer });
+    } catch (thrown) {
+      // Left without an answer: a part that is missing would make the whole false. The host's deadline tells who asked.
+      this.#logger.error({ err: thrown, question: question.type }, "a question of another frontend thread failed");
+    }
   }
 
   #onAnswers(id: number, answers: readonly Answer[] | undefined): void {
