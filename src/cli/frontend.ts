@@ -1,5 +1,9 @@
+import { extname } from "node:path";
 import { setFlagsFromString } from "node:v8";
+import { DynamoError } from "../errors/index.ts";
 import type { CommandContext } from "./commands.ts";
+import type { FrontendThreadData } from "./frontend-thread.ts";
+import type { OptionValues } from "./options.ts";
 import { resolveOptions } from "./resolve-options.ts";
 import { frontendConfig } from "./role-config.ts";
 import { runRole } from "./run-role.ts";
@@ -8,19 +12,53 @@ import { urlHost } from "./url-host.ts";
 /** `dynamo frontend` */
 export async function run({ argv, env }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "frontend", argv, env });
+  checkThreads(resolved.values);
   // Collect garbage when the heap has grown by 60 % of what lives, not by several times: 50 MB less resident, no CPU that we could measure.
   setFlagsFromString("--heap-growing-percent=60");
-  const { startFrontend } = await import("../frontend/index.ts");
+  const { startFrontend, startFrontendThreads } = await import("../frontend/index.ts");
+  const threadCount = resolved.values["frontend-threads"];
   let port = 0;
   return runRole({
     role: "frontend",
     resolved,
     shown: ["http-host", "http-port", "namespace", "discovery-backend", "file-kv", "router-mode"],
     start: async (planes, signal) => {
-      const role = await startFrontend(frontendConfig(resolved.values), planes, signal);
+      const config = frontendConfig(resolved.values);
+      const role =
+        threadCount === 1
+          ? await startFrontend(config, planes, signal)
+          : await startFrontendThreads(config, planes, signal, {
+              threadCount,
+              entry: threadModule(),
+              workerData: (seat, index): FrontendThreadData => ({ values: resolved.values, seat, index }),
+            });
       port = role.port;
       return role;
     },
     facts: () => ({ address: `http://${urlHost(resolved.values["http-host"])}:${port}`, port }),
   });
+}
+
+/** Beside this file, as source or compiled. */
+function threadModule(): URL {
+  return new URL(`./frontend-thread${extname(import.meta.filename)}`, import.meta.url);
+}
+
+/** Several threads have what they share in common through the planes and the index; the rest cannot be combined yet. */
+function checkThreads(values: OptionValues): void {
+  if (values["frontend-threads"] === 1) return;
+  const problems: string[] = [];
+  for (const name of ["discovery-backend", "request-plane", "event-plane"] as const) {
+    if (values[name] === "memory") problems.push(`--${name}: memory is for one frontend thread alone`);
+  }
+  if (values["router-session-affinity-ttl-secs"] !== undefined) {
+    problems.push("--router-session-affinity-ttl-secs: sessions are kept by one frontend thread alone");
+  }
+  const usesOverlap = ["kv", "stay-until-saturated"].includes(values["router-mode"]);
+  if (usesOverlap && (!values["router-kv-events"] || values["router-predicted-ttl-secs"] !== undefined)) {
+    problems.push(
+      "--frontend-threads: routing by own decisions (--no-router-kv-events, --router-predicted-ttl-secs) is for one thread alone",
+    );
+  }
+  if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));
 }

@@ -260,6 +260,16 @@ export const OPTIONS = {
     commands: [...FRONTENDS, "doctor"],
     help: "Port of the OpenAI API; 0 = any free port.",
   },
+  "frontend-threads": {
+    type: "integer",
+    default: 1,
+    min: 1,
+    max: 64,
+    env: "DYN_FRONTEND_THREADS",
+    group: "HTTP",
+    commands: FRONTENDS,
+    help: "Threads that serve the port together and share one KV index; each takes its part of the limits.",
+  },
   "graceful-shutdown-timeout-secs": {
     type: "number",
     default: 10,

@@ -1,5 +1,6 @@
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
+import { renderMerged } from "../observability/index.ts";
 import { packageVersion } from "../std/index.ts";
 import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
 import type { FrontendConfig } from "./config.ts";
@@ -9,6 +10,8 @@ import { openApiRoute } from "./openai/index.ts";
 import { Operators } from "./operator.ts";
 import { Pipeline } from "./pipeline.ts";
 import { routeApi } from "./route-api.ts";
+import { answerQuestion } from "./threads/answer-question.ts";
+import type { ThreadLink } from "./threads/thread-link.ts";
 
 export interface RunningFrontend extends RunningRole {
   /** The port it listens on; differs from the configured one when that was 0. */
@@ -17,12 +20,14 @@ export interface RunningFrontend extends RunningRole {
 
 /**
  * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Serves as soon as it listens;
- * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`.
+ * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`. `thread` is given
+ * when it is one of several threads that serve the port together (threads/host.ts).
  */
 export async function startFrontend(
   config: FrontendConfig,
   planes: Planes,
   signal: AbortSignal,
+  thread?: ThreadLink,
 ): Promise<RunningFrontend> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
@@ -31,15 +36,18 @@ export async function startFrontend(
       routerMode: config.routerMode,
       router: config.router,
       replicaSync: config.routerReplicaSync,
+      thread,
     });
+    if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);
     const pipeline = new Pipeline(planes, config, models, operators);
     let draining = false;
     const server = new HttpServer({
       host: config.httpHost,
       port: config.httpPort,
+      reusePort: thread !== undefined,
       limits: config.limits,
-      routes: routes({ config, planes, models, operators, pipeline, isDraining: () => draining }),
+      routes: routes({ config, planes, models, operators, pipeline, thread, isDraining: () => draining }),
       logger: planes.logger,
       clock: planes.clock,
       metrics: planes.metrics,
@@ -71,11 +79,12 @@ interface RouteContext {
   readonly models: ModelRegistry;
   readonly operators: Operators;
   readonly pipeline: Pipeline;
+  readonly thread: ThreadLink | undefined;
   readonly isDraining: () => boolean;
 }
 
 function routes(context: RouteContext): Route[] {
-  const { models, pipeline, planes } = context;
+  const { models, pipeline } = context;
   return [
     {
       method: "POST",
@@ -105,7 +114,7 @@ function routes(context: RouteContext): Route[] {
       path: "/metrics",
       family: "plain",
       handle: async (exchange) =>
-        exchange.text(200, await planes.metrics.render(), {
+        exchange.text(200, await scrape(context), {
           "content-type": "text/plain; version=0.0.4; charset=utf-8",
         }),
     },
@@ -116,9 +125,16 @@ function routes(context: RouteContext): Route[] {
       body: "json",
       handle: (exchange) => pipeline.previewRoute(exchange),
     },
-    ...routeApi(models, context.operators),
+    ...routeApi(models, context.operators, context.thread),
     openApiRoute(context.config.limits, packageVersion()),
   ];
+}
+
+/** Of the whole process. */
+async function scrape({ planes, thread }: RouteContext): Promise<string> {
+  if (thread === undefined) return planes.metrics.render();
+  const [own, answers] = await Promise.all([planes.metrics.snapshot(), thread.ask({ type: "metrics" })]);
+  return renderMerged([own, ...answers.flatMap((answer) => (answer.type === "metrics" ? [answer.snapshot] : []))]);
 }
 
 function modelObject(model: ReturnType<ModelRegistry["list"]>[number]): Record<string, unknown> {

@@ -16,6 +16,7 @@ import {
   ReplicaSync,
   Router,
   findPolicy,
+  type BusyThresholds,
   type KvIndex,
   type RouterConfig,
   type RoutingPolicy,
@@ -27,6 +28,7 @@ import type { TimerHandle } from "../std/index.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
 import { Preprocessor } from "./preprocess/index.ts";
+import type { ThreadLink } from "./threads/thread-link.ts";
 
 /**
  * The models this frontend serves and the workers behind each: follows instances, model cards and load reports. A worker
@@ -41,7 +43,7 @@ export interface ServedModel {
   readonly generateEndpoint: string;
   readonly preprocessor: Preprocessor;
   readonly router: Router;
-  /** Of its workers' blocks, to be fed with their events; undefined when the router does not use one. */
+  /** Of its workers' blocks, to be fed with their events; undefined when the router uses none, or one of another thread. */
   readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
   /** By instance id, of the workers that joined. */
@@ -79,6 +81,10 @@ export class ModelRegistry {
   readonly #kvFeed: KvEventFeed | undefined;
   /** Tells other routers what this one books; undefined when not asked for. */
   readonly #replicaSync: ReplicaSync | undefined;
+  /** When this is one of several threads: where the index is, and the other threads' routers. */
+  readonly #thread: ThreadLink | undefined;
+  /** Thresholds that another thread was given for a model that is not loaded here yet. */
+  readonly #waitingThresholds = new Map<string, BusyThresholds>();
   #watches: (Watch | EventSubscription)[] = [];
   #closed = false;
 
@@ -90,6 +96,7 @@ export class ModelRegistry {
       routerMode: string;
       router?: Partial<RouterConfig> | undefined;
       replicaSync?: boolean | undefined;
+      thread?: ThreadLink | undefined;
     },
   ) {
     this.#planes = planes;
@@ -100,11 +107,16 @@ export class ModelRegistry {
     this.#routerConfig = { ...DEFAULT_ROUTER_CONFIG, ...options.router };
     this.#logger = planes.logger;
     const { events, request, clock, logger, metrics } = planes;
-    const usesKvEvents = policy.usesOverlap === true && this.#routerConfig.kvEvents;
+    const { thread, replicaSync = false } = options;
+    this.#thread = thread;
+    // With several threads the host feeds the index.
+    const usesKvEvents = policy.usesOverlap === true && this.#routerConfig.kvEvents && thread === undefined;
     this.#kvFeed = usesKvEvents
       ? new KvEventFeed({ events, client: request.client, clock, logger, metrics })
       : undefined;
-    this.#replicaSync = options.replicaSync === true ? new ReplicaSync({ events, clock, logger, metrics }) : undefined;
+    // Threads always tell each other; those of other processes hear it too when asked for.
+    const bookings = replicaSync ? events : thread?.bookings;
+    this.#replicaSync = bookings && new ReplicaSync({ events: bookings, clock, logger, metrics });
   }
 
   async start(): Promise<void> {
@@ -142,6 +154,13 @@ export class ModelRegistry {
   /** With those that have no worker now. */
   all(): ServedModel[] {
     return [...this.#models.values()];
+  }
+
+  /** Of one model, as another thread was told; kept for a model that is still to come. */
+  setBusyThresholds(name: string, thresholds: BusyThresholds): void {
+    const model = this.#models.get(name);
+    if (model !== undefined) model.router.busyThresholds = thresholds;
+    else if (this.#waitingThresholds.size < MAX_MODELS) this.#waitingThresholds.set(name, thresholds);
   }
 
   /** For `/health`: every worker known to discovery, and why it does not serve if it does not. */
@@ -313,7 +332,10 @@ export class ModelRegistry {
       timeoutMs: FETCH_TIMEOUT_MS,
     });
     const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card);
-    const kvIndex = this.#policy.usesOverlap === true && this.#routerConfig.kvEvents ? new FlatKvIndex() : undefined;
+    const usesKvEvents = this.#policy.usesOverlap === true && this.#routerConfig.kvEvents;
+    const kvIndex = usesKvEvents && this.#thread === undefined ? new FlatKvIndex() : undefined;
+    const sharedIndex = usesKvEvents ? this.#thread?.kvIndex(card.name) : undefined;
+    const index = kvIndex ?? sharedIndex?.index;
     const router = new Router({
       model: card.name,
       policy: this.#policy,
@@ -322,7 +344,7 @@ export class ModelRegistry {
       metrics,
       blockSizeTokens: card.blockSizeTokens,
       config: this.#routerConfig,
-      ...(kvIndex === undefined ? {} : { index: kvIndex }),
+      ...(index === undefined ? {} : { index }),
     });
     const model: ServedModel = {
       name: card.name,
@@ -334,7 +356,10 @@ export class ModelRegistry {
       metrics: new ModelMetrics(metrics, card.name),
       workerGauges: new Map(),
     };
-    if (kvIndex !== undefined) router.indexHealth = this.#kvFeed?.health(kvIndex);
+    router.indexHealth = kvIndex === undefined ? sharedIndex : this.#kvFeed?.health(kvIndex);
+    const thresholds = this.#waitingThresholds.get(card.name);
+    if (thresholds !== undefined) router.busyThresholds = thresholds;
+    this.#waitingThresholds.delete(card.name);
     model.metrics.setCard(card);
     this.#evictIdle();
     this.#models.set(card.name, model);

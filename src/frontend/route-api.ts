@@ -4,24 +4,27 @@ import type { Exchange, Route } from "./http/index.ts";
 import type { ModelRegistry } from "./model-registry.ts";
 import { invalidField, isObject, readNumber, readString, refuseUnknown, type ExtraField } from "./openai/index.ts";
 import type { Operators } from "./operator.ts";
+import { explainRequest } from "./threads/answer-question.ts";
+import type { ExplainedRequest } from "./threads/messages.ts";
+import type { ThreadLink } from "./threads/thread-link.ts";
 
 /**
  * The operators' view of the router: why a request went where it went, and when workers count as busy. Off the hot path:
- * explanations are made when asked for.
+ * explanations are made when asked for. With several threads, all of them are asked and told.
  */
-export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
+export function routeApi(models: ModelRegistry, operators: Operators, thread?: ThreadLink): Route[] {
   const guarded =
-    (handle: (exchange: Exchange) => void) =>
-    (exchange: Exchange): void => {
+    (handle: (exchange: Exchange) => void | Promise<void>) =>
+    (exchange: Exchange): void | Promise<void> => {
       operators.check(exchange);
-      handle(exchange);
+      return handle(exchange);
     };
   return [
     {
       method: "GET",
       path: "/v1/route/explain/*",
       family: "openai",
-      handle: guarded((exchange) => sendExplanation(exchange, models)),
+      handle: guarded((exchange) => sendExplanation(exchange, models, thread)),
     },
     {
       method: "GET",
@@ -33,22 +36,28 @@ export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
       method: "POST",
       path: "/busy_threshold",
       family: "openai",
-      handle: guarded((exchange) => setThresholds(exchange, models)),
+      handle: guarded((exchange) => setThresholds(exchange, models, thread)),
     },
   ];
 }
 
 const EXPLAIN_PREFIX = "/v1/route/explain/";
 
-function sendExplanation(exchange: Exchange, models: ModelRegistry): void {
+async function sendExplanation(exchange: Exchange, models: ModelRegistry, thread?: ThreadLink): Promise<void> {
   const requestId = decoded(exchange.path.slice(EXPLAIN_PREFIX.length));
-  for (const model of models.all()) {
-    const decisions = model.router.explain(requestId);
-    if (decisions.length === 0) continue;
-    exchange.json(200, { object: "route.explanation", request_id: requestId, model: model.name, decisions });
+  const explained = explainRequest(models, requestId) ?? (thread && (await explainedElsewhere(thread, requestId)));
+  if (explained !== undefined) {
+    exchange.json(200, { object: "route.explanation", request_id: requestId, ...explained });
     return;
   }
   throw new DynamoError("route-not-found", "no decision is kept for that request; the last 4,096 of each model are");
+}
+
+async function explainedElsewhere(thread: ThreadLink, requestId: string): Promise<ExplainedRequest | undefined> {
+  const answers = await thread.ask({ type: "explain", requestId });
+  for (const answer of answers)
+    if (answer.type === "explain" && answer.explained !== undefined) return answer.explained;
+  return undefined;
 }
 
 /** A path that is not well formed names no request. */
@@ -96,7 +105,7 @@ const MAX_TOKENS = 2 ** 40;
 const MAX_FRACTION = 1_000;
 
 /** Sets the thresholds that the body names, null = off; answers with all of the model's. */
-function setThresholds(exchange: Exchange, models: ModelRegistry): void {
+async function setThresholds(exchange: Exchange, models: ModelRegistry, thread?: ThreadLink): Promise<void> {
   const { body } = exchange;
   if (!isObject(body)) throw invalidField("body", "a JSON object", body);
   refuseUnknown(body, THRESHOLD_FIELDS, "");
@@ -119,5 +128,6 @@ function setThresholds(exchange: Exchange, models: ModelRegistry): void {
     ...(fraction === undefined ? {} : { activePrefillTokensFrac: fraction }),
   };
   model.router.busyThresholds = thresholds;
+  await thread?.ask({ type: "busy-thresholds", model: name, thresholds });
   exchange.json(200, thresholdsOf(model));
 }

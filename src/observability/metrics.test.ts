@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
 import { METRICS, type MetricName } from "./metric-names.ts";
-import { HistogramChild, Metrics } from "./metrics.ts";
+import { HistogramChild, Metrics, renderMerged } from "./metrics.ts";
 
 interface ParsedSample {
   readonly labels: Readonly<Record<string, string>>;
@@ -136,4 +136,36 @@ void test("metrics: collectors run before each scrape", async () => {
   metrics.onCollect(() => gauge.set(++reading));
   await metrics.render();
   assert.equal(parse(await metrics.render()).get("dynamo_frontend_queued_requests")?.[0]?.value, 2);
+});
+
+test("metrics of several threads merge into one scrape: counts and histograms add up, shared views do not", async () => {
+  const threads = [1, 2, 3].map((amount) => {
+    const metrics = new Metrics();
+    metrics.counter("dynamo_frontend_output_tokens_total").labels("m").add(amount);
+    metrics.gauge("dynamo_frontend_active_requests").labels("m").set(amount);
+    metrics.gauge("dynamo_frontend_router_workers").labels("m").set(4);
+    metrics.histogram("dynamo_frontend_time_to_first_token_seconds").labels("m").observe(amount);
+    // Known to one of them only.
+    if (amount === 2) metrics.counter("dynamo_router_kv_events_lost_total").labels().add(9);
+    metrics.onCollect(() => metrics.gauge("dynamo_frontend_queued_requests").labels().set(amount));
+    return metrics;
+  });
+  const snapshots = await Promise.all(threads.map((metrics) => metrics.snapshot()));
+  const merged = parse(await renderMerged(structuredClone(snapshots)));
+  const value = (name: string, labels: Record<string, string>): number | undefined =>
+    merged.get(name)?.find((sample) => Object.entries(labels).every(([key, text]) => sample.labels[key] === text))
+      ?.value;
+  assert.equal(value("dynamo_frontend_output_tokens_total", { model: "m" }), 6);
+  assert.equal(value("dynamo_frontend_active_requests", { model: "m" }), 6);
+  assert.equal(value("dynamo_frontend_queued_requests", {}), 6);
+  assert.equal(value("dynamo_frontend_router_workers", { model: "m" }), 4);
+  assert.equal(value("dynamo_router_kv_events_lost_total", {}), 9);
+  const histogram = "dynamo_frontend_time_to_first_token_seconds";
+  assert.equal(value(`${histogram}_bucket`, { model: "m", le: "1" }), 1);
+  assert.equal(value(`${histogram}_bucket`, { model: "m", le: "2.5" }), 2);
+  assert.equal(value(`${histogram}_bucket`, { model: "m", le: "+Inf" }), 3);
+  assert.equal(value(`${histogram}_sum`, { model: "m" }), 6);
+  assert.equal(value(`${histogram}_count`, { model: "m" }), 3);
+  // One thread's scrape is what it renders itself.
+  assert.deepEqual(parse(await renderMerged([snapshots[1]!])), parse(await threads[1]!.render()));
 });

@@ -1,4 +1,4 @@
-import { Registry } from "prom-client";
+import { AggregatorRegistry, Registry, type MetricObjectWithValues, type MetricValue } from "prom-client";
 import { METRICS, type MetricName } from "./metric-names.ts";
 
 /**
@@ -140,12 +140,13 @@ export class Metrics {
     if (declared !== type) throw new Error(`${name} is declared as ${declared}, asked for as ${type}`);
     const family = new Family(name, labels, make);
     this.#families.set(name, family as unknown as Family<Child>);
+    const aggregator = SAME_IN_ALL_THREADS.has(name) ? "max" : "sum";
     const metric = {
       name,
       help,
       type,
-      aggregator: "sum",
-      get: () => Promise.resolve({ name, help, type, aggregator: "sum", values: family.samples() }),
+      aggregator,
+      get: () => Promise.resolve({ name, help, type, aggregator, values: family.samples() }),
       reset: () => undefined,
     };
     this.registry.registerMetric(metric as never);
@@ -176,4 +177,38 @@ export class Metrics {
     for (const collect of this.#collectors) collect();
     return this.registry.metrics();
   }
+
+  /** What a scrape would show, as plain data that another thread can merge with its own. */
+  async snapshot(): Promise<MetricsSnapshot> {
+    for (const collect of this.#collectors) collect();
+    return this.registry.getMetricsAsJSON();
+  }
+}
+
+export type MetricsSnapshot = MetricObjectWithValues<MetricValue<string>>[];
+
+/**
+ * Gauges that each thread of a process has a view of: the sum would be false. The largest is shown, which is the same
+ * when all agree, and the worst when they do not.
+ */
+const SAME_IN_ALL_THREADS: ReadonlySet<MetricName> = new Set<MetricName>([
+  "dynamo_frontend_event_loop_delay_seconds",
+  "dynamo_frontend_model_ready",
+  "dynamo_frontend_model_total_kv_blocks",
+  "dynamo_frontend_model_max_num_seqs",
+  "dynamo_frontend_model_max_num_batched_tokens",
+  "dynamo_frontend_model_context_length",
+  "dynamo_frontend_model_kv_cache_block_size",
+  "dynamo_frontend_worker_active_decode_blocks",
+  "dynamo_frontend_worker_active_prefill_tokens",
+  "dynamo_frontend_worker_last_time_to_first_token_seconds",
+  "dynamo_frontend_worker_last_input_sequence_tokens",
+  "dynamo_frontend_worker_last_inter_token_latency_seconds",
+  "dynamo_frontend_router_workers",
+  "dynamo_frontend_router_worker_state",
+]);
+
+/** One scrape of a process out of those of its threads, in Prometheus text format: sums, but for the gauges above. */
+export function renderMerged(snapshots: readonly MetricsSnapshot[]): Promise<string> {
+  return AggregatorRegistry.aggregate(snapshots as MetricsSnapshot[]).metrics();
 }

@@ -36,6 +36,8 @@ export interface HttpServerOptions {
   readonly host: string;
   /** 0 = any free port. */
   readonly port: number;
+  /** Others listen on the port too, and the kernel spreads the connections. @default false */
+  readonly reusePort?: boolean;
   readonly limits: FrontendLimits;
   readonly routes: readonly Route[];
   readonly logger: Logger;
@@ -103,11 +105,11 @@ export class HttpServer implements ExchangeOwner {
 
   /** Throws `address-in-use`, or `invalid-config` for an address this machine does not have. */
   listen(): Promise<{ port: number }> {
-    const { host, port } = this.#options;
+    const { host, port, reusePort = false } = this.#options;
     return new Promise((resolve, reject) => {
       const onError = (cause: NodeJS.ErrnoException): void => reject(listenError(host, port, cause));
       this.#server.once("error", onError);
-      this.#server.listen(port, host, () => {
+      this.#server.listen({ port, host, reusePort }, () => {
         this.#server.off("error", onError);
         this.#server.on("error", (error) => this.#logger.error({ err: error }, "the HTTP listener failed"));
         resolve({ port: (this.#server.address() as AddressInfo).port });
@@ -420,7 +422,7 @@ export function endpointLabel(path: string): string {
   return path.replace(/^\/(v1\/)?/, "").replaceAll("/", "_");
 }
 
-function listenError(host: string, port: number, cause: NodeJS.ErrnoException): DynamoError {
+export function listenError(host: string, port: number, cause: NodeJS.ErrnoException): DynamoError {
   const address = host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
   if (cause.code === "EADDRINUSE") {
     return new DynamoError("address-in-use", `the address ${address} is already in use`, { cause });

@@ -41,12 +41,34 @@ export interface FedWorkerOptions {
   readonly index: KvIndex;
 }
 
-/** How true an index is; kept up to date by the feed. Read only for others. */
+/**
+ * How true an index is; kept up to date by the feed. Read only for others, who may be in other threads: post them
+ * `counts` and make another one over it there.
+ */
 export class KvFeedHealth {
+  readonly counts: Int32Array<SharedArrayBuffer>;
+
+  constructor(counts = new Int32Array(new SharedArrayBuffer(8))) {
+    this.counts = counts;
+  }
+
   /** Ranks that are fed. */
-  rankCount = 0;
+  get rankCount(): number {
+    return this.counts[0]!;
+  }
+
+  set rankCount(count: number) {
+    this.counts[0] = count;
+  }
+
   /** Ranks whose part of the index may be wrong: not restored yet, or events of theirs are missing. */
-  recoveringCount = 0;
+  get recoveringCount(): number {
+    return this.counts[1]!;
+  }
+
+  set recoveringCount(count: number) {
+    this.counts[1] = count;
+  }
 
   /** For a routing explanation; undefined when there is nothing to say. */
   get degradation(): string | undefined {

@@ -4,3 +4,4 @@ export { FlatKvIndexReader } from "./flat-kv-index-reader.ts";
 export type { FlatKvShare } from "./flat-kv-memory.ts";
 export { NaiveKvIndex } from "./naive-kv-index.ts";
 export { MAX_RANK_COUNT } from "./rank-table.ts";
+export { SharedKvIndex } from "./shared-kv-index.ts";

@@ -1,0 +1,25 @@
+import type { Metrics } from "../../observability/index.ts";
+import type { ModelRegistry } from "../model-registry.ts";
+import type { Answer, ExplainedRequest, Question } from "./messages.ts";
+
+/** What this thread has to say to a question of another one. */
+export async function answerQuestion(question: Question, models: ModelRegistry, metrics: Metrics): Promise<Answer> {
+  switch (question.type) {
+    case "metrics":
+      return { type: "metrics", snapshot: await metrics.snapshot() };
+    case "explain":
+      return { type: "explain", explained: explainRequest(models, question.requestId) };
+    case "busy-thresholds":
+      models.setBusyThresholds(question.model, question.thresholds);
+      return { type: "done" };
+  }
+}
+
+/** The decisions that this thread keeps of a request. */
+export function explainRequest(models: ModelRegistry, requestId: string): ExplainedRequest | undefined {
+  for (const model of models.all()) {
+    const decisions = model.router.explain(requestId);
+    if (decisions.length > 0) return { model: model.name, decisions };
+  }
+  return undefined;
+}

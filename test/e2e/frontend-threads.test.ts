@@ -1,0 +1,189 @@
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { request } from "node:http";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import OpenAI from "openai";
+import type { DecisionExplanation } from "../../src/router/index.ts";
+import { until } from "../helpers/in-process-cluster.ts";
+import { startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
+
+/**
+ * `--frontend-threads=2` with real processes: clients cannot tell it from one thread. Every request here is made on a
+ * connection of its own, so that the kernel chooses its thread anew; the log says which thread served it.
+ */
+const PROMPT = "the same long prompt, told again and again; ".repeat(20);
+
+interface Reply {
+  readonly status: number;
+  readonly text: string;
+}
+
+function call(cluster: ProcessCluster, path: string, body?: object, requestId?: string): Promise<Reply> {
+  const headers = {
+    connection: "close",
+    "content-type": "application/json",
+    ...(requestId === undefined ? {} : { "x-request-id": requestId }),
+  };
+  return new Promise((resolve, reject) => {
+    const method = body === undefined ? "GET" : "POST";
+    const sent = request(cluster.baseUrl + path, { method, headers, agent: false }, (answer) => {
+      let text = "";
+      answer.setEncoding("utf8");
+      answer.on("data", (chunk: string) => (text += chunk));
+      answer.on("end", () => resolve({ status: answer.statusCode!, text }));
+      answer.on("error", reject);
+    });
+    sent.on("error", reject);
+    sent.end(body === undefined ? undefined : JSON.stringify(body));
+  });
+}
+
+async function json<T>(reply: Promise<Reply>): Promise<T> {
+  const { status, text } = await reply;
+  assert.equal(status, 200, text);
+  return JSON.parse(text) as T;
+}
+
+/** By request id. */
+function threads(cluster: ProcessCluster): Map<string, number> {
+  const served = new Map<string, number>();
+  for (const line of cluster.output().split("\n")) {
+    if (!line.startsWith("{")) continue;
+    const { message, thread, x_request_id: id } = JSON.parse(line) as Record<string, unknown>;
+    if (message === "request ended") served.set(String(id), Number(thread));
+  }
+  return served;
+}
+
+async function metricOf(cluster: ProcessCluster, pattern: RegExp): Promise<number> {
+  const { text } = await call(cluster, "/metrics");
+  const line = text.split("\n").find((candidate) => pattern.test(candidate));
+  return line === undefined ? Number.NaN : Number(line.split(" ").at(-1));
+}
+
+describe("two frontend threads", { timeout: 120_000 }, () => {
+  let cluster: ProcessCluster;
+
+  before(async () => {
+    const flags = ["--engine=echo", "--workers=2", "--router-mode=kv", "--frontend-threads=2", "--echo-step-ms=4"];
+    cluster = await startProcessCluster([...flags, "--logging-console-format=jsonl"], { DYN_LOG: "info" });
+    await until(
+      async () => (await metricOf(cluster, /^dynamo_router_kv_ranks_recovering/)) === 0,
+      "ranks to be restored",
+    );
+  });
+  after(() => cluster.stop("SIGKILL"));
+
+  test("serve the openai client on one port, whole and streamed", async () => {
+    const client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
+    const ask = (text: string) => ({
+      model: "echo",
+      max_tokens: 16,
+      messages: [{ role: "user" as const, content: text }],
+    });
+    const whole = await client.chat.completions.create(ask("hello threads"));
+    assert.equal(whole.usage!.completion_tokens, 16);
+    let streamed = "";
+    const stream = await client.chat.completions.create({ ...ask("hello threads"), stream: true });
+    for await (const chunk of stream) streamed += chunk.choices[0]?.delta.content ?? "";
+    assert.equal(streamed, whole.choices[0]!.message.content);
+  });
+
+  test("share the index: what one thread sent to a worker, both count as cached there", async () => {
+    const complete = (id: string) =>
+      json(call(cluster, "/v1/completions", { model: "echo", prompt: PROMPT, max_tokens: 2 }, id));
+    await complete("cold");
+    const best = async (): Promise<number> => {
+      const preview = call(cluster, "/v1/route", { model: "echo", prompt: PROMPT });
+      const { decisions } = await json<{ decisions: DecisionExplanation[] }>(preview);
+      return Math.max(...decisions[0]!.candidates.map((one) => one.overlap_blocks.device));
+    };
+    await until(async () => (await best()) > 10, "the block events to reach the index");
+    const ids = Array.from({ length: 24 }, (_, i) => `warm-${i}`);
+    for (const id of ids) await complete(id);
+    await until(() => ids.every((id) => threads(cluster).has(id)), "the log lines");
+    const served = threads(cluster);
+    assert.deepEqual(new Set(ids.map((id) => served.get(id))), new Set([0, 1]), "both threads served");
+    let worker: string | undefined;
+    for (const id of ids) {
+      // Asked of either thread: the one that does not know asks the other.
+      const explained = call(cluster, `/v1/route/explain/${id}`);
+      const { decisions } = await json<{ decisions: DecisionExplanation[] }>(explained);
+      const { worker: chosen, candidates, degradations } = decisions[0]!;
+      const overlap = candidates.find((one) => one.instance_id === chosen.instance_id)!.overlap_blocks.device;
+      assert.ok(overlap > 10, `${id} on thread ${served.get(id)} saw ${overlap} blocks`);
+      assert.deepEqual(degradations, []);
+      assert.equal(chosen.instance_id, (worker ??= chosen.instance_id), id);
+    }
+    assert.equal((await call(cluster, "/v1/route/explain/never")).status, 404);
+  });
+
+  test("answer a scrape with the sum of the process, whichever thread is asked", async () => {
+    const pattern = /^dynamo_frontend_requests_total\{model="echo",endpoint="completions",.*status="success"/;
+    const sums = new Set<number>();
+    for (let i = 0; i < 12; i++) sums.add(await metricOf(cluster, pattern));
+    assert.deepEqual([...sums], [25]);
+    assert.equal(await metricOf(cluster, /^dynamo_frontend_router_workers\{/), 2);
+  });
+
+  test("tell each other what is on the workers", async () => {
+    assert.ok(
+      (await metricOf(cluster, /^dynamo_router_replica_sync_events_total\{direction="received",outcome="applied"/)) > 0,
+    );
+  });
+
+  test("know the same workers, and take busy thresholds together", async () => {
+    const healths = new Set<string>();
+    for (let i = 0; i < 12; i++) healths.add((await call(cluster, "/health")).text);
+    assert.equal(healths.size, 1, [...healths].join("\n"));
+    const body = { model: "echo", active_prefill_tokens_threshold: 123 };
+    assert.equal((await call(cluster, "/busy_threshold", body)).status, 200);
+    for (let i = 0; i < 12; i++) {
+      const { text } = await call(cluster, "/busy_threshold");
+      assert.match(text, /"active_prefill_tokens_threshold":123/);
+    }
+  });
+
+  test("a second frontend on their port is refused", async () => {
+    const command = join(import.meta.dirname, "..", "..", "bin", "dynamo.mjs");
+    const flags = [`--http-port=${cluster.port}`, "--frontend-threads=2", "--log=error"];
+    const second = spawn(process.execPath, [command, "frontend", ...flags], { stdio: ["ignore", "ignore", "pipe"] });
+    let text = "";
+    second.stderr.on("data", (chunk: Buffer) => (text += chunk.toString()));
+    const [code] = (await once(second, "exit")) as [number | null];
+    assert.notEqual(code, 0);
+    assert.match(text, /already in use/);
+  });
+
+  test("finish what runs when told to leave, and leave nothing behind", async () => {
+    const running = Array.from({ length: 8 }, (_, i) =>
+      call(cluster, "/v1/completions", { model: "echo", prompt: PROMPT, max_tokens: 250, stream: true }, `last-${i}`),
+    );
+    await until(
+      async () => (await metricOf(cluster, /^dynamo_frontend_active_requests\{model="echo"/)) === running.length,
+      "all of them to run, on whichever thread",
+    );
+    const code = await cluster.stop("SIGTERM");
+    assert.equal(code, 0);
+    for (const { status, text } of await Promise.all(running)) {
+      assert.equal(status, 200);
+      assert.match(text, /data: \[DONE\]\s*$/);
+    }
+    assert.doesNotMatch(cluster.output(), /did not leave in time|ran out of time|failed while leaving/);
+    await assert.rejects(call(cluster, "/live"), { code: "ECONNREFUSED" });
+  });
+});
+
+test("what one thread alone can do is refused with several", async () => {
+  const command = join(import.meta.dirname, "..", "..", "bin", "dynamo.mjs");
+  const flags = ["--frontend-threads=2", "--event-plane=memory", "--router-session-affinity-ttl-secs=5"];
+  const child = spawn(process.execPath, [command, "frontend", ...flags], { stdio: ["ignore", "ignore", "pipe"] });
+  let text = "";
+  child.stderr.on("data", (chunk: Buffer) => (text += chunk.toString()));
+  const [code] = (await once(child, "exit")) as [number | null];
+  assert.equal(code, 2, text);
+  assert.match(text, /--event-plane: memory is for one frontend thread alone/);
+  assert.match(text, /--router-session-affinity-ttl-secs: sessions are kept by one frontend thread alone/);
+});
