@@ -120,12 +120,13 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
     pid,
     async stop() {
       await Promise.all(
-        children.map((child) => {
-          if (child.exitCode !== null || child.signalCode !== null) return undefined;
+        children.map(async (child) => {
+          if (child.exitCode !== null || child.signalCode !== null) return;
           const ended = new Promise((gone) => child.once("exit", gone));
           child.kill("SIGTERM");
           const force = setTimeout(() => child.kill("SIGKILL"), 10_000);
-          return ended.then(() => clearTimeout(force));
+          await ended;
+          clearTimeout(force);
         }),
       );
       rmSync(discovery, { recursive: true, force: true });
@@ -151,19 +152,9 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
 }
 
 function mockerFlags(workers: number): string[] {
-  return [
-    ...[
-      "--model-path",
-      MODEL_FOLDER,
-      "--model-name",
-      "qwen3",
-      "--num-workers",
-      String(workers),
-      "--speedup-ratio",
-      "1000000",
-    ],
-    ...["--block-size", "16", "--max-model-len", "131072", "--num-gpu-blocks-override", "65536"],
-  ];
+  return `--model-path ${MODEL_FOLDER} --model-name qwen3 --num-workers ${workers} --speedup-ratio 1000000 --block-size 16 --max-model-len 131072 --num-gpu-blocks-override 65536`.split(
+    " ",
+  );
 }
 
 const WORDS =
