@@ -9,7 +9,7 @@ import { MOCKER_OPTIONS } from "./mocker-options.ts";
  *
  * Limits are bounds on what clients can send; the reason for each number stands beside it.
  */
-export const COMMAND_NAMES = ["local", "frontend", "worker", "mocker", "model", "status", "doctor"] as const;
+export const COMMAND_NAMES = ["local", "frontend", "router", "worker", "mocker", "model", "status", "doctor"] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
 
 interface OptionBase {
@@ -53,8 +53,9 @@ interface SwitchOption extends OptionBase {
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
 export type OptionGroup = "Model and engine" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
-const ROLES = ["local", "frontend", "worker", "mocker"] as const;
+const ROLES = ["local", "frontend", "router", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
+const ROUTERS = [...FRONTENDS, "router"] as const;
 const WORKERS = ["local", "worker"] as const;
 
 /** Per user, so that two users of one machine neither meet nor get in each other's way. */
@@ -229,8 +230,8 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_SYSTEM_PORT",
     group: "Model and engine",
-    commands: ["worker", "mocker"],
-    help: "Port for this worker's own /health, /live and /metrics on loopback; 0 = any free port.",
+    commands: ["router", "worker", "mocker"],
+    help: "Port for this process's own /health, /live and /metrics on loopback; 0 = any free port.",
   },
   ...MOCKER_OPTIONS,
   // ---- HTTP ----
@@ -411,7 +412,7 @@ export const OPTIONS = {
     default: "round-robin",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How a worker is chosen for a request.",
   },
   "router-kv-events": {
@@ -419,7 +420,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_USE_KV_EVENTS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether KV-aware routing follows the workers' KV events. Off: by its own decisions.",
   },
   "router-kv-overlap-score-credit": {
@@ -433,7 +434,7 @@ export const OPTIONS = {
     ],
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How much of its prefill a block that a worker has cached saves; 0 = cached blocks do not count.",
   },
   "router-kv-overlap-score-credit-decay": {
@@ -443,7 +444,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How fast that credit shrinks on a worker whose backlog is longer than the least loaded one's.",
   },
   "router-prefill-load-scale": {
@@ -453,7 +454,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_PREFILL_LOAD_SCALE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Weight of the prompt tokens to compute against the blocks in use.",
   },
   "router-host-cache-hit-weight": {
@@ -463,7 +464,7 @@ export const OPTIONS = {
     max: 100,
     env: "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Credit of a block that a worker has in host memory.",
   },
   "router-disk-cache-hit-weight": {
@@ -473,7 +474,7 @@ export const OPTIONS = {
     max: 100,
     env: "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Credit of a block that a worker has on disk.",
   },
   "router-decode-active-request-weight": {
@@ -483,7 +484,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Cost in blocks of each request that runs on a worker.",
   },
   "router-temperature": {
@@ -493,7 +494,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_TEMPERATURE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Above 0, workers are drawn by cost instead of the cheapest taken; larger is more even.",
   },
   "router-max-imbalance": {
@@ -503,7 +504,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_MAX_IMBALANCE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "KV modes pass over a worker with this many times the mean load, however much it has cached; 0 = no bound.",
   },
   "router-ttl-secs": {
@@ -513,7 +514,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Without KV events: how long a prompt counts as cached where it was sent.",
   },
   "router-predicted-ttl-secs": {
@@ -524,7 +525,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_PREDICTED_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Beside KV events: how long a prompt counts as cached where it was sent; 5 covers the time until the events come.",
   },
   "router-track-active-blocks": {
@@ -532,7 +533,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_ACTIVE_BLOCKS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether the blocks of running requests count as load.",
   },
   "router-track-output-blocks": {
@@ -540,7 +541,7 @@ export const OPTIONS = {
     default: false,
     env: "DYN_ROUTER_TRACK_OUTPUT_BLOCKS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether generated tokens count as blocks too.",
   },
   "router-track-prefill-tokens": {
@@ -548,7 +549,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_PREFILL_TOKENS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether prompt tokens that wait to be computed count as load.",
   },
   "router-assume-kv-reuse": {
@@ -556,7 +557,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_ASSUME_KV_REUSE",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether requests that run at the same time share the blocks of a common prefix.",
   },
   "router-queue-threshold": {
@@ -567,7 +568,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Requests wait in the router while every worker has more than this many batches to prefill.",
   },
   "router-queue-policy": {
@@ -576,7 +577,7 @@ export const OPTIONS = {
     choices: ["fcfs", "lcfs", "wspt"],
     env: "DYN_ROUTER_QUEUE_POLICY",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Order of the requests that wait: arrival, newest first, or least uncached work first.",
   },
   "router-queue-limit": {
@@ -586,7 +587,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_LIMIT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Requests that may wait in one model's router; more get status 529.",
   },
   "router-overlap-refresh-after-secs": {
@@ -596,7 +597,7 @@ export const OPTIONS = {
     max: 86400,
     env: "DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A request that waited this long gets its place by its cached prefix of now; 0 = never.",
   },
   "router-session-affinity-ttl-secs": {
@@ -607,7 +608,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_SESSION_AFFINITY_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How long a session (x-dynamo-session-id) stays with its worker after its last request.",
   },
   "active-decode-blocks-threshold": {
@@ -618,7 +619,7 @@ export const OPTIONS = {
     max: 1,
     env: "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A worker with more than this part of its KV blocks in use is busy; when all are, requests get status 529.",
   },
   "active-prefill-tokens-threshold": {
@@ -629,7 +630,7 @@ export const OPTIONS = {
     max: 1099511627776,
     env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A worker with more prompt tokens to compute is busy.",
   },
   "active-prefill-tokens-threshold-frac": {
@@ -640,8 +641,28 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "The same in batches of the engine.",
+  },
+  "router-service": {
+    type: "switch",
+    default: false,
+    also: [{ flag: "use-remote-router", env: "DYN_USE_REMOTE_ROUTER" }],
+    env: "DYN_ROUTER_SERVICE",
+    group: "Routing",
+    commands: ["frontend"],
+    help: "Ask `dynamo router` where requests go; while none answers, the frontend chooses round-robin. --router-... options are then the router's.",
+  },
+  "router-service-timeout-secs": {
+    type: "number",
+    // A decision takes well under a millisecond; a router that needs a thousand times as long is stuck.
+    default: 1,
+    min: 0.001,
+    max: 3600,
+    env: "DYN_ROUTER_SERVICE_TIMEOUT_SECS",
+    group: "Routing",
+    commands: ["frontend"],
+    help: "How long the router service may take to answer; waiting in its queue does not count.",
   },
   // ---- Planes ----
   namespace: {
@@ -659,7 +680,7 @@ export const OPTIONS = {
     default: "file",
     env: "DYN_DISCOVERY_BACKEND",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker", "status"],
+    commands: ["frontend", "router", "worker", "mocker", "status"],
     help: "How processes find each other. memory is for one process alone.",
   },
   "file-kv": {
@@ -678,7 +699,7 @@ export const OPTIONS = {
     default: "tcp",
     env: "DYN_REQUEST_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker"],
+    commands: ["frontend", "router", "worker", "mocker"],
     help: "How requests reach workers.",
   },
   "tcp-rpc-host": {
@@ -686,8 +707,8 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_TCP_RPC_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Address the worker's request plane listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
+    commands: ["router", "worker", "mocker"],
+    help: "Address the request plane of workers and routers listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
   },
   "tcp-rpc-port": {
     type: "integer",
@@ -696,8 +717,8 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_TCP_RPC_PORT",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Port of the worker's request plane; 0 = any free port.",
+    commands: ["router", "worker", "mocker"],
+    help: "Port of that request plane; 0 = any free port.",
   },
   "tcp-rpc-advertise-host": {
     type: "text",
@@ -705,7 +726,7 @@ export const OPTIONS = {
     defaultText: "--tcp-rpc-host",
     env: "DYN_TCP_RPC_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
+    commands: ["router", "worker", "mocker"],
     help: "Address that frontends connect to, when it is not the one to listen on.",
   },
   "event-plane": {
@@ -715,7 +736,7 @@ export const OPTIONS = {
     default: "zmq",
     env: "DYN_EVENT_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker", "status"],
+    commands: ["frontend", "router", "worker", "mocker", "status"],
     help: "How load and KV events travel.",
   },
   "zmq-host": {
@@ -723,8 +744,8 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_ZMQ_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Address the worker's event publishers listen on.",
+    commands: ["router", "worker", "mocker"],
+    help: "Address the event publishers of workers and routers listen on.",
   },
   "zmq-advertise-host": {
     type: "text",
@@ -732,7 +753,7 @@ export const OPTIONS = {
     defaultText: "--zmq-host",
     env: "DYN_ZMQ_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
+    commands: ["router", "worker", "mocker"],
     help: "Address that event subscribers connect to, when it is not the one to listen on.",
   },
   "cluster-secret": {

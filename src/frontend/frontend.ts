@@ -31,6 +31,7 @@ export async function startFrontend(
       routerMode: config.routerMode,
       router: config.router,
       replicaSync: config.routerReplicaSync,
+      service: config.routerService,
     });
     const operators = new Operators(config.adminKey);
     const pipeline = new Pipeline(planes, config, models, operators);

@@ -11,10 +11,10 @@ import type { Operators } from "./operator.ts";
  */
 export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
   const guarded =
-    (handle: (exchange: Exchange) => void) =>
-    (exchange: Exchange): void => {
+    (handle: (exchange: Exchange) => void | Promise<void>) =>
+    (exchange: Exchange): void | Promise<void> => {
       operators.check(exchange);
-      handle(exchange);
+      return handle(exchange);
     };
   return [
     {
@@ -27,7 +27,11 @@ export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
       method: "GET",
       path: "/busy_threshold",
       family: "openai",
-      handle: guarded((exchange) => exchange.json(200, { thresholds: models.list().map(thresholdsOf) })),
+      handle: guarded((exchange) => {
+        const known = models.list();
+        known.forEach(checkRoutesHere);
+        exchange.json(200, { thresholds: known.map(thresholdsOf) });
+      }),
     },
     {
       method: "POST",
@@ -40,10 +44,10 @@ export function routeApi(models: ModelRegistry, operators: Operators): Route[] {
 
 const EXPLAIN_PREFIX = "/v1/route/explain/";
 
-function sendExplanation(exchange: Exchange, models: ModelRegistry): void {
+async function sendExplanation(exchange: Exchange, models: ModelRegistry): Promise<void> {
   const requestId = decoded(exchange.path.slice(EXPLAIN_PREFIX.length));
   for (const model of models.all()) {
-    const decisions = model.router.explain(requestId);
+    const decisions = (await model.remote?.explainFully(requestId)) ?? model.router.explain(requestId);
     if (decisions.length === 0) continue;
     exchange.json(200, { object: "route.explanation", request_id: requestId, model: model.name, decisions });
     return;
@@ -61,7 +65,7 @@ function decoded(text: string): string {
 }
 
 /** `nvext` of an answer. */
-export function nvextJson(router: Router, requestId: string, fields: readonly ExtraField[]): string {
+export function nvextJson(router: Pick<Router, "explain">, requestId: string, fields: readonly ExtraField[]): string {
   const decisions = router.explain(requestId);
   const last = decisions.at(-1);
   return JSON.stringify({
@@ -75,6 +79,12 @@ export function nvextJson(router: Router, requestId: string, fields: readonly Ex
 // Busy thresholds.
 
 type NamedModel = ReturnType<ModelRegistry["list"]>[number];
+
+/** Thresholds set here would change nothing while a router service chooses. */
+function checkRoutesHere({ name, remote }: NamedModel): void {
+  if (remote === undefined) return;
+  throw new DynamoError("unsupported-operation", `a router service chooses the workers of ${name}: set its thresholds`);
+}
 
 function thresholdsOf({ name, router }: NamedModel): Record<string, unknown> {
   const { activeDecodeBlocks, activePrefillTokens, activePrefillTokensFrac } = router.busyThresholds;
@@ -104,6 +114,7 @@ function setThresholds(exchange: Exchange, models: ModelRegistry): void {
   const model = models.find(name);
   if (model === undefined)
     throw new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" });
+  checkRoutesHere(model);
   const old = model.router.busyThresholds;
   const read = (field: string, max: number, before: number | undefined): number | undefined => {
     const value = body[field];
