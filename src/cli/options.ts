@@ -647,7 +647,6 @@ export const OPTIONS = {
   "router-service": {
     type: "switch",
     default: false,
-    also: [{ flag: "use-remote-router", env: "DYN_USE_REMOTE_ROUTER" }],
     env: "DYN_ROUTER_SERVICE",
     group: "Routing",
     commands: ["frontend"],

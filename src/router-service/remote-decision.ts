@@ -7,7 +7,7 @@ import {
   encodeJson,
   type DecisionMessage,
 } from "./messages.ts";
-import type { RouterServiceClient } from "./router-link.ts";
+import type { RouterServiceClient } from "./router-service-client.ts";
 
 /**
  * A decision that a router service made: tells it when the prompt is computed, of generated tokens if it counts them, and

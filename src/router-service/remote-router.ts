@@ -15,7 +15,7 @@ import {
 } from "./messages.ts";
 import { RemoteDecision } from "./remote-decision.ts";
 import { encodeRouteQuery, type RouteQuery } from "./route-query.ts";
-import type { RouterServiceClient } from "./router-link.ts";
+import type { RouterServiceClient } from "./router-service-client.ts";
 
 /**
  * One model's router, in another process. Asks a router service, then the next one, and when none decides falls back to
