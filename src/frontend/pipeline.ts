@@ -114,7 +114,7 @@ export class Pipeline {
         ? await this.#planChat(model, request, exchange.requestId, hints)
         : await this.#planCompletion(model, request, exchange.requestId, hints);
     const decisions = await Promise.all(
-      prompts.map(({ request: prompt }) =>
+      prompts.map(async ({ request: prompt }) =>
         (model.remote ?? model.router).preview({
           ...hints.route,
           requestId: prompt.requestId,

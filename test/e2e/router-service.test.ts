@@ -5,6 +5,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, test } from "node:test";
+import { createLogger } from "../../src/observability/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
 import { encodeJson, encodeRouteQuery, decodeRouteAnswer, type RouteAnswer } from "../../src/router-service/index.ts";
 import { newInstanceId, registerInstance, type Planes } from "../../src/runtime/component/index.ts";
@@ -67,7 +68,7 @@ async function state(
   address: string,
 ): Promise<{
   bookings: number;
-  models: { workers: { ranks: { active_requests: number; prefill_tokens: number }[] }[] }[];
+  models: { workers: { ranks: { active_requests: number; prefill_tokens: number; decode_blocks: number }[] }[] }[];
 }> {
   // prettier-ignore
   const asked = open(planes, address, "state", encodeJson({}));
@@ -161,25 +162,32 @@ describe("router service, in one process", () => {
   });
 
   test("without a service the frontend chooses: marked in the explanation, counted, and over when one is there", async () => {
-    await withCluster({ workers: 2 }, async (cluster) => {
+    const lines: string[] = [];
+    const logger = createLogger({ level: "info", format: "jsonl", write: (line) => void lines.push(line) });
+    const said = (text: string): number => lines.filter((line) => line.includes(text)).length;
+    await withCluster({ workers: 2, logger }, async (cluster) => {
+      await complete(cluster.baseUrl, "warm-up", { prompt: "nobody there" });
       await complete(cluster.baseUrl, "alone", { prompt: "nobody there" });
+      assert.equal(said("the router service does not answer"), 1, "one line for all of them");
       const [alone] = await explain(cluster.baseUrl, "alone");
       assert.equal(alone!.policy, "round-robin");
       assert.deepEqual(alone!.degradations, ["router service: absent, chosen by the frontend itself"]);
-      assert.equal(await fallbacks(cluster.baseUrl), 1);
+      assert.equal(await fallbacks(cluster.baseUrl), 2);
 
       const first = await cluster.addRouter({ routerMode: "least-loaded" });
       await until(async () => (await state(first.planes, first.router.address)).models[0]?.workers.length === 2, "two workers"); // prettier-ignore
       await complete(cluster.baseUrl, "asked", { prompt: "somebody there" });
       const [asked] = await explain(cluster.baseUrl, "asked");
       assert.deepEqual([asked!.policy, asked!.degradations], ["least-loaded", []]);
-      assert.equal(await fallbacks(cluster.baseUrl), 1);
+      assert.equal(await fallbacks(cluster.baseUrl), 2);
+      assert.equal(said("the router service answers again"), 1);
 
       await first.router.stop();
       await complete(cluster.baseUrl, "again", { prompt: "gone again" });
       const [again] = await explain(cluster.baseUrl, "again");
       assert.match(again!.degradations[0]!, /^router service: \S+, chosen by the frontend itself$/);
-      assert.equal(await fallbacks(cluster.baseUrl), 2);
+      assert.equal(await fallbacks(cluster.baseUrl), 3);
+      assert.equal(said("the router service does not answer"), 2);
     });
   });
 
@@ -260,6 +268,22 @@ describe("router service, in one process", () => {
       await router.stop();
       await stays;
       assert.equal(await fallbacks(cluster.baseUrl), 0, "it had its worker already");
+    });
+  });
+
+  test("a service that counts output blocks sees an answer grow while it runs", async () => {
+    await withCluster({ workers: 1, worker: { engine: SLOW } }, async (cluster) => {
+      const router = { kvEvents: false, trackOutputBlocks: true };
+      const service = await cluster.addRouter({ routerMode: "kv", router });
+      const blocks = async (): Promise<number> => {
+        const { models } = await state(service.planes, service.router.address);
+        return models[0]?.workers[0]?.ranks[0]?.decode_blocks ?? -1;
+      };
+      await until(async () => (await blocks()) === 0, "the worker, with nothing to do");
+      const answer = complete(cluster.baseUrl, "long", { prompt: "z".repeat(400), max_tokens: 300 });
+      await until(async () => (await blocks()) > 400 / 16 + 2, "more blocks than the prompt has");
+      await answer;
+      await until(async () => (await blocks()) === 0, "the booking to be freed");
     });
   });
 
