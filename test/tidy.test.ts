@@ -31,7 +31,8 @@ const ALLOWED: Record<string, readonly string[]> = {
   replay: [...BASE, "tokens", "protocol", "perf-model", "router", "engines", "engines/mocker"],
   worker: [...BASE, "tokens", "protocol", "model", "engines", ...RUNTIME],
   router: [...BASE, "tokens", "protocol", ...RUNTIME],
-  frontend: [...BASE, "tokens", "protocol", "model", "router", ...RUNTIME],
+  "router-service": [...BASE, "tokens", "protocol", "router", ...RUNTIME],
+  frontend: [...BASE, "tokens", "protocol", "model", "router", "router-service", ...RUNTIME],
   bench: [...BASE, "protocol"],
   cli: ["*"],
 };

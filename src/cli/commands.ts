@@ -38,6 +38,15 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     about: "Serves every model that workers register in the same namespace; they may come and go at any time.",
     load: () => import("./frontend.ts"),
   },
+  router: {
+    summary: "run the router as a service of its own, for many frontends",
+    usage: "dynamo router [options]",
+    example: "dynamo router --router-mode kv --file-kv /tmp/cluster",
+    about:
+      "Frontends that were started with --router-service ask it where each request goes, and share its view of load and\n" +
+      "cached blocks. When it is gone they choose by themselves until it is back. Several may run: the oldest is asked.",
+    load: () => import("./router.ts"),
+  },
   worker: {
     summary: "run one worker that hosts an engine",
     usage: "dynamo worker [options]",

@@ -54,6 +54,9 @@ function checkThreads(values: OptionValues): void {
   if (values["router-session-affinity-ttl-secs"] !== undefined) {
     problems.push("--router-session-affinity-ttl-secs: sessions are kept by one frontend thread alone");
   }
+  if (values["router-service"]) {
+    problems.push("--router-service: a router service is asked by one frontend thread alone");
+  }
   const usesOverlap = ["kv", "stay-until-saturated"].includes(values["router-mode"]);
   if (usesOverlap && (!values["router-kv-events"] || values["router-predicted-ttl-secs"] !== undefined)) {
     problems.push(

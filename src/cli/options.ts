@@ -10,7 +10,17 @@ import { REPLAY_OPTIONS, REPLAY_VARIANTS } from "./replay-options.ts";
  *
  * Limits are bounds on what clients can send; the reason for each number stands beside it.
  */
-export const COMMAND_NAMES = ["local", "frontend", "worker", "mocker", "replay", "model", "status", "doctor"] as const;
+export const COMMAND_NAMES = [
+  "local",
+  "frontend",
+  "router",
+  "worker",
+  "mocker",
+  "replay",
+  "model",
+  "status",
+  "doctor",
+] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
 
 interface OptionBase {
@@ -54,11 +64,12 @@ interface SwitchOption extends OptionBase {
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
 export type OptionGroup = "Model and engine" | "Replay" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
-const ROLES = ["local", "frontend", "worker", "mocker"] as const;
+const ROLES = ["local", "frontend", "router", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
-const WORKERS = ["local", "worker"] as const;
+const ROUTERS = [...FRONTENDS, "router"] as const;
 /** What a replay without a cluster has too. */
-const ROUTERS = ["local", "frontend", "replay"] as const;
+const ROUTERS_AND_REPLAY = [...ROUTERS, "replay"] as const;
+const WORKERS = ["local", "worker"] as const;
 
 /** Per user, so that two users of one machine neither meet nor get in each other's way. */
 export function defaultDiscoveryFolder(): string {
@@ -235,8 +246,8 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_SYSTEM_PORT",
     group: "Model and engine",
-    commands: ["worker", "mocker"],
-    help: "Port for this worker's own /health, /live and /metrics on loopback; 0 = any free port.",
+    commands: ["router", "worker", "mocker"],
+    help: "Port for this process's own /health, /live and /metrics on loopback; 0 = any free port.",
   },
   ...MOCKER_OPTIONS,
   ...REPLAY_OPTIONS,
@@ -397,7 +408,7 @@ export const OPTIONS = {
     max: 86_400,
     env: "DYN_REQUEST_TIMEOUT_SECS",
     group: "Limits",
-    commands: ROUTERS,
+    commands: [...FRONTENDS, "replay"],
     help: "Longest time of a whole request.",
   },
   "response-buffer-kb": {
@@ -429,7 +440,7 @@ export const OPTIONS = {
     defaultText: "round-robin; replay: kv",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "How a worker is chosen for a request.",
   },
   "router-kv-events": {
@@ -437,7 +448,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_USE_KV_EVENTS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Whether KV-aware routing follows the workers' KV events. Off: by its own decisions.",
   },
   "router-kv-overlap-score-credit": {
@@ -451,7 +462,7 @@ export const OPTIONS = {
     ],
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "How much of its prefill a block that a worker has cached saves; 0 = cached blocks do not count.",
   },
   "router-kv-overlap-score-credit-decay": {
@@ -461,7 +472,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "How fast that credit shrinks on a worker whose backlog is longer than the least loaded one's.",
   },
   "router-prefill-load-scale": {
@@ -471,7 +482,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_PREFILL_LOAD_SCALE",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Weight of the prompt tokens to compute against the blocks in use.",
   },
   "router-host-cache-hit-weight": {
@@ -481,7 +492,7 @@ export const OPTIONS = {
     max: 100,
     env: "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Credit of a block that a worker has in host memory.",
   },
   "router-disk-cache-hit-weight": {
@@ -491,7 +502,7 @@ export const OPTIONS = {
     max: 100,
     env: "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Credit of a block that a worker has on disk.",
   },
   "router-decode-active-request-weight": {
@@ -501,7 +512,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Cost in blocks of each request that runs on a worker.",
   },
   "router-temperature": {
@@ -511,7 +522,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_TEMPERATURE",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Above 0, workers are drawn by cost instead of the cheapest taken; larger is more even.",
   },
   "router-max-imbalance": {
@@ -521,7 +532,7 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ROUTER_MAX_IMBALANCE",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "KV modes pass over a worker with this many times the mean load, however much it has cached; 0 = no bound.",
   },
   "router-ttl-secs": {
@@ -531,7 +542,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Without KV events: how long a prompt counts as cached where it was sent.",
   },
   "router-predicted-ttl-secs": {
@@ -542,7 +553,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_PREDICTED_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "Beside KV events: how long a prompt counts as cached where it was sent; 5 covers the time until the events come.",
   },
   "router-track-active-blocks": {
@@ -550,7 +561,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_ACTIVE_BLOCKS",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Whether the blocks of running requests count as load.",
   },
   "router-track-output-blocks": {
@@ -558,7 +569,7 @@ export const OPTIONS = {
     default: false,
     env: "DYN_ROUTER_TRACK_OUTPUT_BLOCKS",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Whether generated tokens count as blocks too.",
   },
   "router-track-prefill-tokens": {
@@ -566,7 +577,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_TRACK_PREFILL_TOKENS",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Whether prompt tokens that wait to be computed count as load.",
   },
   "router-assume-kv-reuse": {
@@ -574,7 +585,7 @@ export const OPTIONS = {
     default: true,
     env: "DYN_ROUTER_ASSUME_KV_REUSE",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Whether requests that run at the same time share the blocks of a common prefix.",
   },
   "router-queue-threshold": {
@@ -585,7 +596,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_THRESHOLD",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Requests wait in the router while every worker has more than this many batches to prefill.",
   },
   "router-queue-policy": {
@@ -594,7 +605,7 @@ export const OPTIONS = {
     choices: ["fcfs", "lcfs", "wspt"],
     env: "DYN_ROUTER_QUEUE_POLICY",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Order of the requests that wait: arrival, newest first, or least uncached work first.",
   },
   "router-queue-limit": {
@@ -604,7 +615,7 @@ export const OPTIONS = {
     max: 1000000,
     env: "DYN_ROUTER_QUEUE_LIMIT",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "Requests that may wait in one model's router; more get status 529.",
   },
   "router-overlap-refresh-after-secs": {
@@ -614,7 +625,7 @@ export const OPTIONS = {
     max: 86400,
     env: "DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",
     group: "Routing",
-    commands: ROUTERS,
+    commands: ROUTERS_AND_REPLAY,
     help: "A request that waited this long gets its place by its cached prefix of now; 0 = never.",
   },
   "router-session-affinity-ttl-secs": {
@@ -625,7 +636,7 @@ export const OPTIONS = {
     max: 31536000,
     env: "DYN_ROUTER_SESSION_AFFINITY_TTL_SECS",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "How long a session (x-dynamo-session-id) stays with its worker after its last request.",
   },
   "router-replica-sync": {
@@ -633,8 +644,8 @@ export const OPTIONS = {
     default: false,
     env: "DYN_ROUTER_REPLICA_SYNC",
     group: "Routing",
-    commands: FRONTENDS,
-    help: "Frontends tell each other what they have on the workers, so that all see one load.",
+    commands: ROUTERS,
+    help: "Frontends, or router services, tell each other what they have on the workers, so that all see one load.",
   },
   "active-decode-blocks-threshold": {
     type: "number",
@@ -644,7 +655,7 @@ export const OPTIONS = {
     max: 1,
     env: "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A worker with more than this part of its KV blocks in use is busy; when all are, requests get status 529.",
   },
   "active-prefill-tokens-threshold": {
@@ -655,7 +666,7 @@ export const OPTIONS = {
     max: 1099511627776,
     env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "A worker with more prompt tokens to compute is busy.",
   },
   "active-prefill-tokens-threshold-frac": {
@@ -666,8 +677,27 @@ export const OPTIONS = {
     max: 1000,
     env: "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",
     group: "Routing",
-    commands: FRONTENDS,
+    commands: ROUTERS,
     help: "The same in batches of the engine.",
+  },
+  "router-service": {
+    type: "switch",
+    default: false,
+    env: "DYN_ROUTER_SERVICE",
+    group: "Routing",
+    commands: ["frontend"],
+    help: "Ask `dynamo router` where requests go; while none answers, the frontend chooses round-robin. --router-... options are then the router's.",
+  },
+  "router-service-timeout-secs": {
+    type: "number",
+    // A decision takes well under a millisecond; a router that needs a thousand times as long is stuck.
+    default: 1,
+    min: 0.001,
+    max: 3600,
+    env: "DYN_ROUTER_SERVICE_TIMEOUT_SECS",
+    group: "Routing",
+    commands: ["frontend"],
+    help: "How long the router service may take to answer; waiting in its queue does not count.",
   },
   // ---- Planes ----
   namespace: {
@@ -685,7 +715,7 @@ export const OPTIONS = {
     default: "file",
     env: "DYN_DISCOVERY_BACKEND",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker", "status"],
+    commands: ["frontend", "router", "worker", "mocker", "status"],
     help: "How processes find each other. memory is for one process alone.",
   },
   "file-kv": {
@@ -704,7 +734,7 @@ export const OPTIONS = {
     default: "tcp",
     env: "DYN_REQUEST_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker"],
+    commands: ["frontend", "router", "worker", "mocker"],
     help: "How requests reach workers.",
   },
   "tcp-rpc-host": {
@@ -712,8 +742,8 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_TCP_RPC_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Address the worker's request plane listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
+    commands: ["router", "worker", "mocker"],
+    help: "Address the request plane of workers and routers listens on; set DYN_CLUSTER_SECRET before opening it to a network.",
   },
   "tcp-rpc-port": {
     type: "integer",
@@ -722,8 +752,8 @@ export const OPTIONS = {
     max: 65_535,
     env: "DYN_TCP_RPC_PORT",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Port of the worker's request plane; 0 = any free port.",
+    commands: ["router", "worker", "mocker"],
+    help: "Port of that request plane; 0 = any free port.",
   },
   "tcp-rpc-advertise-host": {
     type: "text",
@@ -731,7 +761,7 @@ export const OPTIONS = {
     defaultText: "--tcp-rpc-host",
     env: "DYN_TCP_RPC_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
+    commands: ["router", "worker", "mocker"],
     help: "Address that frontends connect to, when it is not the one to listen on.",
   },
   "event-plane": {
@@ -741,7 +771,7 @@ export const OPTIONS = {
     default: "zmq",
     env: "DYN_EVENT_PLANE",
     group: "Planes",
-    commands: ["frontend", "worker", "mocker", "status"],
+    commands: ["frontend", "router", "worker", "mocker", "status"],
     help: "How load and KV events travel.",
   },
   "zmq-host": {
@@ -749,8 +779,8 @@ export const OPTIONS = {
     default: "127.0.0.1",
     env: "DYN_ZMQ_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
-    help: "Address the worker's event publishers listen on.",
+    commands: ["router", "worker", "mocker"],
+    help: "Address the event publishers of workers and routers listen on.",
   },
   "zmq-advertise-host": {
     type: "text",
@@ -758,7 +788,7 @@ export const OPTIONS = {
     defaultText: "--zmq-host",
     env: "DYN_ZMQ_ADVERTISE_HOST",
     group: "Planes",
-    commands: ["worker", "mocker"],
+    commands: ["router", "worker", "mocker"],
     help: "Address that event subscribers connect to, when it is not the one to listen on.",
   },
   "cluster-secret": {

@@ -2,6 +2,7 @@ import { availableParallelism } from "node:os";
 import { DynamoError } from "../errors/index.ts";
 import type { FrontendConfig, RouterConfig } from "../frontend/index.ts";
 import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
+import type { RouterServiceConfig } from "../router-service/index.ts";
 import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
 import type { OptionValues } from "./options.ts";
 
@@ -11,9 +12,13 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
     namespace: values.namespace,
     httpHost: values["http-host"],
     httpPort: values["http-port"],
-    routerMode: values["router-mode"],
+    // With a router service the mode is only for when none answers, and that must not need what only a service knows.
+    routerMode: values["router-service"] ? "round-robin" : values["router-mode"],
     router: routerConfig(values),
     routerReplicaSync: values["router-replica-sync"],
+    ...(values["router-service"]
+      ? { routerService: { answerTimeoutMs: milliseconds(values["router-service-timeout-secs"]) } }
+      : {}),
     ...(values["admin-key"] === undefined ? {} : { adminKey: values["admin-key"] }),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     limits: {
@@ -30,6 +35,16 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
       responseBufferBytes: values["response-buffer-kb"] * 1024,
       connections: values["http-connections"],
     },
+  };
+}
+
+export function routerServiceConfig(values: OptionValues): RouterServiceConfig {
+  return {
+    namespace: values.namespace,
+    routerMode: values["router-mode"],
+    router: routerConfig(values),
+    replicaSync: values["router-replica-sync"],
+    systemPort: values["system-port"],
   };
 }
 

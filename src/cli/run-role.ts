@@ -13,7 +13,7 @@ import { milliseconds } from "./role-config.ts";
  * channel closes the parent is dead, so the role stops: no process is left behind.
  */
 export interface RoleRun {
-  readonly role: "frontend" | "worker";
+  readonly role: "frontend" | "router" | "worker";
   readonly resolved: ResolvedOptions;
   /** Shown in the start-up line even when they are defaults. */
   readonly shown: readonly OptionName[];

@@ -124,7 +124,7 @@ export class ChoiceStream implements ClientStreamHandler {
     try {
       // Step 4: route.
       if (this.#sibling?.hashes !== undefined) this.#route.hashes ??= this.#sibling.hashes;
-      const routed = model.router.routeWhenReady(this.#route);
+      const routed = (model.remote ?? model.router).routeWhenReady(this.#route);
       if ("instanceId" in routed) this.#send(routed, startMs);
       else void this.#await(routed, startMs);
     } catch (thrown) {

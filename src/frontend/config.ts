@@ -14,6 +14,8 @@ export interface FrontendConfig {
   readonly router?: Partial<RouterConfig>;
   /** `--router-replica-sync`: frontends tell each other what they have on the workers. @default false */
   readonly routerReplicaSync?: boolean;
+  /** Ask a router service; `routerMode` is then for when none answers. @default the frontend routes by itself */
+  readonly routerService?: { readonly answerTimeoutMs: number };
   /** Asked for by the operators' endpoints and fields; without one, clients of this machine are operators. */
   readonly adminKey?: string;
   readonly limits: FrontendLimits;

@@ -37,6 +37,7 @@ export async function startFrontend(
       router: config.router,
       replicaSync: config.routerReplicaSync,
       thread,
+      service: config.routerService,
     });
     if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);

@@ -10,17 +10,14 @@ import {
   type ModelCard,
 } from "../protocol/index.ts";
 import {
-  DEFAULT_ROUTER_CONFIG,
-  FlatKvIndex,
-  KvEventFeed,
-  ReplicaSync,
-  Router,
-  findPolicy,
+  ModelRouters,
+  cardConflict,
   type BusyThresholds,
   type KvIndex,
+  type Router,
   type RouterConfig,
-  type RoutingPolicy,
 } from "../router/index.ts";
+import { RouterServiceClient, type RemoteRouter } from "../router-service/index.ts";
 import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventSubscription } from "../runtime/event-plane/index.ts";
 import type { Watch } from "../runtime/discovery/index.ts";
@@ -42,7 +39,10 @@ export interface ServedModel {
   /** `namespace.component.generate` of its workers. */
   readonly generateEndpoint: string;
   readonly preprocessor: Preprocessor;
+  /** With a router service: only asked when that one does not answer. */
   readonly router: Router;
+  /** The router service; undefined when this frontend routes by itself. */
+  readonly remote: RemoteRouter | undefined;
   /** Of its workers' blocks, to be fed with their events; undefined when the router uses none, or one of another thread. */
   readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
@@ -54,8 +54,6 @@ export interface ServedModel {
 const MAX_MODELS = 256;
 const FETCH_TIMEOUT_MS = 20_000;
 const RETRY_MS = 1_000;
-/** Data-parallel ranks of one worker; a card that claims more is wrong. */
-const MAX_RANKS = 1_024;
 
 interface WorkerRecord {
   instance?: Instance;
@@ -69,26 +67,20 @@ interface WorkerRecord {
 export class ModelRegistry {
   readonly #planes: Planes;
   readonly #namespace: string;
-  readonly #policy: RoutingPolicy;
-  readonly #routerConfig: RouterConfig;
+  readonly #routers: ModelRouters;
+  readonly #service: RouterServiceClient | undefined;
   readonly #logger: Logger;
   readonly #models = new Map<string, ServedModel>();
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
   readonly #loading = new Map<string, Promise<ServedModel>>();
   readonly #workers = new Map<string, WorkerRecord>();
   readonly #retryTimers = new Set<TimerHandle>();
-  /** Keeps the models' KV indexes; undefined when the router does not use them. */
-  readonly #kvFeed: KvEventFeed | undefined;
-  /** Tells other routers what this one books; undefined when not asked for. */
-  readonly #replicaSync: ReplicaSync | undefined;
-  /** When this is one of several threads: where the index is, and the other threads' routers. */
-  readonly #thread: ThreadLink | undefined;
   /** Thresholds that another thread was given for a model that is not loaded here yet. */
   readonly #waitingThresholds = new Map<string, BusyThresholds>();
   #watches: (Watch | EventSubscription)[] = [];
   #closed = false;
 
-  /** Throws `invalid-config` for a router mode that nobody registered. */
+  /** Throws `invalid-config` for a router mode that nobody registered, and for a router service with several threads. */
   constructor(
     planes: Planes,
     options: {
@@ -96,34 +88,30 @@ export class ModelRegistry {
       routerMode: string;
       router?: Partial<RouterConfig> | undefined;
       replicaSync?: boolean | undefined;
+      /** When this is one of several threads: where the index is, and the other threads' routers. */
       thread?: ThreadLink | undefined;
+      /** Ask a router service, and choose here by `routerMode` only when it does not answer. */
+      service?: { readonly answerTimeoutMs: number } | undefined;
     },
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    const policy = findPolicy(options.routerMode);
-    if (policy === undefined) throw new DynamoError("invalid-config", `there is no router mode ${options.routerMode}`);
-    this.#policy = policy;
-    this.#routerConfig = { ...DEFAULT_ROUTER_CONFIG, ...options.router };
+    const { thread, service, ...routing } = options;
+    if (thread !== undefined && service !== undefined) {
+      throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
+    }
+    this.#routers = new ModelRouters(planes, { ...routing, shared: thread });
+    if (service !== undefined) {
+      this.#service = new RouterServiceClient(planes, { namespace: options.namespace, ...service });
+    }
     this.#logger = planes.logger;
-    const { events, request, clock, logger, metrics } = planes;
-    const { thread, replicaSync = false } = options;
-    this.#thread = thread;
-    // With several threads the host feeds the index.
-    const usesKvEvents = policy.usesOverlap === true && this.#routerConfig.kvEvents && thread === undefined;
-    this.#kvFeed = usesKvEvents
-      ? new KvEventFeed({ events, client: request.client, clock, logger, metrics })
-      : undefined;
-    // Threads always tell each other; those of other processes hear it too when asked for.
-    const bookings = replicaSync ? events : thread?.bookings;
-    this.#replicaSync = bookings && new ReplicaSync({ events: bookings, clock, logger, metrics });
   }
 
   async start(): Promise<void> {
     const scope = { namespace: this.#namespace };
     // Before the first worker joins.
-    await this.#kvFeed?.start();
-    await this.#replicaSync?.start();
+    await this.#routers.start();
+    await this.#service?.start();
     this.#watches.push(
       await watchInstances(this.#planes.discovery, { ...scope, endpoint: GENERATE_ENDPOINT }, (change) => {
         if (change.type === "put") this.#onInstance(change.instance);
@@ -179,7 +167,7 @@ export class ModelRegistry {
     this.#watches = [];
     for (const model of this.#models.values())
       model.router.close(new DynamoError("draining", "the server is shutting down"));
-    await Promise.all([...watches.map((watch) => watch.close()), this.#kvFeed?.close(), this.#replicaSync?.close()]);
+    await Promise.all([...watches.map((watch) => watch.close()), this.#routers.close(), this.#service?.close()]);
   }
 
   #record(instanceId: string): WorkerRecord {
@@ -191,7 +179,7 @@ export class ModelRegistry {
   #onInstance(instance: Instance): void {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
-    if (record.joined !== undefined) this.#joinRouter(record.joined, instance, record.joined.card);
+    if (record.joined !== undefined) this.#routers.join(record.joined, instance, record.joined.card);
     this.#join(instance.instanceId);
   }
 
@@ -211,8 +199,7 @@ export class ModelRegistry {
     if (record === undefined) return;
     delete record[part];
     if (record.joined !== undefined) {
-      this.#kvFeed?.removeWorker(instanceId);
-      record.joined.router.removeWorker(instanceId);
+      this.#routers.leave(record.joined, instanceId);
       record.joined.workerGauges.get(instanceId)?.remove();
       record.joined.workerGauges.delete(instanceId);
       this.#logger.info(
@@ -286,11 +273,11 @@ export class ModelRegistry {
     if (conflict !== undefined) {
       // The last worker of the old kind is gone: the model starts over with the new card.
       this.#models.delete(model.name);
-      this.#replicaSync?.detach(model.name);
+      this.#routers.forget(model.name);
       this.#join(instanceId);
       return;
     }
-    this.#joinRouter(model, instance, card);
+    this.#routers.join(model, instance, card);
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
@@ -301,29 +288,8 @@ export class ModelRegistry {
     );
   }
 
-  #joinRouter(model: ServedModel, instance: Instance, card: ModelCard): void {
-    const { maxSequences, maxBatchedTokens, totalBlocks } = card;
-    const { instanceId, address, namespace, component } = instance;
-    const dataParallelSize = Math.max(1, Math.min(card.dataParallelSize, MAX_RANKS));
-    this.#kvFeed?.removeMoved(instanceId, address);
-    model.router.addWorker(instanceId, address, {
-      dataParallelSize,
-      capacity: { maxSequences, maxBatchedTokens, totalBlocks },
-    });
-    if (model.kvIndex === undefined) return;
-    const endpointPrefix = `${namespace}.${component}`;
-    this.#kvFeed?.addWorker({
-      instanceId,
-      model: model.name,
-      address,
-      endpointPrefix,
-      dataParallelSize,
-      index: model.kvIndex,
-    });
-  }
-
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {
-    const { clock, random, metrics, request } = this.#planes;
+    const { metrics, request } = this.#planes;
     const bytes = await fetchArtifact(request.client, {
       address: instance.address,
       endpoint: formatEndpoint({ ...instance, endpoint: TOKENIZER_ENDPOINT }),
@@ -332,38 +298,22 @@ export class ModelRegistry {
       timeoutMs: FETCH_TIMEOUT_MS,
     });
     const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card);
-    const usesKvEvents = this.#policy.usesOverlap === true && this.#routerConfig.kvEvents;
-    const kvIndex = usesKvEvents && this.#thread === undefined ? new FlatKvIndex() : undefined;
-    const sharedIndex = usesKvEvents ? this.#thread?.kvIndex(card.name) : undefined;
-    const index = kvIndex ?? sharedIndex?.index;
-    const router = new Router({
-      model: card.name,
-      policy: this.#policy,
-      clock,
-      random,
-      metrics,
-      blockSizeTokens: card.blockSizeTokens,
-      config: this.#routerConfig,
-      ...(index === undefined ? {} : { index }),
-    });
+    this.#evictIdle();
+    const modelRouter = this.#routers.create(card);
     const model: ServedModel = {
-      name: card.name,
+      ...modelRouter,
+      remote: this.#service?.forModel(modelRouter.router, card),
       card,
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
       preprocessor,
-      router,
-      kvIndex,
       metrics: new ModelMetrics(metrics, card.name),
       workerGauges: new Map(),
     };
-    router.indexHealth = kvIndex === undefined ? sharedIndex : this.#kvFeed?.health(kvIndex);
     const thresholds = this.#waitingThresholds.get(card.name);
-    if (thresholds !== undefined) router.busyThresholds = thresholds;
+    if (thresholds !== undefined) model.router.busyThresholds = thresholds;
     this.#waitingThresholds.delete(card.name);
     model.metrics.setCard(card);
-    this.#evictIdle();
     this.#models.set(card.name, model);
-    this.#replicaSync?.attach(card.name, router);
     return model;
   }
 
@@ -372,15 +322,7 @@ export class ModelRegistry {
     const idle = [...this.#models.values()].find((model) => model.router.workers.length === 0);
     if (idle === undefined) throw new DynamoError("stream-limit", `${MAX_MODELS} models are served already`);
     this.#models.delete(idle.name);
-    this.#replicaSync?.detach(idle.name);
+    this.#routers.forget(idle.name);
     idle.router.close(new DynamoError("no-workers", `no worker that serves ${idle.name} is available`));
   }
-}
-
-/** What must agree between all workers of one model, or requests would mean different things on each. */
-function cardConflict(known: ModelCard, card: ModelCard): string | undefined {
-  const fields = ["tokenizerSha256", "contextLength", "blockSizeTokens", "vocabularySize"] as const;
-  const field = fields.find((name) => known[name] !== card[name]);
-  if (field === undefined) return undefined;
-  return `its ${field} is ${card[field]}, the model's other workers have ${known[field]}`;
 }

@@ -113,13 +113,15 @@ export class Pipeline {
       "messages" in request
         ? await this.#planChat(model, request, exchange.requestId, hints)
         : await this.#planCompletion(model, request, exchange.requestId, hints);
-    const decisions = prompts.map(({ request: prompt }) =>
-      model.router.preview({
-        ...hints.route,
-        requestId: prompt.requestId,
-        tokenIds: prompt.tokenIds,
-        cacheNamespace: hints.cacheNamespace,
-      }),
+    const decisions = await Promise.all(
+      prompts.map(async ({ request: prompt }) =>
+        (model.remote ?? model.router).preview({
+          ...hints.route,
+          requestId: prompt.requestId,
+          tokenIds: prompt.tokenIds,
+          cacheNamespace: hints.cacheNamespace,
+        }),
+      ),
     );
     exchange.json(200, { object: "route.preview", model: model.name, decisions });
   }
@@ -170,7 +172,7 @@ export class Pipeline {
         includeUsage: request.options.includeUsage,
         ...(hints.extraFields.length === 0
           ? {}
-          : { nvext: () => nvextJson(model.router, exchange.requestId, hints.extraFields) }),
+          : { nvext: () => nvextJson(model.remote ?? model.router, exchange.requestId, hints.extraFields) }),
       });
       this.#run(exchange, plan, permit, admittedMs, writer);
     } catch (thrown) {

@@ -30,7 +30,11 @@ export function routeApi(models: ModelRegistry, operators: Operators, thread?: T
       method: "GET",
       path: "/busy_threshold",
       family: "openai",
-      handle: guarded((exchange) => exchange.json(200, { thresholds: models.list().map(thresholdsOf) })),
+      handle: guarded((exchange) => {
+        const known = models.list();
+        known.forEach(checkRoutesHere);
+        exchange.json(200, { thresholds: known.map(thresholdsOf) });
+      }),
     },
     {
       method: "POST",
@@ -45,7 +49,7 @@ const EXPLAIN_PREFIX = "/v1/route/explain/";
 
 async function sendExplanation(exchange: Exchange, models: ModelRegistry, thread?: ThreadLink): Promise<void> {
   const requestId = decoded(exchange.path.slice(EXPLAIN_PREFIX.length));
-  const explained = explainRequest(models, requestId) ?? (thread && (await explainedElsewhere(thread, requestId)));
+  const explained = (await explainRequest(models, requestId)) ?? (await explainedElsewhere(thread, requestId));
   if (explained !== undefined) {
     exchange.json(200, { object: "route.explanation", request_id: requestId, ...explained });
     return;
@@ -53,8 +57,11 @@ async function sendExplanation(exchange: Exchange, models: ModelRegistry, thread
   throw new DynamoError("route-not-found", "no decision is kept for that request; the last 4,096 of each model are");
 }
 
-async function explainedElsewhere(thread: ThreadLink, requestId: string): Promise<ExplainedRequest | undefined> {
-  const answers = await thread.ask({ type: "explain", requestId });
+async function explainedElsewhere(
+  thread: ThreadLink | undefined,
+  requestId: string,
+): Promise<ExplainedRequest | undefined> {
+  const answers = (await thread?.ask({ type: "explain", requestId })) ?? [];
   for (const answer of answers)
     if (answer.type === "explain" && answer.explained !== undefined) return answer.explained;
   return undefined;
@@ -70,7 +77,7 @@ function decoded(text: string): string {
 }
 
 /** `nvext` of an answer. */
-export function nvextJson(router: Router, requestId: string, fields: readonly ExtraField[]): string {
+export function nvextJson(router: Pick<Router, "explain">, requestId: string, fields: readonly ExtraField[]): string {
   const decisions = router.explain(requestId);
   const last = decisions.at(-1);
   return JSON.stringify({
@@ -84,6 +91,12 @@ export function nvextJson(router: Router, requestId: string, fields: readonly Ex
 // Busy thresholds.
 
 type NamedModel = ReturnType<ModelRegistry["list"]>[number];
+
+/** Thresholds set here would change nothing while a router service chooses. */
+function checkRoutesHere({ name, remote }: NamedModel): void {
+  if (remote === undefined) return;
+  throw new DynamoError("unsupported-operation", `a router service chooses the workers of ${name}: set its thresholds`);
+}
 
 function thresholdsOf({ name, router }: NamedModel): Record<string, unknown> {
   const { activeDecodeBlocks, activePrefillTokens, activePrefillTokensFrac } = router.busyThresholds;
@@ -113,6 +126,7 @@ async function setThresholds(exchange: Exchange, models: ModelRegistry, thread?:
   const model = models.find(name);
   if (model === undefined)
     throw new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" });
+  checkRoutesHere(model);
   const old = model.router.busyThresholds;
   const read = (field: string, max: number, before: number | undefined): number | undefined => {
     const value = body[field];

@@ -18,7 +18,7 @@ import type { Operators } from "./operator.ts";
 export interface RoutingHints {
   readonly route: Pick<
     RouteRequest,
-    "pinned" | "sessionId" | "strictPriority" | "priorityJump" | "expectedOutputTokens"
+    "pinned" | "sessionId" | "strictPriority" | "priorityJump" | "expectedOutputTokens" | "explain"
   >;
   /** Isolates KV reuse. Empty = shared. */
   readonly cacheNamespace: string;
@@ -68,6 +68,7 @@ export function readRoutingHints(exchange: Exchange, nvext: Nvext | undefined, o
       ...(priority === undefined ? {} : { priorityJump: priority }),
       ...(strict === undefined ? {} : { strictPriority: strict }),
       ...(osl === undefined ? {} : { expectedOutputTokens: osl }),
+      ...(extraFields.length === 0 ? {} : { explain: true }),
     },
     cacheNamespace: nvext?.cacheSalt ?? "",
     extraFields,

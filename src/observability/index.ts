@@ -1,3 +1,4 @@
 export * from "./log.ts";
 export * from "./metric-names.ts";
 export * from "./metrics.ts";
+export * from "./system-server.ts";

@@ -271,6 +271,22 @@ export const METRICS = {
     labels: ["direction", "outcome"],
     help: "Active-load events to and from other routers.",
   },
+  // Router service.
+  dynamo_frontend_router_fallbacks_total: {
+    type: "counter",
+    labels: ["model", "reason"],
+    help: "Requests that the frontend placed by itself, as no router service did.",
+  },
+  dynamo_router_service_bookings: {
+    type: "gauge",
+    labels: [],
+    help: "Requests that a router service holds: on a worker, or waiting for one.",
+  },
+  dynamo_router_service_bookings_dropped_total: {
+    type: "counter",
+    labels: [],
+    help: "Bookings that a router service freed because their frontend was gone or out of time.",
+  },
   // Worker.
   dynamo_component_requests_total: { type: "counter", labels: COMPONENT, help: "Requests the worker ended." },
   dynamo_component_request_duration_seconds: {

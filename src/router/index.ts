@@ -2,6 +2,7 @@ export * from "./config.ts";
 export * from "./events/index.ts";
 export type { RemoteResult } from "./remote-bookings.ts";
 export * from "./indexer/index.ts";
+export * from "./model-routers.ts";
 export * from "./policies/index.ts";
 export * from "./route-request.ts";
 export * from "./router.ts";

@@ -9,8 +9,10 @@ import type { PreferredTaint } from "./worker-set.ts";
 export interface RouteRequest {
   /** For the explanation and for replicas. @default made up */
   readonly requestId?: string;
-  /** length = prompt tokens. */
+  /** length = prompt tokens. May be empty when `hashes` and `promptTokenCount` are given. */
   readonly tokenIds: Uint32Array;
+  /** @default the length of `tokenIds` */
+  readonly promptTokenCount?: number;
   /** Isolates KV reuse: enters the hash seed. @default shared */
   readonly cacheNamespace?: string;
   /** Workers already tried for this request. */
@@ -33,6 +35,10 @@ export interface RouteRequest {
   readonly deadlineMs?: number;
   /** Settings for this request only. */
   readonly overrides?: RouteOverrides;
+  /** Why the decision knows less than it should, for the explanation: set by who falls back to this router. */
+  readonly degradation?: string;
+  /** The caller wants the explanation soon: a router in another process sends it along. @default false */
+  readonly explain?: boolean;
   /** Set by the router. */
   hashes?: BlockHashes;
 }

@@ -399,7 +399,7 @@ export class Router implements DecisionOwner {
     const config = this.#config;
     const weights = request.overrides === undefined ? config : { ...config, ...request.overrides };
     const hashes = this.#hash(request);
-    const tokens = request.tokenIds.length;
+    const tokens = promptTokensOf(request);
     const blockSizeTokens = this.#blockSizeTokens;
     const prompt: PromptShape = {
       tokens,
@@ -409,7 +409,7 @@ export class Router implements DecisionOwner {
     const isLooked = hashes !== undefined && this.#findMatches(hashes);
     this.#fillColumns(eligible.ranks, prompt, isLooked, hashes, request);
     computeCosts(this.#columns, prompt, weights);
-    return { eligible, prompt, weights, hashes, degradations: this.#degradations(isLooked) };
+    return { eligible, prompt, weights, hashes, degradations: this.#degradations(isLooked, request) };
   }
 
   /** Leading blocks per rank, of the index and of own decisions. False when there is no index at all. */
@@ -493,7 +493,8 @@ export class Router implements DecisionOwner {
     }
   }
 
-  #degradations(isLooked: boolean): readonly string[] {
+  #degradations(isLooked: boolean, { degradation: known }: RouteRequest): readonly string[] {
+    if (known !== undefined) return [known];
     if (this.#policy.usesOverlap !== true) return NO_DEGRADATION;
     if (!isLooked) return NO_INDEX;
     const degradation = this.indexHealth?.degradation;
@@ -651,11 +652,15 @@ const SHARED_SEED = blockHashSeed();
 /** Reasons of the catalogue that speak of the worker, not of the request or its client. */
 const FAILED_OUTCOME = /^(worker|engine)-/;
 
+function promptTokensOf({ tokenIds, promptTokenCount }: RouteRequest): number {
+  return promptTokenCount ?? tokenIds.length;
+}
+
 function queueItem(request: RouteRequest): QueuedRoute {
   const { excluded, allowed, pinned, requiredTaints } = request;
   return {
     request,
-    promptTokens: request.tokenIds.length,
+    promptTokens: promptTokensOf(request),
     strictPriority: request.strictPriority ?? 0,
     priorityJump: request.priorityJump ?? 0,
     deadlineMs: request.deadlineMs,

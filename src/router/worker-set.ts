@@ -41,6 +41,16 @@ export class Rank implements WorkerCandidate {
   get activeRequests(): number {
     return this.#sequences.requests(this.slot);
   }
+
+  /** Prompt tokens that routers have there and that are not computed yet. */
+  get prefillTokens(): number {
+    return this.#sequences.prefillTokens(this.slot);
+  }
+
+  /** Blocks of the requests that routers have there. */
+  get decodeBlocks(): number {
+    return this.#sequences.decodeBlocks(this.slot);
+  }
 }
 
 const UNKNOWN_CAPACITY: WorkerCapacity = Object.freeze({ maxSequences: 0, maxBatchedTokens: 0, totalBlocks: 0 });

@@ -10,7 +10,7 @@ import {
   vocabularySizeOf,
   type TokenizerArtifact,
 } from "../model/index.ts";
-import type { Logger } from "../observability/index.ts";
+import { startSystemServer, type Logger } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
   GENERATE_ENDPOINT,
@@ -37,7 +37,6 @@ import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
-import { startSystemServer } from "./system-server.ts";
 import { WorkerMetrics } from "./worker-metrics.ts";
 
 export interface RunningWorker extends RunningRole {

@@ -4,6 +4,7 @@ import type { Planes } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
 import { MemoryEventBus, MemoryEventPlane, type MemoryEventBusOptions } from "../../src/runtime/event-plane/index.ts";
 import { MemoryNetwork, MemoryRequestPlane } from "../../src/runtime/request-plane/index.ts";
+import { startRouter, type RouterServiceConfig, type RunningRouter } from "../../src/router-service/index.ts";
 import { systemClock, SeededRandom } from "../../src/std/index.ts";
 import { startWorker, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
 
@@ -15,6 +16,12 @@ export interface InProcessCluster {
   addWorker(overrides?: Partial<WorkerConfig>): Promise<RunningWorker>;
   /** One more frontend on the same planes, as the first one but for `overrides`. */
   addFrontend(overrides?: InProcessOptions["frontend"]): Promise<InProcessFrontend>;
+  /** A router service on the same planes. */
+  addRouter(
+    overrides?: Partial<RouterServiceConfig>,
+  ): Promise<{ readonly router: RunningRouter; readonly planes: Planes }>;
+  /** Planes of one more process. */
+  planes(): Planes;
   /** Waits until the frontend routes to that many workers. */
   settled(workerCount: number): Promise<void>;
   stop(): Promise<void>;
@@ -106,6 +113,14 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     workers.push(worker);
     return worker;
   };
+  const routers: RunningRouter[] = [];
+  const addRouter: InProcessCluster["addRouter"] = async (overrides = {}) => {
+    const made = planes();
+    const config = { namespace: "dynamo", routerMode: "round-robin", systemPort: undefined, ...overrides };
+    const router = await startRouter(config, made, never);
+    routers.push(router);
+    return { router, planes: made };
+  };
   const settled = async (workerCount: number): Promise<void> => {
     await until(async () => {
       const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
@@ -121,9 +136,12 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     workers,
     addWorker,
     addFrontend,
+    addRouter,
+    planes,
     settled,
     async stop() {
       await Promise.all(frontends.map((each) => each.stop()));
+      await Promise.all(routers.map((router) => router.stop()));
       await Promise.all(workers.map((worker) => worker.stop()));
       for (const made of opened) {
         await made.events.close();

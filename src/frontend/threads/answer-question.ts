@@ -8,17 +8,17 @@ export async function answerQuestion(question: Question, models: ModelRegistry, 
     case "metrics":
       return { type: "metrics", snapshot: await metrics.snapshot() };
     case "explain":
-      return { type: "explain", explained: explainRequest(models, question.requestId) };
+      return { type: "explain", explained: await explainRequest(models, question.requestId) };
     case "busy-thresholds":
       models.setBusyThresholds(question.model, question.thresholds);
       return { type: "done" };
   }
 }
 
-/** The decisions that this thread keeps of a request. */
-export function explainRequest(models: ModelRegistry, requestId: string): ExplainedRequest | undefined {
+/** The decisions that this thread, or the router service it asks, keeps of a request. */
+export async function explainRequest(models: ModelRegistry, requestId: string): Promise<ExplainedRequest | undefined> {
   for (const model of models.all()) {
-    const decisions = model.router.explain(requestId);
+    const decisions = (await model.remote?.explainFully(requestId)) ?? model.router.explain(requestId);
     if (decisions.length > 0) return { model: model.name, decisions };
   }
   return undefined;

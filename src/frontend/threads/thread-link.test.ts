@@ -108,6 +108,8 @@ test(
     const never = new AbortController().signal;
     const common = { namespace: "dynamo", drainTimeoutMs: 1_000 };
     const http = { httpHost: "127.0.0.1", httpPort: 0, routerMode: "kv", limits: DEFAULT_LIMITS };
+    const withService = { ...common, ...http, routerService: { answerTimeoutMs: 1_000 } };
+    await assert.rejects(startFrontend(withService, planes(), never, link), { reason: "invalid-config" });
     const frontend = await startFrontend({ ...common, ...http }, planes(), never, link);
     host.tell({
       type: "question",

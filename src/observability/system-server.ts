@@ -1,6 +1,6 @@
 import { createServer, type ServerResponse } from "node:http";
 import { DynamoError } from "../errors/index.ts";
-import type { Metrics } from "../observability/index.ts";
+import type { Metrics } from "./metrics.ts";
 
 export interface SystemServer {
   readonly port: number;

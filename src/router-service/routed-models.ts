@@ -1,0 +1,170 @@
+import { DynamoError } from "../errors/index.ts";
+import type { Logger } from "../observability/index.ts";
+import { GENERATE_ENDPOINT, LOAD_TOPIC, isModelCard, parseLoadReport, type ModelCard } from "../protocol/index.ts";
+import { ModelRouters, cardConflict, type ModelRouter, type ModelRoutersOptions } from "../router/index.ts";
+import { watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
+
+/**
+ * The models that workers serve, each with a router, kept up by discovery and load reports: what a frontend's model
+ * registry does, without tokenizers. A worker counts once its instance and its card are both there; one whose card does
+ * not agree with its model's other workers is left out and logged. When discovery becomes unreadable the last known set stays.
+ */
+export interface RoutedModel extends ModelRouter {
+  readonly card: ModelCard;
+}
+
+/** Names come from workers, which are trusted, but a bound costs nothing: one without workers goes first. */
+const MAX_MODELS = 256;
+
+interface WorkerRecord {
+  instance?: Instance;
+  card?: ModelCard;
+  /** The model whose router has this worker. */
+  joined?: RoutedModel;
+}
+
+interface Closing {
+  close(): Promise<void>;
+}
+
+export class RoutedModels {
+  readonly #planes: Planes;
+  readonly #namespace: string;
+  readonly #routers: ModelRouters;
+  readonly #logger: Logger;
+  readonly #models = new Map<string, RoutedModel>();
+  readonly #workers = new Map<string, WorkerRecord>();
+  readonly #watches: Closing[] = [];
+
+  /** Throws `invalid-config` for a router mode that nobody registered. */
+  constructor(planes: Planes, options: ModelRoutersOptions & { readonly namespace: string }) {
+    this.#planes = planes;
+    this.#namespace = options.namespace;
+    this.#routers = new ModelRouters(planes, options);
+    this.#logger = planes.logger;
+  }
+
+  async start(): Promise<void> {
+    const { discovery, events } = this.#planes;
+    const scope = { namespace: this.#namespace };
+    await this.#routers.start();
+    this.#watches.push(
+      await watchInstances(discovery, { ...scope, endpoint: GENERATE_ENDPOINT }, (change) => {
+        if (change.type === "put") this.#onInstance(change.instance);
+        else this.#onGone(change.instanceId, "instance");
+      }),
+    );
+    this.#watches.push(
+      await watchCards(discovery, scope, (change) => {
+        if (change.type === "put") this.#onCard(change.instanceId, change.card);
+        else this.#onGone(change.instanceId, "card");
+      }),
+    );
+    this.#watches.push(
+      await events.subscribe(LOAD_TOPIC, {
+        onEvent: (_publisher, _sequence, payload) => this.#onLoad(payload),
+        // A lost load report is replaced by the next one.
+        onGap: () => undefined,
+      }),
+    );
+  }
+
+  find(name: string): RoutedModel | undefined {
+    return this.#models.get(name);
+  }
+
+  all(): RoutedModel[] {
+    return [...this.#models.values()];
+  }
+
+  async close(): Promise<void> {
+    for (const { router } of this.#models.values()) router.close(leaving());
+    await Promise.all([...this.#watches.splice(0).map((watch) => watch.close()), this.#routers.close()]);
+  }
+
+  #record(instanceId: string): WorkerRecord {
+    let record = this.#workers.get(instanceId);
+    if (record === undefined) this.#workers.set(instanceId, (record = {}));
+    return record;
+  }
+
+  #onInstance(instance: Instance): void {
+    const record = this.#record(instance.instanceId);
+    record.instance = instance;
+    if (record.joined === undefined) this.#join(instance.instanceId, record);
+    else this.#routers.join(record.joined, instance, record.joined.card);
+  }
+
+  #onCard(instanceId: string, card: unknown): void {
+    if (!isModelCard(card)) {
+      this.#logger.warn({ instance: instanceId }, "worker left out: its model card has another version or is damaged");
+      return;
+    }
+    const record = this.#record(instanceId);
+    record.card = card;
+    if (record.joined === undefined) this.#join(instanceId, record);
+  }
+
+  #onGone(instanceId: string, part: "instance" | "card"): void {
+    const record = this.#workers.get(instanceId);
+    if (record === undefined) return;
+    delete record[part];
+    if (record.joined !== undefined) {
+      this.#routers.leave(record.joined, instanceId);
+      this.#logger.info({ instance: instanceId, model: record.joined.name }, "worker left");
+      delete record.joined;
+    }
+    if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
+  }
+
+  #onLoad(payload: Uint8Array): void {
+    const report = parseLoadReport(payload);
+    if (report === undefined) return;
+    this.#workers.get(report.instanceId)?.joined?.router.updateLoad(report.instanceId, report.load);
+  }
+
+  #join(instanceId: string, record: WorkerRecord): void {
+    const { instance, card } = record;
+    if (instance === undefined || card === undefined) return;
+    const model = this.#modelOf(instanceId, card);
+    if (model === undefined) return;
+    this.#routers.join(model, instance, card);
+    record.joined = model;
+    const workers = model.router.workers.length;
+    this.#logger.info({ instance: instanceId, model: model.name, workers }, "worker joined");
+  }
+
+  /** The model that the card names; undefined, and a log line, when the worker cannot be part of it. */
+  #modelOf(instanceId: string, card: ModelCard): RoutedModel | undefined {
+    const known = this.#models.get(card.name);
+    const conflict = known === undefined ? undefined : cardConflict(known.card, card);
+    if (known !== undefined && conflict === undefined) return known;
+    if (known !== undefined && known.router.workers.length > 0) {
+      this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${conflict}`);
+      return undefined;
+    }
+    // The last worker of the old kind is gone: the model starts over with the new card.
+    if (known !== undefined) this.#forget(known);
+    const idle = this.all().find(({ router }) => router.workers.length === 0);
+    if (this.#models.size >= MAX_MODELS) {
+      if (idle === undefined) {
+        this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${MAX_MODELS} models already`);
+        return undefined;
+      }
+      this.#forget(idle);
+    }
+    const model: RoutedModel = { ...this.#routers.create(card), card };
+    this.#models.set(card.name, model);
+    return model;
+  }
+
+  #forget(model: RoutedModel): void {
+    this.#models.delete(model.name);
+    this.#routers.forget(model.name);
+    model.router.close(leaving());
+  }
+}
+
+function leaving(): DynamoError {
+  return new DynamoError("draining", "the router is shutting down");
+}
