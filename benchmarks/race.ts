@@ -93,6 +93,8 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
       env: { ...process.env, ...env, DYN_FILE_KV: discovery },
     });
     children.push(child);
+    // Also when this benchmark itself fails half-way.
+    process.once("exit", () => child.kill("SIGKILL"));
     return child.pid!;
   };
   const planes = ["--discovery-backend", "file"];
@@ -304,7 +306,10 @@ export async function run(): Promise<void> {
     const due = ROWS.filter((row) => row.workers === workers && (wanted === undefined || wanted.includes(row.name)));
     if (due.length === 0) continue;
     const ours = await startSide("ours", workers);
-    const theirs = await startSide("dynamo", workers);
+    const theirs = await startSide("dynamo", workers).catch(async (error: unknown) => {
+      await ours.stop();
+      throw error;
+    });
     try {
       const idle = await idleCores([ours, theirs]);
       for (const row of due) {

@@ -33,6 +33,10 @@ export async function startProcessCluster(
     env: { ...process.env, DYN_FILE_KV: join(root, "discovery"), ...environment },
     stdio: ["ignore", "pipe", "pipe"],
   });
+  // A test process that fails half-way leaves nothing: the cluster's own children leave when their parent is gone.
+  const killAtExit = (): void => void child.kill("SIGKILL");
+  process.once("exit", killAtExit);
+  child.once("exit", () => process.off("exit", killAtExit));
   child.stdout!.on("data", (chunk: Buffer) => (text += chunk.toString()));
   child.stderr!.on("data", (chunk: Buffer) => (text += chunk.toString()));
   const exited = new Promise<number | null>((resolveExit) => child.once("exit", (code) => resolveExit(code)));
