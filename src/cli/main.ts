@@ -1,7 +1,6 @@
-import { readFileSync } from "node:fs";
 import { enableCompileCache } from "node:module";
-import { join } from "node:path";
 import { DynamoError } from "../errors/index.ts";
+import { packageVersion } from "../std/index.ts";
 import { closestWord } from "./closest-word.ts";
 import { COMMANDS } from "./commands.ts";
 import { commandHelp, generalHelp } from "./help.ts";
@@ -71,11 +70,6 @@ function report(thrown: unknown, name: CommandName, err: (text: string) => void)
 
 function isCommand(name: string): name is CommandName {
   return (COMMAND_NAMES as readonly string[]).includes(name);
-}
-
-export function packageVersion(): string {
-  const text = readFileSync(join(import.meta.dirname, "..", "..", "package.json"), "utf8");
-  return String((JSON.parse(text) as { version?: unknown }).version);
 }
 
 if (import.meta.main) {

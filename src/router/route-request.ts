@@ -1,3 +1,4 @@
+import type { ActiveSequenceEvent } from "../protocol/index.ts";
 import type { BlockHashes } from "../tokens/index.ts";
 import type { RouterConfig } from "./config.ts";
 import type { PreferredTaint } from "./worker-set.ts";
@@ -81,17 +82,4 @@ export interface RoutingDecision {
 }
 
 /** What replicas tell each other of their bookings; output growth is not told, as in Dynamo. */
-export type BookingEvent =
-  | {
-      readonly type: "add";
-      readonly requestId: string;
-      readonly instanceId: string;
-      readonly dpRank: number;
-      /** (lo, hi) pairs; undefined when the blocks are not shared. */
-      readonly sequenceHashes: Uint32Array | undefined;
-      readonly blockCount: number;
-      readonly prefillTokens: number;
-      readonly expectedOutputTokens: number;
-    }
-  | { readonly type: "prefill-completed"; readonly requestId: string }
-  | { readonly type: "free"; readonly requestId: string };
+export type BookingEvent = ActiveSequenceEvent;
