@@ -62,7 +62,7 @@ interface SwitchOption extends OptionBase {
 }
 
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
-export type OptionGroup = "Model and engine" | "Replay" | "HTTP" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
+export type OptionGroup = "Model and engine" | "Replay" | "HTTP" | "Faults" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
 const ROLES = ["local", "frontend", "router", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
@@ -291,6 +291,57 @@ export const OPTIONS = {
     group: "HTTP",
     commands: ROLES,
     help: "How long running requests may finish after SIGTERM or Ctrl-C.",
+  },
+  // ---- Faults ----
+  "migration-limit": {
+    type: "integer",
+    default: 3,
+    min: 0,
+    max: 1_000,
+    env: "DYN_MIGRATION_LIMIT",
+    group: "Faults",
+    commands: FRONTENDS,
+    help: "How often a request may go on with another worker when its own dies, hangs or leaves; 0 = never.",
+  },
+  "migration-max-seq-len": {
+    type: "integer",
+    default: undefined,
+    min: 1,
+    max: 1 << 30,
+    env: "DYN_MIGRATION_MAX_SEQ_LEN",
+    group: "Faults",
+    commands: FRONTENDS,
+    help: "Requests with more tokens than this, prompt and answer together, do not move to another worker.",
+  },
+  "worker-stall-timeout-secs": {
+    type: "number",
+    default: 30,
+    min: 0,
+    max: 86_400,
+    env: "DYN_WORKER_STALL_TIMEOUT_SECS",
+    group: "Faults",
+    commands: FRONTENDS,
+    help: "A worker that gives no token to any request it has begun for so long is left, its requests move; 0 = off.",
+  },
+  "worker-heartbeat-timeout-secs": {
+    type: "number",
+    default: 3,
+    min: 0.1,
+    max: 3_600,
+    env: "DYN_WORKER_HEARTBEAT_TIMEOUT_SECS",
+    group: "Faults",
+    commands: ROLES,
+    help: "A process at the other end of a connection that does not answer for so long is taken for dead.",
+  },
+  "engine-stall-timeout-secs": {
+    type: "number",
+    default: 60,
+    min: 0,
+    max: 86_400,
+    env: "DYN_ENGINE_STALL_TIMEOUT_SECS",
+    group: "Faults",
+    commands: [...WORKERS, "mocker"],
+    help: "A worker whose engine has work but makes no step for so long leaves with an error, to be restarted; 0 = off.",
   },
   // ---- Limits ----
   "http-body-limit-mb": {

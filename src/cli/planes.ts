@@ -5,6 +5,7 @@ import type { EventPlane } from "../runtime/event-plane/index.ts";
 import type { RequestPlane } from "../runtime/request-plane/index.ts";
 import { systemClock, systemRandom, type Clock } from "../std/index.ts";
 import { defaultDiscoveryFolder, type OptionValues } from "./options.ts";
+import { milliseconds } from "./role-config.ts";
 
 /**
  * Builds the planes that a role runs on from its options. Back ends are loaded only when chosen. What is built is owned
@@ -57,11 +58,16 @@ async function buildRequestPlane(
     port: values["tcp-rpc-port"],
     ...(advertiseHost === undefined ? {} : { advertiseHost }),
     ...(clusterSecret === undefined ? {} : { clusterSecret }),
+    heartbeatMs: milliseconds(values["worker-heartbeat-timeout-secs"]) / HEARTBEAT_MISSES,
+    heartbeatMisses: HEARTBEAT_MISSES,
     clock,
     logger,
     metrics,
   });
 }
+
+/** One lost answer is an accident, three in a row are not. */
+const HEARTBEAT_MISSES = 3;
 
 export async function buildEventPlane(
   values: OptionValues,

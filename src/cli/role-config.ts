@@ -21,6 +21,11 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
       : {}),
     ...(values["admin-key"] === undefined ? {} : { adminKey: values["admin-key"] }),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
+    migration: {
+      limit: values["migration-limit"],
+      maxSequenceTokens: values["migration-max-seq-len"] ?? Infinity,
+    },
+    stallLimitMs: milliseconds(values["worker-stall-timeout-secs"]),
     limits: {
       bodyBytes: values["http-body-limit-mb"] * 1024 * 1024,
       headersTimeoutMs: milliseconds(values["http-headers-timeout-secs"]),

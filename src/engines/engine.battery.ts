@@ -224,6 +224,37 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
       assert.deepEqual(second.tokens, first.tokens);
     });
 
+    for (const [title, sampling] of [
+      ["greedy", {}],
+      ["seeded", { temperature: 1, seed: 7 }],
+      ["penalised", { presencePenalty: 1.5, frequencyPenalty: 1, repetitionPenalty: 1.2 }],
+    ] as const) {
+      check(`${title}: an answer that is resumed anywhere is the whole one, to its last token`, async (context) => {
+        const { recorder, promptTokenIds } = context;
+        const prompt = promptTokenIds(11);
+        const stop = { maxTokens: 12, minTokens: 6 };
+        const output = { topLogprobs: 1 };
+        const whole = await recorder.run(aRequest(prompt, { sampling, stop, output }));
+        for (const resumedTokens of [1, 5, 11]) {
+          const tokenIds = Uint32Array.from([...prompt, ...whole.tokens.slice(0, resumedTokens)]);
+          const rest = await recorder.run(aRequest(tokenIds, { sampling, stop, output, resumedTokens }));
+          assert.deepEqual(rest.tokens, whole.tokens.slice(resumedTokens), `after ${resumedTokens}`);
+          assert.equal(rest.logprobs.length, rest.tokens.length);
+          assert.equal(rest.first?.promptTokens, prompt.length);
+          assert.equal(rest.finish, whole.finish);
+        }
+      });
+    }
+
+    check("a resumed answer counts against the whole context", async ({ recorder, promptTokenIds, info }) => {
+      const resumedTokens = 3;
+      const tokenIds = promptTokenIds(info.contextLength - 2);
+      const stop = { maxTokens: info.contextLength };
+      const record = await recorder.run(aRequest(tokenIds, { stop, resumedTokens }));
+      assert.deepEqual([record.tokens.length, record.finish], [2, "length"]);
+      assert.equal(record.first?.promptTokens, tokenIds.length - resumedTokens);
+    });
+
     check("a repeated prompt comes from the cache in whole blocks, all but its end", async (context) => {
       const { recorder, promptTokenIds, info } = context;
       const prompt = promptTokenIds(4 * info.blockSizeTokens);

@@ -31,6 +31,7 @@ export interface RequestOverrides {
   readonly output?: Partial<PreprocessedRequest["output"]>;
   readonly cacheNamespace?: string;
   readonly priority?: number;
+  readonly resumedTokens?: number;
 }
 
 /** A greedy request of 8 tokens without stop ids, unless told otherwise. */
@@ -44,6 +45,7 @@ export function aRequest(tokenIds: Uint32Array, overrides: RequestOverrides = {}
     stop: { maxTokens: 8, minTokens: 0, stopTokenIds: [], ignoreEos: false, ...overrides.stop },
     output: { topLogprobs: -1, promptLogprobs: false, ...overrides.output },
     priority: overrides.priority ?? 0,
+    ...(overrides.resumedTokens === undefined ? {} : { resumedTokens: overrides.resumedTokens }),
     cacheNamespace: overrides.cacheNamespace ?? "",
   };
 }

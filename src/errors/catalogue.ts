@@ -61,6 +61,7 @@ export const REASONS = {
   draining: { class: "unavailable", when: "The process is shutting down and takes no new work." },
   "worker-lost": { class: "unavailable", when: "The connection to the worker that ran the request broke." },
   "worker-unreachable": { class: "unavailable", when: "No connection to the chosen worker could be made." },
+  "worker-stalled": { class: "unavailable", when: "The worker gave no token for any of its requests for too long." },
   "engine-failed": { class: "internal", when: "The engine reported a failure of its own." },
   "engine-stopped": { class: "unavailable", when: "The engine stopped or crashed while the request ran." },
   // Time.

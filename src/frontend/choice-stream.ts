@@ -1,18 +1,18 @@
-import { DynamoError, type Reason } from "../errors/index.ts";
+import assert from "node:assert/strict";
+import { DynamoError, toDynamoError, type Reason } from "../errors/index.ts";
 import {
   EngineOutput,
   decodeEngineOutput,
   encodeRequest,
   type FinishReason,
   type PreprocessedRequest,
-  type TokenLogprob,
 } from "../protocol/index.ts";
-import type { RouteRequest, RoutingDecision, WaitingRoute } from "../router/index.ts";
-import type { ClientStream, ClientStreamHandler, StreamEnd } from "../runtime/request-plane/index.ts";
+import { isWorkerFault, type RouteRequest, type RoutingDecision, type WaitingRoute } from "../router/index.ts";
+import type { StreamEnd } from "../runtime/request-plane/index.ts";
+import { Attempt, type AttemptOwner } from "./attempt.ts";
 import type { GenerationRun } from "./generation-run.ts";
-import type { WorkerGauges } from "./frontend-metrics.ts";
+import { LogprobCollector } from "./logprob-collector.ts";
 import { Detokenizer, StopMatcher } from "./postprocess/index.ts";
-import type { LogprobEntry } from "./response-writer.ts";
 import type { RoutingHints } from "./routing-hints.ts";
 
 /**
@@ -20,24 +20,21 @@ import type { RoutingHints } from "./routing-hints.ts";
  * collect token ids; detokenizing, stop matching and writing happen at the end of the turn, so that a stream that is
  * behind makes one larger write instead of many.
  *
- * A failure before the first token is tried again on another worker without a trace for the client; after it the
- * request fails at once.
+ * A worker that dies, hangs or refuses ends an attempt, not the choice: the next worker gets the prompt and the tokens so
+ * far and goes on behind them (docs/design/migration.md). All that has text (detokenizer, stop strings, logprobs, the
+ * client's stream) lives here and does not notice. Cost: four bytes per token kept.
+ *
+ *     tokens   [ written to the client ........ | of this turn ]   count
+ *     exactly once per position: an attempt begins at `count`, and no item of an earlier one is taken after that
  */
 
 /** Shared: a payload is decoded and used before the next one is looked at. */
 const OUTPUT = new EngineOutput();
-const MAX_ATTEMPTS = 3;
-/** Reasons another worker may not have. A broken or unreachable worker is avoided for a while, a full one is not to blame. */
-const RETRIED: ReadonlySet<Reason> = new Set<Reason>([
-  "worker-unreachable",
-  "worker-lost",
-  "worker-full",
-  "draining",
-  "engine-stopped",
-  "endpoint-not-found",
-  "stream-limit",
-  "connect-timeout",
-]);
+/** A worker that is full is not to blame and costs no migration, but a request does not ask all of a large pool. */
+const MAX_REFUSALS = 3;
+const REFUSALS: ReadonlySet<Reason> = new Set<Reason>(["worker-full", "stream-limit"]);
+/** Reasons another worker may not have, besides those of a broken worker. */
+const ENGINE_FAILED: Reason = "engine-failed";
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
 const CREDIT_PAUSE_BYTES = 64 * 1024;
 
@@ -48,7 +45,7 @@ export interface ChoiceOptions {
   readonly sibling: ChoiceStream | undefined;
 }
 
-export class ChoiceStream implements ClientStreamHandler {
+export class ChoiceStream implements AttemptOwner {
   readonly index: number;
   readonly #run: GenerationRun;
   readonly #request: PreprocessedRequest;
@@ -56,20 +53,24 @@ export class ChoiceStream implements ClientStreamHandler {
   readonly #stop: StopMatcher;
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
-  /** Kept for all attempts: it remembers the hashes of the prompt. */
-  readonly #route: RouteRequest;
-  readonly #sibling: ChoiceStream | undefined;
-  #attempts = 0;
+  /** Of the prompt; it remembers the prompt's hashes. */
+  readonly #promptRoute: RouteRequest;
   /** In the router's queue. */
   #waiting: WaitingRoute | undefined;
-  #decision: RoutingDecision | undefined;
-  #gauges: WorkerGauges | undefined;
-  #stream: ClientStream | undefined;
-  #turnIds = new Uint32Array(16);
-  #turnCount = 0;
-  #ungranted = 0;
+  #attempt: Attempt | undefined;
+  readonly #sibling: ChoiceStream | undefined;
+  #refusals = 0;
+  #hasEngineFailed = false;
+  /** Why the last attempt ended, and when: -1 = no migration under way. */
+  #lastFailure: DynamoError | undefined;
+  #migratingSinceMs = -1;
+  #tokens = new Uint32Array(16);
+  #count = 0;
+  #written = 0;
   #finish: FinishReason | undefined;
   #ended = false;
+  instanceId = "";
+  migrations = 0;
   tokenCount = 0;
   cachedTokens = 0;
   queueMs = 0;
@@ -78,6 +79,7 @@ export class ChoiceStream implements ClientStreamHandler {
   detokenizeMs = 0;
   firstTokenMs = -1;
   #lastTokenMs = -1;
+  #hasFirst = false;
 
   constructor(
     run: GenerationRun,
@@ -88,10 +90,11 @@ export class ChoiceStream implements ClientStreamHandler {
     this.index = index;
     this.#run = run;
     this.#request = request;
-    this.#detokenizer = new Detokenizer(run.model.preprocessor.tokenizer, { skipSpecialTokens: true });
+    const { tokenizer } = run.model.preprocessor;
+    this.#detokenizer = new Detokenizer(tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
     this.#sibling = sibling;
-    this.#route = {
+    this.#promptRoute = {
       ...hints.route,
       requestId: request.requestId,
       tokenIds: request.tokenIds,
@@ -99,7 +102,7 @@ export class ChoiceStream implements ClientStreamHandler {
       deadlineMs: run.deadlineMs,
       excluded: this.#excluded,
     };
-    this.#logprobs = request.output.topLogprobs >= 0 ? new LogprobCollector(run) : undefined;
+    this.#logprobs = request.output.topLogprobs >= 0 ? new LogprobCollector(tokenizer) : undefined;
   }
 
   get ended(): boolean {
@@ -108,12 +111,7 @@ export class ChoiceStream implements ClientStreamHandler {
 
   /** Of the prompt's blocks, once it was routed. */
   get hashes(): RouteRequest["hashes"] {
-    return this.#route.hashes;
-  }
-
-  /** The worker of the last attempt, for the log line. */
-  get instanceId(): string {
-    return this.#decision?.instanceId ?? "";
+    return this.#promptRoute.hashes;
   }
 
   /** Routes and sends, at once or when the router's queue has its turn; on failure tells the run. */
@@ -121,18 +119,40 @@ export class ChoiceStream implements ClientStreamHandler {
     const { model, planes, stages } = this.#run;
     const startMs = planes.clock.monotonicMs();
     stages.enter("route");
+    const request = this.#requestNow();
     try {
       // Step 4: route.
-      if (this.#sibling?.hashes !== undefined) this.#route.hashes ??= this.#sibling.hashes;
-      const routed = (model.remote ?? model.router).routeWhenReady(this.#route);
-      if ("instanceId" in routed) this.#send(routed, startMs);
-      else void this.#await(routed, startMs);
+      const routed = (model.remote ?? model.router).routeWhenReady(this.#routeOf(request));
+      if ("instanceId" in routed) this.#send(request, routed, startMs);
+      else void this.#await(request, routed, startMs);
     } catch (thrown) {
       this.#routeFailed(thrown, startMs);
     }
   }
 
-  async #await(waiting: WaitingRoute, startMs: number): Promise<void> {
+  /** With the tokens that are there already. */
+  #requestNow(): PreprocessedRequest {
+    const { tokenIds, output } = this.#request;
+    if (this.#count === 0) return this.#request;
+    const all = new Uint32Array(tokenIds.length + this.#count);
+    all.set(tokenIds);
+    all.set(this.#tokens.subarray(0, this.#count), tokenIds.length);
+    const promptLogprobs = output.promptLogprobs && this.#logprobs?.hasSeenPrompt !== true;
+    return {
+      ...this.#request,
+      tokenIds: all,
+      resumedTokens: this.#count,
+      output: { ...output, promptLogprobs },
+    };
+  }
+
+  #routeOf({ tokenIds, resumedTokens }: PreprocessedRequest): RouteRequest {
+    if (resumedTokens !== undefined) return { ...this.#promptRoute, tokenIds, resumedTokens, hashes: undefined };
+    if (this.#sibling?.hashes !== undefined) this.#promptRoute.hashes ??= this.#sibling.hashes;
+    return this.#promptRoute;
+  }
+
+  async #await(request: PreprocessedRequest, waiting: WaitingRoute, startMs: number): Promise<void> {
     this.#waiting = waiting;
     try {
       const decision = await waiting.decision;
@@ -141,7 +161,7 @@ export class ChoiceStream implements ClientStreamHandler {
       if (this.#ended) {
         decision.release({ outcome: "cancelled" });
         this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
-      } else this.#send(decision, startMs);
+      } else this.#send(request, decision, startMs);
     } catch (thrown) {
       this.#waiting = undefined;
       this.#routeFailed(thrown, startMs);
@@ -151,42 +171,44 @@ export class ChoiceStream implements ClientStreamHandler {
   #routeFailed(thrown: unknown, startMs: number): void {
     this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
     if (this.#ended) return;
-    this.#close("route-failed");
-    this.#run.choiceFailed(this, thrown);
+    const error = toDynamoError(thrown);
+    // Nobody is left to go on with it: what is told is why it had to go.
+    this.#end(error.reason === "no-workers" ? (this.#lastFailure ?? error) : error, "route-failed");
   }
 
-  #send(decision: RoutingDecision, startMs: number): void {
-    const { model, planes, stages } = this.#run;
+  #send(request: PreprocessedRequest, decision: RoutingDecision, startMs: number): void {
+    const { model, planes, stages, requestId, traceparent, deadlineMs } = this.#run;
     stages.leave("route", planes.clock.monotonicMs() - startMs);
-    this.#decision = decision;
-    this.#gauges = model.workerGauges.get(decision.instanceId);
-    const hasRanks = model.card.dataParallelSize > 1;
+    this.instanceId = decision.instanceId;
+    const attempt = new Attempt(this, decision, model.progress);
+    this.#attempt = attempt;
+    const sent = model.card.dataParallelSize > 1 ? { ...request, dpRank: decision.dpRank } : request;
     try {
       // Step 5: decode.
-      this.#attempts++;
-      this.#stream = planes.request.client.open(
-        decision.address,
-        encodeRequest(hasRanks ? { ...this.#request, dpRank: decision.dpRank } : this.#request),
-        {
-          endpoint: model.generateEndpoint,
-          requestId: this.#run.requestId,
-          traceparent: this.#run.traceparent,
-          timeoutMs: Math.max(1, this.#run.deadlineMs - planes.clock.monotonicMs()),
-        },
-        this,
+      attempt.start((handler) =>
+        planes.request.client.open(
+          decision.address,
+          encodeRequest(sent),
+          {
+            endpoint: model.generateEndpoint,
+            requestId,
+            traceparent,
+            timeoutMs: Math.max(1, deadlineMs - planes.clock.monotonicMs()),
+          },
+          handler,
+        ),
       );
     } catch (thrown) {
-      this.#close(reasonOf(thrown));
-      this.#run.choiceFailed(this, thrown);
+      this.#end(toDynamoError(thrown));
     }
   }
 
   /** Stops the worker's work for this choice; the run is not told. */
   cancel(error: DynamoError): void {
     if (this.#ended) return;
+    this.#attempt?.abandon(error.reason, error);
     this.#close(error.reason);
     this.#waiting?.cancel(error);
-    this.#stream?.cancel(error);
   }
 
   /** Text put in front of the answer (`echo`). */
@@ -195,73 +217,91 @@ export class ChoiceStream implements ClientStreamHandler {
   }
 
   onItem(bytes: Uint8Array, start: number, end: number): void {
-    if (this.#ended) return;
-    this.#ungranted += end - start;
     try {
       decodeEngineOutput(bytes, start, end, OUTPUT);
     } catch (thrown) {
-      this.#failNow(thrown);
+      this.#end(toDynamoError(thrown));
       return;
     }
-    if (OUTPUT.hasFirst) {
-      this.cachedTokens = OUTPUT.cachedTokens;
-      this.queueMs = OUTPUT.queueMs;
-      this.prefillMs = OUTPUT.prefillMs;
-      this.#decision?.firstToken(OUTPUT.cachedTokens);
-    }
+    if (OUTPUT.hasFirst) this.#onFirst();
     if (OUTPUT.tokenCount > 0) this.#collect(OUTPUT.tokenIds, OUTPUT.tokenCount);
+    if (this.#ended) return;
     if (OUTPUT.promptLogprobs !== undefined) this.#logprobs?.addPrompt(OUTPUT.promptLogprobs, this.#request.tokenIds);
     if (OUTPUT.logprobs !== undefined) this.#logprobs?.add(OUTPUT.logprobs);
     if (OUTPUT.finish !== undefined) {
-      this.#finish = OUTPUT.finish;
-      this.decodeMs = OUTPUT.decodeMs;
+      this.decodeMs += OUTPUT.decodeMs;
       if (OUTPUT.error !== undefined) this.#onFailure(OUTPUT.error);
       // The engine only cancels by itself when it is being stopped.
       else if (OUTPUT.finish === "cancelled")
         this.#onFailure(new DynamoError("engine-stopped", "the engine stopped while the request ran"));
+      else this.#finish = OUTPUT.finish;
     }
   }
 
   onTurnEnd(): void {
-    if (this.#ended) return;
     this.#emitTurn();
     if (!this.#ended) this.returnCredit();
   }
 
-  onEnd(end: StreamEnd): void {
+  onAttemptEnd(end: StreamEnd): void {
+    if (end === undefined && this.#finish !== undefined) this.#emitTurn();
     if (this.#ended) return;
-    if (end === undefined) {
-      this.#emitTurn();
-      if (this.#ended) return;
-      // A clean end without a finish reason: the answer is cut off, and nobody must take it for whole.
-      this.#onFailure(new DynamoError("worker-lost", "the worker ended the stream without finishing the answer"));
-    } else this.#onFailure(end);
+    // A clean end without a finish reason: the answer is cut off, and nobody must take it for whole.
+    this.#onFailure(end ?? new DynamoError("worker-lost", "the worker ended the stream without finishing the answer"));
   }
 
   /** Gives the worker credit for what the client has taken; called again when its socket drained. */
   returnCredit(): void {
-    if (this.#ungranted === 0 || this.#ended || this.#run.writer.bufferedBytes > CREDIT_PAUSE_BYTES) return;
-    this.#stream?.grant(this.#ungranted);
-    this.#ungranted = 0;
+    if (this.#run.writer.bufferedBytes <= CREDIT_PAUSE_BYTES) this.#attempt?.grant();
+  }
+
+  /** The worker's first word, of each attempt. What is told of the request is what the first one said. */
+  #onFirst(): void {
+    const { decision } = this.#attempt!;
+    const promptTokens = this.#request.tokenIds.length;
+    if (OUTPUT.promptTokens !== promptTokens) {
+      this.#end(
+        new DynamoError("engine-failed", "the engine did not take the request as it was sent", {
+          diagnostic: `${OUTPUT.promptTokens} prompt tokens of ${promptTokens}, ${this.#count} resumed`,
+        }),
+      );
+      return;
+    }
+    decision.firstToken(OUTPUT.cachedTokens);
+    if (this.#migratingSinceMs >= 0) this.#migrated("success");
+    if (this.#hasFirst) return;
+    this.#hasFirst = true;
+    this.cachedTokens = OUTPUT.cachedTokens;
+    this.queueMs = OUTPUT.queueMs;
+    this.prefillMs = OUTPUT.prefillMs;
   }
 
   #collect(tokenIds: Uint32Array, count: number): void {
-    const needed = this.#turnCount + count;
-    if (needed > this.#turnIds.length) {
-      const grown = new Uint32Array(Math.max(needed, this.#turnIds.length * 2));
-      grown.set(this.#turnIds.subarray(0, this.#turnCount));
-      this.#turnIds = grown;
+    const needed = this.#count + count;
+    // An engine that did not go on where it was told to would begin its budget anew.
+    if (needed > this.#request.stop.maxTokens) {
+      this.#end(
+        new DynamoError("engine-failed", "the engine generated more tokens than it was asked for", {
+          diagnostic: `${needed} of ${this.#request.stop.maxTokens}`,
+        }),
+      );
+      return;
     }
-    for (let i = 0; i < count; i++) this.#turnIds[this.#turnCount + i] = tokenIds[i]!;
-    this.#turnCount = needed;
+    if (needed > this.#tokens.length) {
+      const grown = new Uint32Array(Math.max(needed, this.#tokens.length * 2));
+      grown.set(this.#tokens.subarray(0, this.#count));
+      this.#tokens = grown;
+    }
+    for (let i = 0; i < count; i++) this.#tokens[this.#count + i] = tokenIds[i]!;
+    this.#count = needed;
   }
 
   /** Steps 6 and 7 for the tokens of this turn. */
   #emitTurn(): void {
-    if (this.#turnCount === 0 && this.#finish === undefined && this.#logprobs?.hasPrompt !== true) return;
+    if (this.#count === this.#written && this.#finish === undefined && this.#logprobs?.hasPrompt !== true) return;
     const { clock } = this.#run.planes;
     const nowMs = clock.monotonicMs();
-    if (this.#turnCount > 0) this.#observeTokens(nowMs);
+    if (this.#count > this.#written) this.#observeTokens(nowMs);
     // Step 6: detokenize + stop.
     let text = this.#detokenize();
     const stopped = this.#stop.matched;
@@ -273,30 +313,29 @@ export class ChoiceStream implements ClientStreamHandler {
     const { writer } = this.#run;
     if (text !== "" || (logprobs !== undefined && logprobs.length > 0)) writer.delta(this.index, text, logprobs);
     if (finish === "stop" || finish === "length") {
+      if (stopped) this.#attempt?.abandon("finished");
       this.#close("finished");
-      if (stopped) this.#stream?.cancel();
       writer.finish(this.index, finish);
       this.#run.choiceFinished(this);
     } else writer.flush();
   }
 
   #detokenize(): string {
-    const count = this.#turnCount;
-    this.#turnCount = 0;
+    const from = this.#written;
+    const count = this.#count - from;
+    this.#written = this.#count;
     if (this.#logprobs === undefined) {
       // Tokens after a stop match in the same turn are not looked at and not counted.
       this.tokenCount += count;
-      return this.#stop.push(this.#detokenizer.push(this.#turnIds, count));
+      return this.#stop.push(this.#detokenizer.push(this.#tokens, count, from));
     }
     let text = "";
-    const one = new Uint32Array(1);
-    for (let i = 0; i < count && !this.#stop.matched; i++) {
-      one[0] = this.#turnIds[i]!;
+    for (let i = from; i < this.#count && !this.#stop.matched; i++) {
       this.tokenCount++;
-      const piece = this.#detokenizer.push(one, 1);
+      const piece = this.#detokenizer.push(this.#tokens, 1, i);
       const shown = this.#stop.push(piece);
       text += shown;
-      this.#logprobs.advance(one[0], piece.length, shown.length);
+      this.#logprobs.advance(this.#tokens[i]!, piece.length, shown.length);
     }
     return text;
   }
@@ -306,137 +345,92 @@ export class ChoiceStream implements ClientStreamHandler {
   }
 
   #observeTokens(nowMs: number): void {
-    const { metrics } = this.#run.model;
-    const count = this.#turnCount;
+    const { metrics, workerGauges } = this.#run.model;
+    const count = this.#count - this.#written;
     if (this.firstTokenMs < 0) {
       this.firstTokenMs = nowMs;
       this.#run.onFirstToken(nowMs, this.instanceId, this.#request.tokenIds.length);
     } else {
       const seconds = (nowMs - this.#lastTokenMs) / 1_000 / count;
       metrics.interTokenLatency.observe(seconds, count);
-      this.#gauges?.lastInterTokenLatency.set(seconds);
+      workerGauges.get(this.instanceId)?.lastInterTokenLatency.set(seconds);
     }
-    this.#decision?.addTokens(count);
+    this.#attempt?.decision.addTokens(count);
     this.#lastTokenMs = nowMs;
     metrics.outputTokensTotal.add(count);
   }
 
-  #failNow(thrown: unknown): void {
-    this.#close(reasonOf(thrown));
-    this.#stream?.cancel();
-    this.#run.choiceFailed(this, thrown);
-  }
-
+  /** The attempt is over, not by its engine's finish. What it brought counts; the rest is another worker's. */
   #onFailure(error: DynamoError): void {
-    const { router } = this.#run.model;
-    const decision = this.#decision;
-    if (decision !== undefined && (error.reason === "worker-lost" || error.reason === "worker-unreachable")) {
-      router.inhibit(decision.instanceId);
-    }
-    const untouched = this.tokenCount === 0 && this.#turnCount === 0;
-    const isBound = this.#route.pinned !== undefined;
-    if (
-      decision === undefined ||
-      isBound ||
-      !untouched ||
-      !RETRIED.has(error.reason) ||
-      this.#attempts >= MAX_ATTEMPTS
-    ) {
-      this.#failNow(error);
+    this.#emitTurn();
+    const attempt = this.#attempt;
+    if (this.#ended || attempt === undefined) return;
+    const { decision } = attempt;
+    if (isWorkerFault(error.reason)) this.#run.model.router.inhibit(decision.instanceId);
+    if (!this.#mayMove(error.reason)) {
+      this.#end(error);
       return;
     }
+    attempt.abandon(error.reason, error);
+    this.#attempt = undefined;
     this.#excluded.add(decision.instanceId);
-    const others = router.workers.some((worker) => !this.#excluded.has(worker.instanceId));
-    if (!others) {
-      this.#failNow(error);
-      return;
-    }
-    decision.release({ outcome: error.reason });
-    this.#decision = undefined;
-    this.#finish = undefined;
-    this.#ungranted = 0;
-    this.#logprobs?.reset();
+    this.#lastFailure = error;
+    const { clock, logger } = this.#run.planes;
+    if (this.#migratingSinceMs < 0) this.#migratingSinceMs = clock.monotonicMs();
+    this.#run.model.metrics.migration(this.#count > 0 ? "ongoing_request" : "new_request");
+    logger.info(
+      {
+        x_request_id: this.#run.requestId,
+        choice: this.index,
+        from: decision.instanceId,
+        reason: error.reason,
+        diagnostic: error.diagnostic,
+        tokens: this.#count,
+      },
+      "request goes on with another worker",
+    );
     this.dispatch();
   }
 
-  #close(outcome: string): void {
-    this.#ended = true;
-    this.#decision?.release({ outcome });
-  }
-}
-
-function reasonOf(thrown: unknown): Reason {
-  return thrown instanceof DynamoError ? thrown.reason : "internal";
-}
-
-/**
- * Pairs logprob records with text: a token's record goes out with the chunk that completes its text, and the records of
- * a stop string's tokens do not go out at all.
- */
-class LogprobCollector {
-  readonly #run: GenerationRun;
-  #records: TokenLogprob[] = [];
-  #waiting: { entry: LogprobEntry; startAt: number; endAt: number }[] = [];
-  #prompt: LogprobEntry[] = [];
-  /** Characters decoded, and characters shown, since the start. */
-  #decoded = 0;
-  #shown = 0;
-
-  constructor(run: GenerationRun) {
-    this.#run = run;
-  }
-
-  get hasPrompt(): boolean {
-    return this.#prompt.length > 0;
-  }
-
-  reset(): void {
-    this.#records = [];
-    this.#waiting = [];
-    this.#prompt = [];
-  }
-
-  add(records: readonly TokenLogprob[]): void {
-    this.#records.push(...records);
-  }
-
-  /** The prompt's first token has nothing to be predicted from: its logprob is NaN, rendered as null. */
-  addPrompt(records: readonly TokenLogprob[], tokenIds: Uint32Array): void {
-    this.#prompt.push(this.#entry(tokenIds[0]!, { logprob: Number.NaN, topIds: [], topLogprobs: [] }));
-    records.forEach((record, i) => this.#prompt.push(this.#entry(tokenIds[i + 1]!, record)));
-  }
-
-  /** One token was decoded to `decoded` more characters, of which (or of earlier ones) `shown` more went out. */
-  advance(tokenId: number, decoded: number, shown: number): void {
-    const record = this.#records.shift();
-    const startAt = this.#decoded;
-    this.#decoded += decoded;
-    this.#shown += shown;
-    if (record !== undefined)
-      this.#waiting.push({ entry: this.#entry(tokenId, record), startAt, endAt: this.#decoded });
-  }
-
-  /** What may go out now. At the end everything does, but after a stop match only tokens that have shown text. */
-  take(atEnd: boolean, stopped: boolean): LogprobEntry[] {
-    const ready = this.#prompt;
-    this.#prompt = [];
-    let count = 0;
-    for (const { startAt, endAt } of this.#waiting) {
-      const out = stopped ? startAt < this.#shown : atEnd || endAt <= this.#shown;
-      if (!out) break;
-      count++;
+  /** Counts it when it may. */
+  #mayMove(reason: Reason): boolean {
+    // Named by the caller: there is no other.
+    if (this.#promptRoute.pinned !== undefined) return false;
+    const { limit, maxSequenceTokens } = this.#run.model.migration;
+    if (limit === 0) return false;
+    if (REFUSALS.has(reason)) return ++this.#refusals < MAX_REFUSALS;
+    // Of the request perhaps, not of the worker: a second engine that fails with it proves it.
+    if (reason === ENGINE_FAILED) {
+      if (this.#hasEngineFailed) return false;
+      this.#hasEngineFailed = true;
+    } else if (!isWorkerFault(reason)) return false;
+    if (this.#request.tokenIds.length + this.#count > maxSequenceTokens) {
+      this.#run.model.metrics.migrationTooLong.add();
+      return false;
     }
-    for (const { entry } of this.#waiting.splice(0, count)) ready.push(entry);
-    return ready;
+    if (this.migrations === limit) return false;
+    this.migrations++;
+    return true;
   }
 
-  #entry(tokenId: number, record: TokenLogprob): LogprobEntry {
-    const top = record.topIds.map((id, i) => ({ ...this.#text(id), logprob: record.topLogprobs[i]! }));
-    return { ...this.#text(tokenId), logprob: record.logprob, top };
+  #migrated(outcome: "success" | "failure"): void {
+    const { clock } = this.#run.planes;
+    this.#run.model.metrics.migrationDuration(outcome, (clock.monotonicMs() - this.#migratingSinceMs) / 1_000);
+    this.#migratingSinceMs = -1;
   }
 
-  #text(tokenId: number): { token: string; bytes: number[] } {
-    const bytes = this.#run.model.preprocessor.tokenizer.tokenBytes(tokenId);
-    return { token: Buffer.from(bytes).toString("utf8"), bytes: [...bytes] };
+  /** Fails: ends the choice and tells the run. */
+  #end(error: DynamoError, outcome: string = error.reason): void {
+    if (this.#ended) return;
+    this.#attempt?.abandon(outcome, error);
+    this.#close(outcome);
+    this.#run.choiceFailed(this, error);
+  }
+
+  #close(outcome: string): void {
+    assert(!this.#ended, "a choice ends once");
+    this.#ended = true;
+    if (this.#migratingSinceMs >= 0) this.#migrated("failure");
+    this.#attempt?.leave(outcome);
   }
 }

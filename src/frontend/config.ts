@@ -18,9 +18,24 @@ export interface FrontendConfig {
   readonly routerService?: { readonly answerTimeoutMs: number };
   /** Asked for by the operators' endpoints and fields; without one, clients of this machine are operators. */
   readonly adminKey?: string;
+  /** @default DEFAULT_MIGRATION */
+  readonly migration?: MigrationConfig;
+  /** How long a worker may give no token to requests it has begun; 0 = for ever. @default DEFAULT_STALL_LIMIT_MS */
+  readonly stallLimitMs?: number;
   readonly limits: FrontendLimits;
   readonly drainTimeoutMs: number;
 }
+
+/** How requests go on when their worker cannot. */
+export interface MigrationConfig {
+  /** Times per choice; 0 = the request fails with its worker. */
+  readonly limit: number;
+  /** Prompt and answer above which a request is not moved: computing them again would cost others too much. */
+  readonly maxSequenceTokens: number;
+}
+
+export const DEFAULT_MIGRATION: MigrationConfig = { limit: 3, maxSequenceTokens: Infinity };
+export const DEFAULT_STALL_LIMIT_MS = 30_000;
 
 /** Bounds on everything a client can send; the reasons stand beside the defaults in `cli/options.ts`. */
 export interface FrontendLimits {

@@ -22,6 +22,7 @@ export class ModelMetrics {
   readonly tokenize: HistogramChild;
   readonly template: HistogramChild;
   readonly disconnected: CounterChild;
+  readonly migrationTooLong: CounterChild;
 
   constructor(metrics: Metrics, model: string) {
     this.#metrics = metrics;
@@ -38,6 +39,7 @@ export class ModelMetrics {
     this.tokenize = metrics.histogram("dynamo_frontend_tokenize_seconds").labels(model);
     this.template = metrics.histogram("dynamo_frontend_template_seconds").labels(model);
     this.disconnected = metrics.counter("dynamo_frontend_disconnected_clients").labels(model);
+    this.migrationTooLong = metrics.counter("dynamo_frontend_model_migration_max_seq_len_exceeded_total").labels(model);
   }
 
   setCard(card: ModelCard): void {
@@ -55,6 +57,19 @@ export class ModelMetrics {
       .gauge("dynamo_frontend_model_ready")
       .labels(this.#model)
       .set(ready ? 1 : 0);
+  }
+
+  setMigrationLimit(limit: number): void {
+    this.#metrics.gauge("dynamo_frontend_model_migration_limit").labels(this.#model).set(limit);
+  }
+
+  migration(type: "new_request" | "ongoing_request"): void {
+    this.#metrics.counter("dynamo_frontend_model_migration_total").labels(this.#model, type).add();
+  }
+
+  /** From the failure to the next worker's first word, or to the error. */
+  migrationDuration(outcome: "success" | "failure", seconds: number): void {
+    this.#metrics.histogram("dynamo_frontend_model_migration_duration_seconds").labels(outcome).observe(seconds);
   }
 
   cancelled(endpoint: Endpoint, type: RequestType): void {

@@ -38,6 +38,8 @@ export async function startFrontend(
       replicaSync: config.routerReplicaSync,
       thread,
       service: config.routerService,
+      migration: config.migration,
+      stallLimitMs: config.stallLimitMs,
     });
     if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);

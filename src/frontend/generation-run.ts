@@ -2,6 +2,7 @@ import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { PreprocessedRequest } from "../protocol/index.ts";
 import type { GenerationOptions, Usage } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
+import type { Random } from "../std/index.ts";
 import type { Permit } from "./admission.ts";
 import { ChoiceStream } from "./choice-stream.ts";
 import { countRequest, type Endpoint, type RequestType, type StageMetrics } from "./frontend-metrics.ts";
@@ -73,7 +74,7 @@ export class GenerationRun {
     for (const prompt of plan.prompts) {
       let sibling: ChoiceStream | undefined;
       for (let copy = 0; copy < n; copy++) {
-        const request = copy === 0 ? prompt.request : anotherSample(prompt.request, copy);
+        const request = seeded(copy === 0 ? prompt.request : anotherSample(prompt.request, copy), context.planes.random);
         const choice = new ChoiceStream(this, this.#choices.length, request, {
           stops: stop,
           hints: plan.hints,
@@ -201,6 +202,7 @@ export class GenerationRun {
         prompt_tokens: this.#plan.prompts.reduce((sum, prompt) => sum + prompt.request.tokenIds.length, 0),
         completion_tokens: this.#completionTokens(),
         cached_tokens: first.cachedTokens,
+        migrations: this.#choices.reduce((sum, choice) => sum + choice.migrations, 0),
         ms: {
           queue: round(admittedMs - arrivalMs),
           preprocess: round(this.#dispatchedMs - admittedMs),
@@ -219,6 +221,13 @@ export class GenerationRun {
 
 function round(milliseconds: number): number {
   return Math.round(milliseconds * 100) / 100;
+}
+
+/** A sampled answer has a seed in any case: another worker must be able to go on with it. */
+function seeded(request: PreprocessedRequest, random: Random): PreprocessedRequest {
+  const { sampling } = request;
+  if (sampling.seed !== undefined || sampling.temperature === 0) return request;
+  return { ...request, sampling: { ...sampling, seed: random.nextU32() } };
 }
 
 /** The k-th sample of the same prompt: its own seed, derived from the first one's so that a given seed stays repeatable. */

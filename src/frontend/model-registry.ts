@@ -24,6 +24,8 @@ import type { Watch } from "../runtime/discovery/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
+import { DEFAULT_MIGRATION, DEFAULT_STALL_LIMIT_MS, type MigrationConfig } from "./config.ts";
+import { ProgressWatch } from "./progress-watch.ts";
 import { Preprocessor } from "./preprocess/index.ts";
 import type { ThreadLink } from "./threads/thread-link.ts";
 
@@ -46,6 +48,8 @@ export interface ServedModel {
   /** Of its workers' blocks, to be fed with their events; undefined when the router uses none, or one of another thread. */
   readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
+  readonly progress: ProgressWatch;
+  readonly migration: MigrationConfig;
   /** By instance id, of the workers that joined. */
   readonly workerGauges: Map<string, WorkerGauges>;
 }
@@ -70,6 +74,8 @@ export class ModelRegistry {
   readonly #routers: ModelRouters;
   readonly #service: RouterServiceClient | undefined;
   readonly #logger: Logger;
+  readonly #migration: MigrationConfig;
+  readonly #stallLimitMs: number;
   readonly #models = new Map<string, ServedModel>();
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
   readonly #loading = new Map<string, Promise<ServedModel>>();
@@ -92,11 +98,17 @@ export class ModelRegistry {
       thread?: ThreadLink | undefined;
       /** Ask a router service, and choose here by `routerMode` only when it does not answer. */
       service?: { readonly answerTimeoutMs: number } | undefined;
+      /** @default as the options of the command line */
+      migration?: MigrationConfig | undefined;
+      /** How long a worker may give no token to requests it has begun; 0 = for ever. @default 30000 */
+      stallLimitMs?: number | undefined;
     },
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    const { thread, service, ...routing } = options;
+    const { thread, service, migration, stallLimitMs, ...routing } = options;
+    this.#migration = migration ?? DEFAULT_MIGRATION;
+    this.#stallLimitMs = stallLimitMs ?? DEFAULT_STALL_LIMIT_MS;
     if (thread !== undefined && service !== undefined) {
       throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
     }
@@ -165,8 +177,10 @@ export class ModelRegistry {
     for (const timer of this.#retryTimers) timer.cancel();
     const watches = this.#watches;
     this.#watches = [];
-    for (const model of this.#models.values())
+    for (const model of this.#models.values()) {
       model.router.close(new DynamoError("draining", "the server is shutting down"));
+      model.progress.close();
+    }
     await Promise.all([...watches.map((watch) => watch.close()), this.#routers.close(), this.#service?.close()]);
   }
 
@@ -307,12 +321,15 @@ export class ModelRegistry {
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
       preprocessor,
       metrics: new ModelMetrics(metrics, card.name),
+      progress: new ProgressWatch({ clock: this.#planes.clock, limitMs: this.#stallLimitMs }),
+      migration: this.#migration,
       workerGauges: new Map(),
     };
     const thresholds = this.#waitingThresholds.get(card.name);
     if (thresholds !== undefined) model.router.busyThresholds = thresholds;
     this.#waitingThresholds.delete(card.name);
     model.metrics.setCard(card);
+    model.metrics.setMigrationLimit(this.#migration.limit);
     this.#models.set(card.name, model);
     return model;
   }

@@ -52,6 +52,26 @@ export const METRICS = {
     labels: REQUEST,
     help: "Requests cancelled, by the client or by a limit.",
   },
+  dynamo_frontend_model_migration_total: {
+    type: "counter",
+    labels: ["model", "migration_type"],
+    help: "Times a request went on with another worker: new_request before its first token, ongoing_request after it.",
+  },
+  dynamo_frontend_model_migration_duration_seconds: {
+    type: "histogram",
+    labels: ["outcome"],
+    help: "Time from a worker's failure to the next one's first token, or to the error.",
+  },
+  dynamo_frontend_model_migration_max_seq_len_exceeded_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Requests not moved as they were longer than --migration-max-seq-len.",
+  },
+  dynamo_frontend_model_migration_limit: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Times a request may go on with another worker.",
+  },
   dynamo_frontend_model_rejection_total: {
     type: "counter",
     labels: ["model", "endpoint"],

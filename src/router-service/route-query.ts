@@ -87,6 +87,7 @@ function readRequest(meta: Fields, { prompt, numbers, blockSizeTokens, promptTok
     ...optional("expectedOutputTokens", meta.optionalNumber("expectedOutputTokens")),
     ...optional("overrides", readOverrides(meta)),
     ...optional("explain", meta.optionalBoolean("explain")),
+    ...optional("resumedTokens", meta.optionalNumber("resumedTokens")),
     promptTokenCount,
     tokenIds: prompt === "tokens" ? numbers : EMPTY,
   };

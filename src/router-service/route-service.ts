@@ -1,6 +1,12 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { CounterChild, GaugeChild, Metrics } from "../observability/index.ts";
-import type { DecisionExplanation, RequestEnd, RoutingDecision, WaitingRoute } from "../router/index.ts";
+import {
+  isWorkerFault,
+  type DecisionExplanation,
+  type RequestEnd,
+  type RoutingDecision,
+  type WaitingRoute,
+} from "../router/index.ts";
 import type { EndpointHandler, ServerStream, ServerStreamHandler } from "../runtime/request-plane/index.ts";
 import {
   ADD_OUTPUT_ENDPOINT,
@@ -37,8 +43,6 @@ export interface RouteServiceOptions {
   readonly maxBookings?: number;
 }
 
-/** What the frontend says of a request whose worker is to be avoided for a while. */
-const WORKER_BROKE = new Set(["worker-lost", "worker-unreachable"]);
 /** An explanation that travels with its decision; larger ones lose their candidates and are had by asking. */
 const MAX_SENT_EXPLANATION_BYTES = 128 * 1024;
 const CANDIDATES_LEFT_OUT = "explanation: candidates left out, ask for it by request id";
@@ -244,7 +248,7 @@ class HeldRoute implements ServerStreamHandler {
   free(outcome: string, tokens: number): void {
     const decision = this.#decision;
     if (decision === undefined) return;
-    if (WORKER_BROKE.has(outcome)) this.model.router.inhibit(decision.instanceId);
+    if (isWorkerFault(outcome)) this.model.router.inhibit(decision.instanceId);
     decision.addTokens(tokens);
     this.#release({ outcome });
     this.#leave(false);

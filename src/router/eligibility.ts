@@ -37,7 +37,7 @@ export interface EligibilityContext {
 /** Throws `no-workers`, or `worker-full` when all that are left are busy. */
 export function eligibleRanks(request: RouteRequest, context: EligibilityContext): Eligible {
   const { ranks, nowMs, inhibitedUntilMs, thresholds, sequences } = context;
-  const { excluded, allowed, pinned, requiredTaints } = request;
+  const { excluded, allowed, pinned, requiredTaints, resumedTokens } = request;
   let left = ranks;
   let tried = 0;
   if (excluded !== undefined && excluded.size > 0) {
@@ -58,7 +58,7 @@ export function eligibleRanks(request: RouteRequest, context: EligibilityContext
   if (left.length === 0) throw noWorkers(request, context, tried);
   let inhibited = 0;
   if (nowMs < inhibitedUntilMs) {
-    const healthy = left.filter((rank) => rank.worker.inhibitedUntilMs <= nowMs);
+    const healthy = left.filter((rank) => rank.worker.inhibition.untilMs <= nowMs);
     if (healthy.length > 0) {
       inhibited = left.length - healthy.length;
       left = healthy;
@@ -68,8 +68,9 @@ export function eligibleRanks(request: RouteRequest, context: EligibilityContext
   if (hasThresholds(thresholds)) {
     const free = left.filter((rank) => !isRankBusy(rank, thresholds, sequences));
     busy = left.length - free.length;
-    if (free.length === 0) throw allBusy(request, context, busy);
-    if (busy > 0) left = free;
+    // An answer that is under way was let in before.
+    if (free.length === 0 && resumedTokens === undefined) throw allBusy(request, context, busy);
+    if (busy > 0 && free.length > 0) left = free;
   }
   const leftOut = left === ranks ? NOTHING : { tried, notAllowed, inhibited, busy };
   return { ranks: left, leftOut };

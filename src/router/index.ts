@@ -1,5 +1,6 @@
 export * from "./config.ts";
 export * from "./events/index.ts";
+export { INHIBITION_MS, isWorkerFault } from "./inhibition.ts";
 export type { RemoteResult } from "./remote-bookings.ts";
 export * from "./indexer/index.ts";
 export * from "./model-routers.ts";

@@ -40,8 +40,13 @@ export interface RouteRequest {
   readonly degradation?: string;
   /** The caller wants the explanation soon: a router in another process sends it along. @default false */
   readonly explain?: boolean;
+  /**
+   * An answer that was under way on another worker, so many tokens long, which end `tokenIds`: neither the queue nor busy
+   * thresholds hold it up. @default a new request
+   */
+  readonly resumedTokens?: number | undefined;
   /** Set by the router. */
-  hashes?: BlockHashes;
+  hashes?: BlockHashes | undefined;
 }
 
 export type RouteOverrides = Partial<

@@ -62,9 +62,6 @@ export type WaitingRoute = Waiting<RoutingDecision>;
 
 export type { DecisionExplanation } from "./explain/render.ts";
 
-/** Dynamo's default for local inhibition: long enough for discovery to catch up, short enough to forgive. */
-export const INHIBITION_MS = 5_000;
-
 interface QueuedRoute extends QueueItem {
   readonly request: RouteRequest;
 }
@@ -195,12 +192,11 @@ export class Router implements DecisionOwner {
     this.#queue.drain();
   }
 
-  /** Leaves the worker out for a while: it refused, broke or did not answer. It comes back by itself. */
+  /** Leaves the worker out for a while: it broke, or did not answer. It comes back by itself. */
   inhibit(instanceId: string): void {
     const worker = this.#byId.get(instanceId);
-    if (worker === undefined) return;
-    worker.inhibitedUntilMs = this.#options.clock.monotonicMs() + INHIBITION_MS;
-    this.#inhibitedUntilMs = worker.inhibitedUntilMs;
+    if (worker === undefined || !worker.inhibition.fail(this.#options.clock.monotonicMs())) return;
+    this.#inhibitedUntilMs = Math.max(this.#inhibitedUntilMs, worker.inhibition.untilMs);
   }
 
   get busyThresholds(): BusyThresholds {
@@ -233,7 +229,7 @@ export class Router implements DecisionOwner {
    */
   routeWhenReady(request: RouteRequest): RoutingDecision | WaitingRoute {
     const { queueThreshold } = this.#config;
-    if (queueThreshold === undefined) return this.route(request);
+    if (queueThreshold === undefined || request.resumedTokens !== undefined) return this.route(request);
     try {
       const eligible = this.#eligible(request);
       if (this.#queue.length === 0 && !this.#isSaturated(eligible.ranks, queueThreshold)) {
@@ -308,6 +304,7 @@ export class Router implements DecisionOwner {
 
   free(decision: BookedDecision): void {
     this.#sequences.free(decision.booking);
+    if (decision.record.outcome === "finished") decision.rank.worker.inhibition.succeed();
     this.#live.delete(decision);
     this.#releaseSession(decision);
     this.onBooking?.({ type: "free", requestId: decision.requestId });
@@ -523,6 +520,7 @@ export class Router implements DecisionOwner {
       leftOut: eligible.leftOut,
       degradations: bound === -2 ? [...evaluation.degradations, SESSION_MOVED] : evaluation.degradations,
       queuedMs,
+      resumedTokens: request.resumedTokens ?? 0,
     });
     if (bound >= 0) {
       record.chosen = bound;
@@ -635,7 +633,7 @@ export class Router implements DecisionOwner {
     let inhibited = 0;
     let busy = 0;
     for (const worker of this.#workers) {
-      if (worker.inhibitedUntilMs > nowMs) inhibited++;
+      if (worker.inhibition.untilMs > nowMs) inhibited++;
       else if (
         hasThresholds(this.#thresholds) &&
         worker.ranks.every((rank) => isRankBusy(rank, this.#thresholds, this.#sequences))

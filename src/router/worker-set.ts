@@ -1,5 +1,6 @@
 import { EMPTY_LOAD, type LoadSnapshot } from "../protocol/index.ts";
 import type { WorkerCandidate, WorkerCapacity } from "./policies/index.ts";
+import { Inhibition } from "./inhibition.ts";
 import { taintMultiplier } from "./scheduling/cost.ts";
 import type { ActiveSequences } from "./scheduling/active-sequences.ts";
 
@@ -63,7 +64,7 @@ export class Worker {
   readonly taints: readonly string[];
   readonly ranks: readonly Rank[];
   reportedLoad: LoadSnapshot = EMPTY_LOAD;
-  inhibitedUntilMs = -Infinity;
+  readonly inhibition = new Inhibition();
 
   constructor(
     instanceId: string,

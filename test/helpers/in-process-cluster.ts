@@ -22,6 +22,10 @@ export interface InProcessCluster {
   ): Promise<{ readonly router: RunningRouter; readonly planes: Planes }>;
   /** Planes of one more process. */
   planes(): Planes;
+  /** A worker's process is gone, without a word: its connections break; discovery knows it until its lease ends. */
+  kill(address: string): void;
+  /** Of a worker, as discovery knows it. */
+  addressOf(instanceId: string): Promise<string>;
   /** Waits until the frontend routes to that many workers. */
   settled(workerCount: number): Promise<void>;
   stop(): Promise<void>;
@@ -121,10 +125,11 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     routers.push(router);
     return { router, planes: made };
   };
+  const health = async (): Promise<Health> => (await (await fetch(`${baseUrl}/health`)).json()) as Health;
   const settled = async (workerCount: number): Promise<void> => {
     await until(async () => {
-      const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
-      return health.instances.filter((instance) => instance.problem === undefined).length === workerCount;
+      const { instances } = await health();
+      return instances.filter((instance) => instance.problem === undefined).length === workerCount;
     }, `${workerCount} workers to join`);
   };
   for (let i = 0; i < (options.workers ?? 1); i++) await addWorker();
@@ -138,6 +143,12 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     addFrontend,
     addRouter,
     planes,
+    kill: (address) => network.kill(address),
+    async addressOf(instanceId) {
+      const found = (await health()).instances.find((instance) => instance.instance_id === instanceId);
+      if (found === undefined) throw new Error(`no worker ${instanceId}`);
+      return found.transport.address;
+    },
     settled,
     async stop() {
       await Promise.all(frontends.map((each) => each.stop()));
@@ -150,6 +161,10 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
       }
     },
   };
+}
+
+interface Health {
+  readonly instances: { readonly problem?: string; instance_id: string; transport: { address: string } }[];
 }
 
 /** Polls `condition` each 10 ms until it holds; fails after `timeoutMs` with what it waited for. */

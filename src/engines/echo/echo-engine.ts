@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { DynamoError } from "../../errors/index.ts";
 import {
   StepWriter,
+  promptLengthOf,
   type KvEvent,
   type LoadSnapshot,
   type PreprocessedRequest,
@@ -38,21 +39,26 @@ class EchoStream {
   readonly id: number;
   readonly request: PreprocessedRequest;
   readonly arrivedMs: number;
-  /** Tokens it may generate: its own limit and the rest of the context. */
+  readonly promptTokens: number;
+  /** Tokens it may generate, those of an earlier worker included: its own limit and the rest of the context. */
   readonly maxTokens: number;
   lease: BlockLease | undefined = undefined;
   startedMs = 0;
   firstTokenMs = 0;
   /** Where in the prompt the next token is. */
-  cursor = 0;
-  generated = 0;
+  cursor: number;
+  generated: number;
+  hasFirst = false;
   cancelled = false;
 
   constructor(id: number, request: PreprocessedRequest, arrivedMs: number, contextLength: number) {
     this.id = id;
     this.request = request;
     this.arrivedMs = arrivedMs;
-    this.maxTokens = Math.min(request.stop.maxTokens, contextLength - request.tokenIds.length);
+    this.promptTokens = promptLengthOf(request);
+    this.maxTokens = Math.min(request.stop.maxTokens, contextLength - this.promptTokens);
+    this.generated = request.resumedTokens ?? 0;
+    this.cursor = this.generated % this.promptTokens;
   }
 }
 
@@ -316,7 +322,7 @@ export class EchoEngine implements Engine {
     if (stream.cancelled) return this.#end(stream, "cancelled");
     const token = this.#nextToken(stream);
     if (token === undefined) return this.#end(stream, "stop");
-    if (stream.generated === 0) this.#writeFirst(stream);
+    if (!stream.hasFirst) this.#writeFirst(stream);
     stream.generated++;
     this.#generatedTokens++;
     this.#writer.token(token);
@@ -329,11 +335,11 @@ export class EchoEngine implements Engine {
   #nextToken(stream: EchoStream): number | undefined {
     const { tokenIds, stop } = stream.request;
     const token = tokenIds[stream.cursor]!;
-    if (++stream.cursor === tokenIds.length) stream.cursor = 0;
+    if (++stream.cursor === stream.promptTokens) stream.cursor = 0;
     if (stop.stopTokenIds.length === 0 || !stop.stopTokenIds.includes(token)) return token;
     if (stream.generated >= stop.minTokens) return undefined;
     // Too early to stop: the first token of the prompt that does not stop, else the lowest id that does not.
-    const other = tokenIds.find((id) => !stop.stopTokenIds.includes(id));
+    const other = tokenIds.find((id, i) => i < stream.promptTokens && !stop.stopTokenIds.includes(id));
     if (other !== undefined) return other;
     let lowest = 0;
     while (stop.stopTokenIds.includes(lowest)) lowest++;
@@ -342,22 +348,23 @@ export class EchoEngine implements Engine {
 
   #writeFirst(stream: EchoStream): void {
     const { tokenIds, output } = stream.request;
+    stream.hasFirst = true;
     this.#writer.first({
-      promptTokens: tokenIds.length,
+      promptTokens: stream.promptTokens,
       cachedTokens: stream.lease?.cachedTokens ?? 0,
       queueMs: stream.startedMs - stream.arrivedMs,
       prefillMs: stream.firstTokenMs - stream.startedMs,
     });
     if (output.promptLogprobs && stream.lease !== undefined) {
       const records: TokenLogprob[] = [];
-      for (const id of tokenIds.subarray(1)) records.push(this.#logprobOf(id, Math.max(0, output.topLogprobs)));
+      for (const id of tokenIds.subarray(1, stream.promptTokens)) records.push(this.#logprobOf(id, Math.max(0, output.topLogprobs)));
       this.#writer.promptLogprobs(records);
     }
   }
 
   /** Closes the stream's entry with its end; false, for `#advance`. */
   #end(stream: EchoStream, reason: "stop" | "length" | "cancelled"): false {
-    if (stream.generated === 0) this.#writeFirst(stream);
+    if (!stream.hasFirst) this.#writeFirst(stream);
     this.#writer.finish(reason, this.#clock.monotonicMs() - stream.firstTokenMs);
     this.#writer.endEntry();
     this.#streams.delete(stream.id);

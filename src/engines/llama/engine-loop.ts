@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import {
   StepWriter,
+  promptLengthOf,
   type FinishReason,
   type KvEvent,
   type LoadSnapshot,
@@ -63,7 +64,8 @@ class Stream extends Sequence {
     options: { sampler: Sampler; arrival: number; arrivedMs: number; blockSizeTokens: number; contextLength: number },
   ) {
     super({
-      promptTokenIds: request.tokenIds,
+      tokenIds: request.tokenIds,
+      promptCount: promptLengthOf(request),
       blockSizeTokens: options.blockSizeTokens,
       cacheNamespace: request.cacheNamespace,
       priority: request.priority,
@@ -73,9 +75,9 @@ class Stream extends Sequence {
     this.id = id;
     this.request = request;
     this.sampler = options.sampler;
-    this.maxTokenCount = Math.min(request.tokenIds.length + request.stop.maxTokens, options.contextLength);
+    this.maxTokenCount = Math.min(this.promptCount + request.stop.maxTokens, options.contextLength);
     this.arrivedMs = options.arrivedMs;
-    this.wantsAllLogits = request.output.promptLogprobs && request.tokenIds.length > 1;
+    this.wantsAllLogits = request.output.promptLogprobs && this.promptCount > 1;
   }
 }
 
@@ -325,7 +327,8 @@ export class EngineLoop {
     try {
       const sampler = new Sampler(request.sampling, {
         vocabularySize: this.#model.vocabularySize,
-        promptTokenIds: request.tokenIds,
+        promptTokenIds: request.tokenIds.subarray(0, promptLengthOf(request)),
+        resumedTokenIds: request.tokenIds.subarray(promptLengthOf(request)),
         seed: request.sampling.seed ?? random.nextU32(),
       });
       stream = new Stream(streamId, request, {

@@ -24,6 +24,10 @@ export class NaiveSampler {
     this.#sampling = sampling;
     this.#promptTokenIds = [...options.promptTokenIds];
     this.#random = new SeededRandom(options.seed);
+    for (const id of options.resumedTokenIds ?? []) {
+      this.accept(id);
+      if (sampling.temperature !== 0) this.#random.nextFloat();
+    }
   }
 
   accept(tokenId: number): void {

@@ -23,6 +23,8 @@ export interface SamplerOptions {
   readonly vocabularySize: number;
   /** Read once, for the repetition penalty; ids outside the vocabulary are ignored. */
   readonly promptTokenIds: Uint32Array;
+  /** What another sampler with the same seed drew before: this one goes on where it ended. Read once. @default none */
+  readonly resumedTokenIds?: Uint32Array;
   /** u32. */
   readonly seed: number;
 }
@@ -45,6 +47,13 @@ export class Sampler {
     this.#isFiltered = sampling.topK > 0 || sampling.topP < 1 || sampling.minP > 0;
     if (sampling.repetitionPenalty !== 1) {
       for (const id of options.promptTokenIds) if (id < this.#vocabularySize) this.#generatedCounts.set(id, 0);
+    }
+    const { resumedTokenIds } = options;
+    if (resumedTokenIds === undefined) return;
+    for (const id of resumedTokenIds) {
+      if (id < this.#vocabularySize) this.accept(id);
+      // Some nanoseconds each: thousands of resumed tokens cost less than one sample.
+      if (sampling.temperature !== 0) this.#random.nextFloat();
     }
   }
 

@@ -9,8 +9,9 @@ import { blockHashSeed, hashBlocks, type HashPair } from "../../tokens/index.ts"
  *   blocks     [ registered, shared ....... | private ]     blockCount + privateCount blocks cover what is computed
  */
 export interface SequenceOptions {
-  /** Taken over: not changed by others from now on. */
-  readonly promptTokenIds: Uint32Array;
+  /** Prompt, and behind it what was generated elsewhere. Taken over: not changed by others from now on. */
+  readonly tokenIds: Uint32Array;
+  readonly promptCount: number;
   readonly blockSizeTokens: number;
   readonly cacheNamespace: string;
   /** Higher is sooner. */
@@ -51,15 +52,15 @@ export class Sequence {
   hashedBlocks: number;
 
   constructor(options: SequenceOptions) {
-    this.tokenIds = options.promptTokenIds;
-    this.tokenCount = options.promptTokenIds.length;
-    this.promptCount = options.promptTokenIds.length;
+    this.tokenIds = options.tokenIds;
+    this.tokenCount = options.tokenIds.length;
+    this.promptCount = options.promptCount;
     this.priority = options.priority;
     this.arrival = options.arrival;
     this.usesCache = options.usesCache;
     this.#blockSizeTokens = options.blockSizeTokens;
     this.#seed = blockHashSeed({ cacheNamespace: options.cacheNamespace });
-    const hashes = hashBlocks(options.promptTokenIds, options.blockSizeTokens, this.#seed);
+    const hashes = hashBlocks(options.tokenIds, options.blockSizeTokens, this.#seed);
     this.sequenceHashes = hashes.sequenceHashes;
     this.localHashes = hashes.localHashes;
     this.hashedBlocks = hashes.blockCount;

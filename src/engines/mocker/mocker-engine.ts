@@ -12,6 +12,7 @@ import {
 import {
   EMPTY_LOAD,
   StepWriter,
+  promptLengthOf,
   type KvEvent,
   type LoadSnapshot,
   type PreprocessedRequest,
@@ -54,6 +55,8 @@ interface Stream {
   readonly sequence: Sequence;
   readonly driver: RankDriver;
   readonly output: PreprocessedRequest["output"];
+  /** Without the resumed ones, which for the scheduler are prompt. */
+  readonly promptTokens: number;
   /** Kept only for prompt logprobs. */
   readonly promptTokenIds: Uint32Array | undefined;
   hasFirst: boolean;
@@ -279,13 +282,13 @@ export class MockerEngine implements Engine {
   }
 
   #accept(streamId: number, request: PreprocessedRequest, driver: RankDriver): void {
-    const { tokenIds, stop, sampling, output, cacheNamespace } = request;
+    const { tokenIds, stop, sampling, output, cacheNamespace, resumedTokens = 0 } = request;
     const { contextLength } = driver.scheduler.config;
     const sequence = new Sequence({
       id: streamId,
       tokenIds,
-      maxTokens: Math.min(stop.maxTokens, contextLength - tokenIds.length),
-      minTokens: stop.minTokens,
+      maxTokens: Math.min(stop.maxTokens - resumedTokens, contextLength - tokenIds.length),
+      minTokens: stop.minTokens - resumedTokens,
       stopTokenIds: stop.stopTokenIds,
       priority: request.priority,
       seed: sampling.temperature > 0 ? sampling.seed : undefined,
@@ -296,8 +299,9 @@ export class MockerEngine implements Engine {
       reasoning: this.#config.reasoning,
       arrivedMs: this.#clock.monotonicMs(),
     });
-    const promptTokenIds = output.promptLogprobs ? tokenIds : undefined;
-    this.#streams.set(streamId, { sequence, driver, output, promptTokenIds, hasFirst: false });
+    const promptTokens = promptLengthOf(request);
+    const promptTokenIds = output.promptLogprobs ? tokenIds.subarray(0, promptTokens) : undefined;
+    this.#streams.set(streamId, { sequence, driver, output, promptTokens, promptTokenIds, hasFirst: false });
     driver.scheduler.submit(sequence);
   }
 
@@ -341,11 +345,11 @@ export class MockerEngine implements Engine {
 
   #writeFirst(stream: Stream): void {
     stream.hasFirst = true;
-    const { sequence, promptTokenIds, output } = stream;
+    const { sequence, promptTokens, promptTokenIds, output } = stream;
     const nowMs = this.#clock.monotonicMs();
     const startedMs = sequence.startedMs < 0 ? nowMs : sequence.startedMs;
     this.#writer.first({
-      promptTokens: sequence.promptTokens,
+      promptTokens,
       cachedTokens: sequence.cachedTokens,
       queueMs: startedMs - sequence.arrivedMs,
       prefillMs: nowMs - startedMs,

@@ -21,11 +21,12 @@ export class Detokenizer {
     this.#stripsSpace = tokenizer.stripsLeadingSpace;
   }
 
-  /** The text that the first `count` ids complete. */
-  push(tokenIds: Uint32Array, count: number): string {
+  /** The text that the `count` ids from index `from` on complete. */
+  push(tokenIds: Uint32Array, count: number, from = 0): string {
     const { entries } = this.#table;
+    const end = from + count;
     let text = "";
-    for (let index = 0; index < count; index++) {
+    for (let index = from; index < end; index++) {
       const id = tokenIds[index] as number;
       const entry = id < entries.length ? (entries[id] ?? this.#table.fill(id)) : "";
       if (typeof entry !== "string") text += this.#decode(entry);

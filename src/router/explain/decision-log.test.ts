@@ -21,6 +21,7 @@ function aRecord(requestId: string, candidateCount: number): DecisionRecord {
     leftOut: { tried: 0, notAllowed: 0, inhibited: 0, busy: 0 },
     degradations: [],
     queuedMs: 0,
+    resumedTokens: 0,
   });
   record.chosen = 0;
   return record;

@@ -23,6 +23,8 @@ export class DecisionRecord {
   /** Constants: why this decision knew less than it should. */
   readonly degradations: readonly string[];
   readonly queuedMs: number;
+  /** Of the prompt's tokens: what an earlier worker had answered. */
+  readonly resumedTokens: number;
   reason = "";
   /** Into `candidates`. */
   chosen = -1;
@@ -46,6 +48,7 @@ export class DecisionRecord {
     readonly leftOut: LeftOut;
     readonly degradations: readonly string[];
     readonly queuedMs: number;
+    readonly resumedTokens: number;
   }) {
     this.requestId = details.requestId;
     this.atMs = details.atMs;
@@ -56,6 +59,7 @@ export class DecisionRecord {
     this.leftOut = details.leftOut;
     this.degradations = details.degradations;
     this.queuedMs = details.queuedMs;
+    this.resumedTokens = details.resumedTokens;
   }
 }
 
