@@ -62,7 +62,8 @@ interface SwitchOption extends OptionBase {
 }
 
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
-export type OptionGroup = "Model and engine" | "Replay" | "HTTP" | "Faults" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
+export type OptionGroup =
+  "Model and engine" | "Replay" | "HTTP" | "Faults" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
 
 const ROLES = ["local", "frontend", "router", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;

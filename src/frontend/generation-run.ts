@@ -74,7 +74,10 @@ export class GenerationRun {
     for (const prompt of plan.prompts) {
       let sibling: ChoiceStream | undefined;
       for (let copy = 0; copy < n; copy++) {
-        const request = seeded(copy === 0 ? prompt.request : anotherSample(prompt.request, copy), context.planes.random);
+        const request = seeded(
+          copy === 0 ? prompt.request : anotherSample(prompt.request, copy),
+          context.planes.random,
+        );
         const choice = new ChoiceStream(this, this.#choices.length, request, {
           stops: stop,
           hints: plan.hints,

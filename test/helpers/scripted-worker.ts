@@ -12,7 +12,13 @@ import {
   type PreprocessedRequest,
   type TokenLogprob,
 } from "../../src/protocol/index.ts";
-import { formatEndpoint, newInstanceId, registerCard, registerInstance, type Planes } from "../../src/runtime/component/index.ts";
+import {
+  formatEndpoint,
+  newInstanceId,
+  registerCard,
+  registerInstance,
+  type Planes,
+} from "../../src/runtime/component/index.ts";
 import type { ServerStream } from "../../src/runtime/request-plane/index.ts";
 import { serveBytes } from "../../src/worker/serve-bytes.ts";
 
