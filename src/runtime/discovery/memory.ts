@@ -1,6 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
-import { randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { randomHexId, systemClock, systemRandom, type Clock, type Random } from "../../std/index.ts";
 import type { Discovery, DiscoveryChange, DiscoveryEntry, DiscoveryHealth, JsonValue, Lease, Watch } from "./base.ts";
 import { ChangeFeed } from "./change-feed.ts";
 import {
@@ -83,7 +83,7 @@ export class MemoryStore {
 }
 
 class MemoryLease implements Lease {
-  readonly id = randomId64().toString(16).padStart(16, "0");
+  readonly id: string;
   readonly ttlMs: number;
   readonly lost: Promise<void>;
   readonly #store: MemoryStore;
@@ -91,7 +91,8 @@ class MemoryLease implements Lease {
   readonly #onEnd: (lease: MemoryLease) => void;
   #open = true;
 
-  constructor(store: MemoryStore, ttlMs: number, onEnd: (lease: MemoryLease) => void) {
+  constructor(id: string, store: MemoryStore, ttlMs: number, onEnd: (lease: MemoryLease) => void) {
+    this.id = id;
     this.#store = store;
     this.ttlMs = ttlMs;
     this.#onEnd = onEnd;
@@ -140,12 +141,15 @@ export interface MemoryDiscoveryOptions {
   readonly store?: MemoryStore;
   readonly clock?: Clock;
   readonly logger?: Logger;
+  /** Of lease ids. @default the system's */
+  readonly random?: Random;
 }
 
 export class MemoryDiscovery implements Discovery {
   readonly #store: MemoryStore;
   readonly #clock: Clock;
   readonly #logger: Logger;
+  readonly #random: Random;
   readonly #leases = new Set<MemoryLease>();
   readonly #feeds = new Set<ChangeFeed>();
   #open = true;
@@ -154,6 +158,7 @@ export class MemoryDiscovery implements Discovery {
     this.#store = options.store ?? new MemoryStore();
     this.#clock = options.clock ?? systemClock;
     this.#logger = options.logger ?? silentLogger;
+    this.#random = options.random ?? systemRandom;
   }
 
   openLease(options: { readonly ttlMs?: number } = {}): Promise<Lease> {
@@ -161,7 +166,9 @@ export class MemoryDiscovery implements Discovery {
       const ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
       checkTtl(ttlMs);
       this.#requireOpen();
-      const lease = new MemoryLease(this.#store, ttlMs, (ended) => this.#leases.delete(ended));
+      const lease = new MemoryLease(randomHexId(this.#random), this.#store, ttlMs, (ended) =>
+        this.#leases.delete(ended),
+      );
       this.#leases.add(lease);
       return lease;
     });

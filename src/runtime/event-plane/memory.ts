@@ -1,4 +1,4 @@
-import { randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { randomHexId, systemClock, systemRandom, type Clock, type Random } from "../../std/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
 import type { EventHandler, EventPlane, EventPublisher, EventSubscription, PublisherOptions } from "./base.ts";
 import { EventRing } from "./event-ring.ts";
@@ -76,6 +76,8 @@ export interface MemoryEventPlaneOptions {
   /** Runs the delivery of a batch later, never at once. @default setImmediate */
   readonly schedule?: (run: () => void) => void;
   readonly logger?: Logger;
+  /** Of ids. @default the system's */
+  readonly random?: Random;
 }
 
 export class MemoryEventPlane implements EventPlane {
@@ -83,12 +85,14 @@ export class MemoryEventPlane implements EventPlane {
   readonly #bus: MemoryEventBus;
   readonly #context: SourceContext;
   readonly #schedule: (run: () => void) => void;
+  readonly #random: Random;
   readonly #open = new Set<MemoryPublisher | MemorySubscription>();
   #isClosed = false;
 
   constructor(options: MemoryEventPlaneOptions) {
     this.#bus = options.bus;
     this.#schedule = options.schedule ?? setImmediate;
+    this.#random = options.random ?? systemRandom;
     this.#context = {
       clock: options.clock ?? systemClock,
       logger: options.logger ?? silentLogger,
@@ -102,7 +106,8 @@ export class MemoryEventPlane implements EventPlane {
     const publisher = new MemoryPublisher(
       this.#bus,
       topic,
-      publisherIdOf(options.publisherId),
+      publisherIdOf(options.publisherId, this.#random),
+      randomHexId(this.#random),
       options.ringSize ?? DEFAULT_RING_EVENTS,
       this.statistics,
       () => this.#open.delete(publisher),
@@ -139,7 +144,7 @@ export class MemoryEventPlane implements EventPlane {
 
 class MemoryPublisher implements EventPublisher {
   readonly publisherId: string;
-  readonly epoch = randomId64().toString(16);
+  readonly epoch: string;
   readonly ring: EventRing;
   readonly #bus: MemoryEventBus;
   readonly #topicName: string;
@@ -152,11 +157,13 @@ class MemoryPublisher implements EventPublisher {
     bus: MemoryEventBus,
     topicName: string,
     publisherId: string,
+    epoch: string,
     ringSize: number,
     statistics: EventPlaneStatistics,
     onClose: () => void,
   ) {
     this.publisherId = publisherId;
+    this.epoch = epoch;
     this.ring = new EventRing(ringSize, RING_BYTES);
     this.#bus = bus;
     this.#topicName = topicName;
