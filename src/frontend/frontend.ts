@@ -1,7 +1,7 @@
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import { renderMerged } from "../observability/index.ts";
-import { packageVersion } from "../std/index.ts";
+import { packageVersion, systemClock } from "../std/index.ts";
 import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
 import type { FrontendConfig } from "./config.ts";
 import { HttpServer, type Exchange, type Route } from "./http/index.ts";
@@ -54,12 +54,14 @@ export async function startFrontend(
       logger: planes.logger,
       clock: planes.clock,
       metrics: planes.metrics,
+      network: planes.http,
     });
     const { port } = await server.listen();
     lifecycle.defer("http server", () => server.close({ graceMs: 1_000 }));
     await models.start();
     lifecycle.defer("model registry", () => models.close());
-    lifecycle.defer("event loop monitor", watchEventLoop(planes));
+    // Under virtual time the loop has no delay of its own.
+    if (planes.clock === systemClock) lifecycle.defer("event loop monitor", watchEventLoop(planes));
     lifecycle.onDrain(async () => {
       draining = true;
       pipeline.beginDrain();

@@ -303,7 +303,7 @@ export class ModelRegistry {
   }
 
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {
-    const { metrics, request } = this.#planes;
+    const { metrics, request, clock } = this.#planes;
     const bytes = await fetchArtifact(request.client, {
       address: instance.address,
       endpoint: formatEndpoint({ ...instance, endpoint: TOKENIZER_ENDPOINT }),
@@ -311,7 +311,7 @@ export class ModelRegistry {
       sha256: card.tokenizerSha256,
       timeoutMs: FETCH_TIMEOUT_MS,
     });
-    const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card);
+    const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card, clock);
     this.#evictIdle();
     const modelRouter = this.#routers.create(card);
     const model: ServedModel = {

@@ -42,11 +42,12 @@ export class Pipeline {
   #idleWaiters: (() => void)[] = [];
   #draining = false;
   /** Answer ids: unique within this process by count, among processes by prefix. */
-  readonly #idPrefix = `${randomId64().toString(36)}-`;
+  readonly #idPrefix: string;
   #answers = 0;
 
   constructor(planes: Planes, config: FrontendConfig, models: ModelRegistry, operators: Operators) {
     this.#planes = planes;
+    this.#idPrefix = `${randomId64(planes.random).toString(36)}-`;
     this.#config = config;
     this.#models = models;
     this.#operators = operators;

@@ -5,4 +5,3 @@ export { arrivalTimes, runReplay } from "./run-replay.ts";
 export { syntheticTrace, type SyntheticOptions } from "./synthetic-trace.ts";
 export * from "./trace.ts";
 export { traceRequests, type TraceRequest } from "./trace-requests.ts";
-export { VirtualClock } from "./virtual-clock.ts";

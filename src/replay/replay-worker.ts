@@ -1,7 +1,6 @@
 import type { MockScheduler, PassObserver, Sequence } from "../engines/mocker/index.ts";
 import type { KvEvent, LoadSnapshot } from "../protocol/index.ts";
-import type { TimerHandle } from "../std/index.ts";
-import type { VirtualClock } from "./virtual-clock.ts";
+import type { TimerHandle, VirtualClock } from "../std/index.ts";
 
 /** One data-parallel rank of a simulated worker: the mock engine's scheduler on the virtual clock. */
 export interface ReplayRankOptions {

@@ -6,7 +6,7 @@ import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
 import { polynomialDecodeMs, polynomialPrefillMs } from "../perf-model/index.ts";
 import { ROUTING_POLICIES } from "../router/index.ts";
-import { readTrace, renderReports, runReplay, syntheticTrace, VirtualClock, type ReplayOptions, type ReplayReport, type Trace } from "./index.ts"; // prettier-ignore
+import { readTrace, renderReports, runReplay, syntheticTrace, type ReplayOptions, type ReplayReport, type Trace } from "./index.ts"; // prettier-ignore
 import { LogHistogram } from "./log-histogram.ts";
 
 const FIXTURE = join(import.meta.dirname, "fixtures", "mooncake-conversation-200.jsonl");
@@ -153,41 +153,6 @@ test("replay: the whole conversation trace runs on 16 workers within 20 seconds"
   checkReport(report, trace);
   assert.equal(report.finished, 12_031);
   assert.ok(seconds < 20, `it took ${seconds.toFixed(1)} s`);
-});
-
-test("virtual clock: runs timers by time, then by creation, and never one that was cancelled", () => {
-  const step = fc.record({ delayMs: fc.nat(20), cancels: fc.option(fc.nat(30)), nested: fc.nat(5) });
-  fc.assert(
-    fc.property(fc.array(step, { maxLength: 40 }), (steps) => {
-      const clock = new VirtualClock();
-      const ran: { dueMs: number; order: number }[] = [];
-      const handles: { cancel(): void }[] = [];
-      const cancelled = new Set<number>();
-      const add = (delayMs: number, nested: number): void => {
-        const order = handles.length;
-        const dueMs = clock.monotonicMs() + delayMs;
-        const run = (): void => {
-          assert.equal(clock.monotonicMs(), dueMs);
-          assert.ok(!cancelled.has(order));
-          ran.push({ dueMs, order });
-          if (nested > 0) add(nested, nested - 1);
-        };
-        handles.push(clock.setTimer(delayMs, run));
-      };
-      for (const { delayMs, cancels, nested } of steps) {
-        add(delayMs, nested);
-        if (cancels === null || cancels >= handles.length) continue;
-        handles[cancels]!.cancel();
-        cancelled.add(cancels);
-      }
-      while (clock.runNext());
-      assert.equal(ran.length, handles.length - cancelled.size);
-      for (let i = 1; i < ran.length; i++) {
-        const [a, b] = [ran[i - 1]!, ran[i]!];
-        assert.ok(a.dueMs < b.dueMs || (a.dueMs === b.dueMs && a.order < b.order));
-      }
-    }),
-  );
 });
 
 test("log histogram: quantiles are right within half a per cent", () => {

@@ -14,7 +14,7 @@ import { polynomialTiming, withSpeedup } from "../perf-model/index.ts";
 import type { KvEvent } from "../protocol/index.ts";
 import { FlatKvIndex, type KvIndex } from "../router/indexer/index.ts";
 import { Router, type RoutingDecision, type WaitingRoute } from "../router/index.ts";
-import { SeededRandom, type Random } from "../std/index.ts";
+import { SeededRandom, VirtualClock, type Random } from "../std/index.ts";
 import { blockHashSeed } from "../tokens/index.ts";
 import { firstPrompt, nextPrompt } from "./prompt-source.ts";
 import { ReplayCollector } from "./replay-collector.ts";
@@ -22,7 +22,6 @@ import { ON_SCHEDULE, type ReplayOptions } from "./replay-options.ts";
 import type { ReplayReport } from "./replay-report.ts";
 import { ReplayRank } from "./replay-worker.ts";
 import type { Trace, TraceSession } from "./trace.ts";
-import { VirtualClock } from "./virtual-clock.ts";
 
 /**
  * Runs a trace through the real router (policy, cost function, KV index, queue) and mock engines on one virtual clock, as

@@ -51,7 +51,7 @@ async function start(
   lifecycle: RoleLifecycle,
 ): Promise<RunningRouter> {
   const { clock, logger, metrics, discovery } = planes;
-  const instanceId = newInstanceId();
+  const instanceId = newInstanceId(planes.random);
   const { namespace, routerMode } = config;
   const models = new RoutedModels(planes, config);
   const trackOutputBlocks = config.router?.trackOutputBlocks ?? DEFAULT_ROUTER_CONFIG.trackOutputBlocks;

@@ -79,7 +79,7 @@ export class ModelRouters {
   create(card: ModelCard): ModelRouter {
     const { clock, random, metrics } = this.#planes;
     const shared = this.#usesKvEvents ? this.#shared?.kvIndex(card.name) : undefined;
-    const kvIndex = this.#usesKvEvents && shared === undefined ? new FlatKvIndex() : undefined;
+    const kvIndex = this.#usesKvEvents && shared === undefined ? new FlatKvIndex({ random }) : undefined;
     const index = kvIndex ?? shared?.index;
     const router = new Router({
       model: card.name,

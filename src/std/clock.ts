@@ -14,6 +14,8 @@ export interface Clock {
   wallMs(): number;
   /** Calls `run` once after `delayMs` (0 to 2^31-1). A pending timer does not keep the process alive. */
   setTimer(delayMs: number, run: () => void): TimerHandle;
+  /** Calls `run` once on a later turn of the loop, in the order of the calls; the process stays alive for it. */
+  nextTurn(run: () => void): void;
 }
 
 class SystemTimer implements TimerHandle {
@@ -31,6 +33,9 @@ export const systemClock: Clock = {
   monotonicMs: () => performance.now(),
   wallMs: () => Date.now(),
   setTimer: (delayMs, run) => new SystemTimer(delayMs, run),
+  nextTurn: (run) => {
+    setImmediate(run);
+  },
 };
 
 interface ManualTimer {
@@ -40,7 +45,10 @@ interface ManualTimer {
   cancelled: boolean;
 }
 
-/** Virtual time: nothing moves until `advance` is called; timers due run in order of time, then of creation. */
+/**
+ * Virtual time: nothing moves until `advance` is called; timers due run in order of time, then of creation. Turns are the
+ * loop's own: they pass without `advance`.
+ */
 export class ManualClock implements Clock {
   #nowMs = 0;
   #order = 0;
@@ -73,6 +81,10 @@ export class ManualClock implements Clock {
         timer.cancelled = true;
       },
     };
+  }
+
+  nextTurn(run: () => void): void {
+    setImmediate(run);
   }
 
   /** Number of timers that would still fire. */

@@ -47,6 +47,7 @@ test("timer wheel: a far deadline costs one wake-up per round of the wheel, not 
     clock: {
       monotonicMs: () => manual.monotonicMs(),
       wallMs: () => manual.wallMs(),
+      nextTurn: (run) => manual.nextTurn(run),
       setTimer: (delayMs, run) =>
         manual.setTimer(delayMs, () => {
           wakeCount++;

@@ -53,12 +53,18 @@ const CANARY_TIMEOUT_MS = 60_000;
 
 /**
  * The worker role: starts its engine, proves with a canary over its own request plane that it answers, and only then
- * registers. Serves until drained (unregister, finish, leave) or until its engine dies, which rejects `done`.
+ * registers. Serves until drained (unregister, finish, leave) or until its engine dies, which rejects `done`. `makeEngine` is
+ * for engines that come from elsewhere, such as the simulator's, which fail when told.
  */
-export async function startWorker(config: WorkerConfig, planes: Planes, signal: AbortSignal): Promise<RunningWorker> {
+export async function startWorker(
+  config: WorkerConfig,
+  planes: Planes,
+  signal: AbortSignal,
+  makeEngine: typeof loadEngine = loadEngine,
+): Promise<RunningWorker> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
-    return await start(config, planes, signal, lifecycle);
+    return await start(config, planes, signal, makeEngine, lifecycle);
   } catch (thrown) {
     await lifecycle.stop();
     throw toDynamoError(thrown);
@@ -69,11 +75,12 @@ async function start(
   config: WorkerConfig,
   planes: Planes,
   signal: AbortSignal,
+  makeEngine: typeof loadEngine,
   lifecycle: RoleLifecycle,
 ): Promise<RunningWorker> {
   const { clock, logger, discovery } = planes;
   const startMs = clock.monotonicMs();
-  const instanceId = newInstanceId();
+  const instanceId = newInstanceId(planes.random);
   const address = (endpoint: string): string =>
     formatEndpoint({ namespace: config.namespace, component: config.component, endpoint });
   const metrics = new WorkerMetrics(planes.metrics, [
@@ -86,7 +93,7 @@ async function start(
 
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
-  const engine = await loadEngine(config.engine, { logger, clock });
+  const engine = await makeEngine(config.engine, { logger, clock });
   lifecycle.defer("engine", () => engine.stop());
   const service = new GenerateService({
     engine,
@@ -98,7 +105,13 @@ async function start(
   });
   const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
   lifecycle.defer("KV event publisher", () => publisher.close());
-  const kvEvents = new KvPublisher({ publisher, clock, logger, dropped: metrics.droppedKvEvents });
+  const kvEvents = new KvPublisher({
+    publisher,
+    clock,
+    random: planes.random,
+    logger,
+    dropped: metrics.droppedKvEvents,
+  });
   lifecycle.defer("KV event log", () => kvEvents.close());
   const sink: EngineSink = {
     onStep: (step) => service.onStep(step),

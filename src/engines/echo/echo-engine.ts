@@ -194,7 +194,7 @@ export class EchoEngine implements Engine {
     this.#pendingStep?.cancel();
     this.#pendingStep = undefined;
     // The last entries, too, come outside of any method call.
-    await new Promise<void>((resolve) => setImmediate(resolve));
+    await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
     const error = new DynamoError("engine-stopped", "the engine was stopped");
     this.#writer.reset();
     for (const stream of this.#streams.values()) this.#writer.errorEntry(stream.id, error);
@@ -242,8 +242,11 @@ export class EchoEngine implements Engine {
     if (delayMs > 0) {
       this.#pendingStep = this.#clock.setTimer(delayMs, run);
     } else {
-      const immediate = setImmediate(run);
-      this.#pendingStep = { cancel: () => clearImmediate(immediate) };
+      let isCancelled = false;
+      this.#pendingStep = { cancel: () => void (isCancelled = true) };
+      this.#clock.nextTurn(() => {
+        if (!isCancelled) run();
+      });
     }
   }
 

@@ -195,7 +195,7 @@ export class MockerEngine implements Engine {
     this.#stopSignal.abort();
     for (const driver of this.#drivers) driver.stop();
     // The last entries, too, come outside of any method call.
-    await new Promise<void>((resolve) => setImmediate(resolve));
+    await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
     const error = new DynamoError("engine-stopped", "the engine was stopped");
     this.#writer.reset();
     for (const { streamId } of this.#refused) this.#writer.errorEntry(streamId, error);

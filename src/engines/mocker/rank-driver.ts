@@ -74,8 +74,11 @@ export class RankDriver {
     if (delayMs >= TIMER_MIN_MS) {
       this.#pending = this.#clock.setTimer(delayMs, run);
     } else {
-      const immediate = setImmediate(run);
-      this.#pending = { cancel: () => clearImmediate(immediate) };
+      let isCancelled = false;
+      this.#pending = { cancel: () => void (isCancelled = true) };
+      this.#clock.nextTurn(() => {
+        if (!isCancelled) run();
+      });
     }
   }
 }

@@ -4,6 +4,7 @@ import type { Duplex } from "node:stream";
 import { randomUUID } from "node:crypto";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import type { Logger, Metrics } from "../../observability/index.ts";
+import type { HttpNetwork } from "../../runtime/component/index.ts";
 import type { Clock, TimerHandle } from "../../std/index.ts";
 import type { FrontendLimits } from "../config.ts";
 import { errorBody, errorHeaders, errorMetricType, errorStatus } from "../openai/errors.ts";
@@ -43,6 +44,8 @@ export interface HttpServerOptions {
   readonly logger: Logger;
   readonly clock: Clock;
   readonly metrics: Metrics;
+  /** @default the system's network */
+  readonly network?: HttpNetwork | undefined;
   /** A connection with unread answer bytes and no progress for this long is closed. @default 60000 */
   readonly stalledWriteMs?: number;
 }
@@ -105,7 +108,8 @@ export class HttpServer implements ExchangeOwner {
 
   /** Throws `address-in-use`, or `invalid-config` for an address this machine does not have. */
   listen(): Promise<{ port: number }> {
-    const { host, port, reusePort = false } = this.#options;
+    const { host, port, network, reusePort = false } = this.#options;
+    if (network !== undefined) return network.listen(this.#server, { host, port });
     return new Promise((resolve, reject) => {
       const onError = (cause: NodeJS.ErrnoException): void => reject(listenError(host, port, cause));
       this.#server.once("error", onError);
@@ -120,9 +124,10 @@ export class HttpServer implements ExchangeOwner {
   /** Accepts nothing more, closes idle connections, waits for running answers, and after `graceMs` cuts them off. */
   async close({ graceMs }: { graceMs: number }): Promise<void> {
     this.#closing = true;
-    const closed = new Promise<void>((resolve) => {
+    const stopped = new Promise<void>((resolve) => {
       this.#server.close(() => resolve());
     });
+    const closed = Promise.all([stopped, ...[...this.#sockets].map(whenClosed)]);
     for (const socket of this.#sockets) if (!this.#active.has(socket)) socket.destroy();
     const grace = this.#clock.setTimer(graceMs, () => {
       for (const socket of this.#sockets) socket.destroy();
@@ -420,6 +425,10 @@ export class HttpServer implements ExchangeOwner {
 /** `/v1/chat/completions` -> `chat_completions`, as Dynamo labels its endpoints. */
 export function endpointLabel(path: string): string {
   return path.replace(/^\/(v1\/)?/, "").replaceAll("/", "_");
+}
+
+function whenClosed(socket: Socket): Promise<void> {
+  return new Promise((resolve) => socket.once("close", () => resolve()));
 }
 
 export function listenError(host: string, port: number, cause: NodeJS.ErrnoException): DynamoError {

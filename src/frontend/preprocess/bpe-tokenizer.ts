@@ -1,4 +1,3 @@
-import { setImmediate as nextTurn } from "node:timers/promises";
 import { DynamoError } from "../../errors/index.ts";
 import type { HfBpeModel, HfStep, HfTokenizerJson, TokenizerArtifact } from "../../model/index.ts";
 import { AddedTokenSplitter } from "./added-token-splitter.ts";
@@ -7,6 +6,7 @@ import { BpeVocabulary } from "./bpe-vocabulary.ts";
 import { ENCODE_LIMITS, checkTextUnits } from "./encode-limits.ts";
 import { CACHED_UNITS_MAX, PieceCache } from "./piece-cache.ts";
 import { createPreTokenizer, pieceLengths, scanDigitSegment, type PreTokenizer } from "./pre-tokenizer.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
 import { TokenSink } from "./token-sink.ts";
 import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
 
@@ -25,6 +25,7 @@ export class BpeTokenizer implements Tokenizer {
   readonly unitsPerTokenMax: number;
   readonly stripsLeadingSpace = false;
 
+  readonly #clock: Clock;
   readonly #vocabulary: BpeVocabulary;
   readonly #preTokenizer: PreTokenizer;
   readonly #cache = new PieceCache();
@@ -42,14 +43,14 @@ export class BpeTokenizer implements Tokenizer {
   readonly #pieceIds = new Int32Array(SHORT_PIECE_BYTES_MAX);
 
   /** undefined when the tokenizer is of another kind or uses a setting that is not supported here. */
-  static tryCreate(artifact: TokenizerArtifact): BpeTokenizer | undefined {
+  static tryCreate(artifact: TokenizerArtifact, clock: Clock = systemClock): BpeTokenizer | undefined {
     const { tokenizerJson: json } = artifact;
     const { model } = json;
     if (model.type !== "BPE" || !isPlainBpe(model) || !isByteLevelDecoder(json.decoder)) return undefined;
     const composes = composesText(json.normalizer);
     const preTokenizer = createPreTokenizer(json.pre_tokenizer);
     if (composes === undefined || preTokenizer === undefined) return undefined;
-    return new BpeTokenizer(artifact, json, model, composes, preTokenizer);
+    return new BpeTokenizer(artifact, json, model, composes, preTokenizer, clock);
   }
 
   private constructor(
@@ -58,7 +59,9 @@ export class BpeTokenizer implements Tokenizer {
     model: HfBpeModel,
     composes: boolean,
     preTokenizer: PreTokenizer,
+    clock: Clock,
   ) {
+    this.#clock = clock;
     this.#vocabulary = new BpeVocabulary(model, json.added_tokens);
     this.vocabularySize = this.#vocabulary.size;
     this.bosTokenId = artifact.bosTokenId;
@@ -91,12 +94,12 @@ export class BpeTokenizer implements Tokenizer {
     checkTextUnits(text);
     const sink = new TokenSink(Math.ceil(text.length / 3));
     const steps = this.#steps(text, options, sink);
-    let turnStart = performance.now();
+    let turnStart = this.#clock.monotonicMs();
     while (steps.next().done !== true) {
-      if (performance.now() - turnStart < SLICE_MS) continue;
-      await nextTurn();
+      if (this.#clock.monotonicMs() - turnStart < SLICE_MS) continue;
+      await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
       signal?.throwIfAborted();
-      turnStart = performance.now();
+      turnStart = this.#clock.monotonicMs();
     }
     return sink.take();
   }

@@ -3,6 +3,7 @@ import { test } from "node:test";
 import { Template } from "@huggingface/jinja";
 import { packageArtifact } from "../../../test/fixtures/corpus/tokenizer-artifacts.ts";
 import { DynamoError } from "../../errors/index.ts";
+import { ManualClock } from "../../std/index.ts";
 import { ChatTemplate, TEMPLATE_LIMITS } from "./chat-template.ts";
 
 const SPECIALS = { bosToken: "<s>", eosToken: "</s>" } as const;
@@ -48,8 +49,7 @@ test("a template sees the variables that transformers gives it", () => {
     "{{ bos_token }}|{{ eos_token }}|{{ add_generation_prompt }}|{{ tools is none }}|{{ documents is none }}|{{ custom.a[1] }}";
   assert.equal(render(source, { custom: { a: [1, "two"] } }), "<s>|</s>|true|true|true|two");
   assert.equal(render("{{ tools | length }}", { tools: [1, 2] }), "2");
-  const now = (): Date => new Date(2026, 6, 4);
-  const dated = new ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIALS, now);
+  const dated = new ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIALS, new ManualClock(Date.UTC(2026, 6, 4, 12)));
   assert.equal(dated.render({ messages: USER, addGenerationPrompt: true, args: {} }), "04 Jul 2026");
 });
 

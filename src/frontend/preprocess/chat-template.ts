@@ -1,6 +1,7 @@
 import * as library from "@huggingface/jinja";
 import { DynamoError } from "../../errors/index.ts";
 import type { ChatMessage } from "../../protocol/openai/index.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
 import { strftime } from "./strftime.ts";
 
 /**
@@ -78,10 +79,10 @@ export interface TemplateInput {
 export class ChatTemplate {
   readonly #program: unknown;
   readonly #specials: TemplateSpecials;
-  readonly #now: () => Date;
+  readonly #clock: Clock;
 
-  /** `now` serves `strftime_now`. Throws `model-file-invalid`. */
-  constructor(source: string, specials: TemplateSpecials, now: () => Date = () => new Date()) {
+  /** The clock serves `strftime_now` and the limit of a render. Throws `model-file-invalid`. */
+  constructor(source: string, specials: TemplateSpecials, clock: Clock = systemClock) {
     if (source.length > TEMPLATE_LIMITS.sourceChars) {
       throw invalidTemplate(`expected at most ${TEMPLATE_LIMITS.sourceChars} characters, got ${source.length}`);
     }
@@ -91,7 +92,7 @@ export class ChatTemplate {
       throw invalidTemplate("it does not parse", cause);
     }
     this.#specials = specials;
-    this.#now = now;
+    this.#clock = clock;
   }
 
   /** Throws `template-failed` or, for a variable that a request may not set, `invalid-field`. */
@@ -100,7 +101,7 @@ export class ChatTemplate {
     for (const message of input.messages) chars += message.content.length;
     if (chars > TEMPLATE_LIMITS.outputChars) throw failed(OVER_SIZE);
     try {
-      const interpreter = new BoxedInterpreter(this.#environment(input));
+      const interpreter = new BoxedInterpreter(this.#environment(input), this.#clock);
       const { value } = interpreter.run(this.#program);
       if (typeof value !== "string") throw failed("the chat template gave no text");
       return value;
@@ -116,7 +117,7 @@ export class ChatTemplate {
     for (const [name, value] of CONSTANTS) environment.set(name, value);
     environment.set("raise_exception", raiseException);
     environment.set("range", range);
-    environment.set("strftime_now", (format: unknown) => strftime(this.#now(), String(format)));
+    environment.set("strftime_now", (format: unknown) => strftime(new Date(this.#clock.wallMs()), String(format)));
     environment.set("messages", messages);
     environment.set("add_generation_prompt", addGenerationPrompt);
     environment.set("bos_token", this.#specials.bosToken ?? "");
@@ -137,7 +138,14 @@ export class ChatTemplate {
 class BoxedInterpreter extends Interpreter {
   #steps = 0;
   #nextClockCheck = CLOCK_CHECK_STEPS;
-  readonly #deadline = performance.now() + TEMPLATE_LIMITS.timeMs;
+  readonly #clock: Clock;
+  readonly #deadlineMs: number;
+
+  constructor(environment: JinjaEnvironment, clock: Clock) {
+    super(environment);
+    this.#clock = clock;
+    this.#deadlineMs = clock.monotonicMs() + TEMPLATE_LIMITS.timeMs;
+  }
 
   override evaluate(node: unknown, environment: JinjaEnvironment): JinjaValue {
     const result = super.evaluate(node, environment);
@@ -154,7 +162,7 @@ class BoxedInterpreter extends Interpreter {
 
   #checkBudget(): void {
     this.#nextClockCheck = this.#steps + CLOCK_CHECK_STEPS;
-    if (this.#steps > TEMPLATE_LIMITS.steps || performance.now() > this.#deadline) {
+    if (this.#steps > TEMPLATE_LIMITS.steps || this.#clock.monotonicMs() > this.#deadlineMs) {
       throw failed("the chat template took too long for these messages");
     }
   }

@@ -1,6 +1,7 @@
 import { DynamoError } from "../../errors/index.ts";
 import type { TokenizerArtifact } from "../../model/index.ts";
 import type { ChatRequest, GenerationOptions } from "../../protocol/openai/index.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
 import { ChatTemplate } from "./chat-template.ts";
 import { loadTokenizer, type Tokenizer } from "./tokenizer.ts";
 
@@ -30,16 +31,23 @@ export class Preprocessor {
   readonly contextLength: number;
   readonly vocabularySize: number;
   readonly #template: ChatTemplate | undefined;
+  readonly #clock: Clock;
 
   /** Throws `model-file-invalid`. */
-  static async create(artifact: TokenizerArtifact, card: PromptBounds): Promise<Preprocessor> {
-    const tokenizer = await loadTokenizer(artifact);
+  static async create(
+    artifact: TokenizerArtifact,
+    card: PromptBounds,
+    clock: Clock = systemClock,
+  ): Promise<Preprocessor> {
+    const tokenizer = await loadTokenizer(artifact, clock);
     const { chatTemplate, bosToken, eosToken } = artifact;
-    const template = chatTemplate === undefined ? undefined : new ChatTemplate(chatTemplate, { bosToken, eosToken });
-    return new Preprocessor(tokenizer, template, card);
+    const template =
+      chatTemplate === undefined ? undefined : new ChatTemplate(chatTemplate, { bosToken, eosToken }, clock);
+    return new Preprocessor(tokenizer, template, card, clock);
   }
 
-  private constructor(tokenizer: Tokenizer, template: ChatTemplate | undefined, card: PromptBounds) {
+  private constructor(tokenizer: Tokenizer, template: ChatTemplate | undefined, card: PromptBounds, clock: Clock) {
+    this.#clock = clock;
     this.tokenizer = tokenizer;
     this.#template = template;
     this.contextLength = card.contextLength;
@@ -52,19 +60,19 @@ export class Preprocessor {
 
   /** Throws `template-failed`, `context-length`, `invalid-field`, or `unsupported-operation` without a template. */
   chat(request: ChatRequest): ChatPrompt {
-    const startMs = performance.now();
+    const startMs = this.#clock.monotonicMs();
     const text = this.render(request);
-    const renderedMs = performance.now();
+    const renderedMs = this.#clock.monotonicMs();
     const tokenIds = this.#checkPrompt(this.tokenizer.encode(text, RENDERED), "messages");
-    return chatPrompt(text, tokenIds, startMs, renderedMs);
+    return this.#chatPrompt(text, tokenIds, startMs, renderedMs);
   }
 
   async chatSliced(request: ChatRequest, signal?: AbortSignal): Promise<ChatPrompt> {
-    const startMs = performance.now();
+    const startMs = this.#clock.monotonicMs();
     const text = this.render(request);
-    const renderedMs = performance.now();
+    const renderedMs = this.#clock.monotonicMs();
     const tokenIds = this.#checkPrompt(await this.tokenizer.encodeSliced(text, RENDERED, signal), "messages");
-    return chatPrompt(text, tokenIds, startMs, renderedMs);
+    return this.#chatPrompt(text, tokenIds, startMs, renderedMs);
   }
 
   /** The text that the model will see; what `chat` tokenizes. */
@@ -149,6 +157,11 @@ export class Preprocessor {
     if (tokensMin >= this.contextLength) throw this.#promptTooLong(tokensMin, param, "at least ");
   }
 
+  #chatPrompt(text: string, tokenIds: Uint32Array, startMs: number, renderedMs: number): ChatPrompt {
+    const tokenizeMs = this.#clock.monotonicMs() - renderedMs;
+    return { text, tokenIds, templateMs: renderedMs - startMs, tokenizeMs };
+  }
+
   #promptTooLong(tokens: number, param: "messages" | "prompt", bound = ""): DynamoError {
     return new DynamoError(
       "context-length",
@@ -157,10 +170,6 @@ export class Preprocessor {
       { param },
     );
   }
-}
-
-function chatPrompt(text: string, tokenIds: Uint32Array, startMs: number, renderedMs: number): ChatPrompt {
-  return { text, tokenIds, templateMs: renderedMs - startMs, tokenizeMs: performance.now() - renderedMs };
 }
 
 /** OpenAI's default for completions. */

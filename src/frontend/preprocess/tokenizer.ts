@@ -1,4 +1,5 @@
 import type { TokenizerArtifact } from "../../model/index.ts";
+import { systemClock, type Clock } from "../../std/index.ts";
 import { BpeTokenizer } from "./bpe-tokenizer.ts";
 
 export interface EncodeOptions {
@@ -37,8 +38,8 @@ export interface Tokenizer {
  * The artifact was checked (`decodeArtifact`). Own byte-level BPE where it fits, the library for every other kind.
  * Throws `model-file-invalid`.
  */
-export async function loadTokenizer(artifact: TokenizerArtifact): Promise<Tokenizer> {
-  const own = BpeTokenizer.tryCreate(artifact);
+export async function loadTokenizer(artifact: TokenizerArtifact, clock: Clock = systemClock): Promise<Tokenizer> {
+  const own = BpeTokenizer.tryCreate(artifact, clock);
   if (own !== undefined) return own;
   const { LibraryTokenizer } = await import("./library-tokenizer.ts");
   return LibraryTokenizer.create(artifact);

@@ -1,5 +1,5 @@
 import type { Discovery, JsonValue, Lease, Watch } from "../discovery/index.ts";
-import { randomId64 } from "../../std/index.ts";
+import { randomHexId, type Random } from "../../std/index.ts";
 import { checkName, type EndpointAddress } from "./endpoint-address.ts";
 import { isInstanceId, parseRecordKey, recordKey, recordPrefix, type InstanceRef } from "./record-key.ts";
 
@@ -28,8 +28,8 @@ const MAX_ADDRESS_LENGTH = 512;
 const ADDRESS = /^[a-z][a-z0-9+.-]{0,31}:\/\/[\x21-\x7e]+$/;
 
 /** A random 64-bit id as 16 hex digits. */
-export function newInstanceId(): string {
-  return randomId64().toString(16).padStart(16, "0");
+export function newInstanceId(random?: Random): string {
+  return randomHexId(random);
 }
 
 /** `v1/instances/{namespace}/{component}/{endpoint}/{instanceId}` */

@@ -1,3 +1,4 @@
+import type { Server } from "node:http";
 import type { Logger, Metrics } from "../../observability/index.ts";
 import type { Clock, Random } from "../../std/index.ts";
 import type { Discovery } from "../discovery/index.ts";
@@ -9,10 +10,18 @@ export interface Planes {
   readonly discovery: Discovery;
   readonly request: RequestPlane;
   readonly events: EventPlane;
+  /** Where HTTP servers listen. @default the system's network */
+  readonly http?: HttpNetwork;
   readonly clock: Clock;
   readonly random: Random;
   readonly logger: Logger;
   readonly metrics: Metrics;
+}
+
+/** Gives a server its connections, by its `connection` event. */
+export interface HttpNetwork {
+  /** Rejects with what `Server.listen` would emit. */
+  listen(server: Server, at: { readonly host: string; readonly port: number }): Promise<{ readonly port: number }>;
 }
 
 /** A started role: `startX(config, planes, signal)` gives one back when it is ready to serve. */

@@ -7,6 +7,8 @@ interface ChangeFeedOptions {
   readonly listener: (change: DiscoveryChange) => void;
   readonly logger: Logger;
   readonly onClose: (feed: ChangeFeed) => void;
+  /** Runs the telling of changes later, never at once. @default a microtask */
+  readonly schedule?: (run: () => void) => void;
 }
 
 /**
@@ -20,6 +22,7 @@ export class ChangeFeed implements Watch {
   readonly #told = new Map<string, StoredEntry>();
   #pending: { key: string; stored: StoredEntry | undefined }[] = [];
   #scheduled = false;
+  #paused = false;
   #closed = false;
 
   constructor(options: ChangeFeedOptions) {
@@ -36,11 +39,28 @@ export class ChangeFeed implements Watch {
 
   /** The key now has this entry, or none. Told in a later microtask: a caller's `put` never runs listeners inside it. */
   changed(key: string, stored: StoredEntry | undefined): void {
-    if (this.#closed || !key.startsWith(this.#options.prefix)) return;
+    if (this.#closed || this.#paused || !key.startsWith(this.#options.prefix)) return;
     this.#pending.push({ key, stored });
+    this.#wake();
+  }
+
+  /** The store cannot be read: what was told stays, changes pass unseen. */
+  pause(): void {
+    this.#paused = true;
+  }
+
+  /** It can be read again: tells what is different now. */
+  resume(table: ReadonlyMap<string, StoredEntry>): void {
+    if (!this.#paused) return;
+    this.#paused = false;
+    for (const key of this.#told.keys()) if (!table.has(key)) this.changed(key, undefined);
+    for (const stored of entriesUnder(this.#options.prefix, table)) this.changed(stored.entry.key, stored);
+  }
+
+  #wake(): void {
     if (this.#scheduled) return;
     this.#scheduled = true;
-    queueMicrotask(() => this.#drain());
+    (this.#options.schedule ?? queueMicrotask)(() => this.#drain());
   }
 
   #drain(): void {

@@ -1,6 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
-import { randomId64, type Clock, type TimerHandle } from "../../std/index.ts";
+import { randomHexId, type Clock, type TimerHandle } from "../../std/index.ts";
 import type { JsonValue, Lease } from "./base.ts";
 import type { Holder } from "./holder.ts";
 import { seal } from "./sealed-record.ts";
@@ -49,7 +49,7 @@ interface FileLeaseOptions {
  * id, and the winner takes the loser's file away. All steps of one lease run one after another.
  */
 export class FileLease implements Lease {
-  readonly id = randomId64().toString(16).padStart(16, "0");
+  readonly id = randomHexId();
   readonly lost: Promise<void>;
   readonly #options: FileLeaseOptions;
   readonly #keys = new Map<string, HeldKey>();

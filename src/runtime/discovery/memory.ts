@@ -1,6 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
-import { randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { randomHexId, systemClock, systemRandom, type Clock, type Random, type TimerHandle } from "../../std/index.ts";
 import type { Discovery, DiscoveryChange, DiscoveryEntry, DiscoveryHealth, JsonValue, Lease, Watch } from "./base.ts";
 import { ChangeFeed } from "./change-feed.ts";
 import {
@@ -18,12 +18,37 @@ import {
  * Discovery inside one process: the twin that tests, the simulator and single-process clusters use. One `MemoryStore` is
  * shared by one `MemoryDiscovery` per role. Everything happens at once; watchers are told in a microtask. A lease needs
  * no renewal, because its holder cannot die alone; `abandon` plays a killed holder, under virtual time too.
+ *
+ * A store with a clock of its own is one that holders can lose: they renew their leases (four times per TTL, by their own
+ * clocks), an unrenewed one expires, and `isReachable` cuts a holder off.
  * Cost: put and delete O(watchers); list O(entries log entries).
  */
+export interface MemoryStoreOptions {
+  /** @default none: leases need no renewal */
+  readonly clock?: Clock;
+}
+
+const RENEWALS_PER_TTL = 4;
+
 export class MemoryStore {
+  readonly #clock: Clock | undefined;
   readonly #entries = new Map<string, StoredEntry>();
   readonly #leases = new Map<string, MemoryLease>();
+  readonly #expiries = new Map<string, TimerHandle>();
   readonly #feeds = new Set<ChangeFeed>();
+
+  constructor({ clock }: MemoryStoreOptions = {}) {
+    this.#clock = clock;
+  }
+
+  /** Whether holders must renew. */
+  get expires(): boolean {
+    return this.#clock !== undefined;
+  }
+
+  get leaseCount(): number {
+    return this.#leases.size;
+  }
 
   get entries(): ReadonlyMap<string, StoredEntry> {
     return this.#entries;
@@ -32,6 +57,19 @@ export class MemoryStore {
   /** @internal */
   addLease(lease: MemoryLease): void {
     this.#leases.set(lease.id, lease);
+    this.renew(lease);
+  }
+
+  /** @internal False when the lease has ended. */
+  renew({ id, ttlMs }: MemoryLease): boolean {
+    if (!this.#leases.has(id)) return false;
+    if (this.#clock === undefined) return true;
+    this.#expiries.get(id)?.cancel();
+    this.#expiries.set(
+      id,
+      this.#clock.setTimer(ttlMs, () => this.removeLease(id)),
+    );
+    return true;
   }
 
   /** @internal */
@@ -47,6 +85,7 @@ export class MemoryStore {
 
   /** @internal */
   put(key: string, encoded: string, leaseId: string): void {
+    if (!this.#leases.has(leaseId)) throw leaseLost();
     const before = this.#entries.get(key);
     if (before === undefined && this.#entries.size >= MAX_ENTRIES) {
       throw new DynamoError("discovery-unavailable", `the discovery store is full: ${MAX_ENTRIES} entries`);
@@ -67,6 +106,8 @@ export class MemoryStore {
   /** @internal */
   removeLease(leaseId: string): void {
     if (!this.#leases.delete(leaseId)) return;
+    this.#expiries.get(leaseId)?.cancel();
+    this.#expiries.delete(leaseId);
     for (const stored of this.#entries.values()) this.delete(stored.entry.key, leaseId);
   }
 
@@ -83,29 +124,35 @@ export class MemoryStore {
 }
 
 class MemoryLease implements Lease {
-  readonly id = randomId64().toString(16).padStart(16, "0");
+  readonly id: string;
   readonly ttlMs: number;
   readonly lost: Promise<void>;
   readonly #store: MemoryStore;
   readonly #settleLost: () => void;
-  readonly #onEnd: (lease: MemoryLease) => void;
+  readonly #holder: LeaseHolder;
   #open = true;
+  #renewedMs: number;
+  #timer: TimerHandle | undefined;
 
-  constructor(store: MemoryStore, ttlMs: number, onEnd: (lease: MemoryLease) => void) {
+  constructor(id: string, store: MemoryStore, ttlMs: number, holder: LeaseHolder) {
+    this.id = id;
     this.#store = store;
     this.ttlMs = ttlMs;
-    this.#onEnd = onEnd;
+    this.#holder = holder;
+    this.#renewedMs = holder.clock.monotonicMs();
     const { promise, resolve } = Promise.withResolvers<void>();
     this.lost = promise;
     this.#settleLost = resolve;
     store.addLease(this);
+    if (store.expires) this.#renewLater();
   }
 
   put(key: string, value: JsonValue): Promise<void> {
     return attempt(() => {
       checkKey(key);
       const encoded = encodeValue(key, value);
-      if (!this.#open) throw new DynamoError("lease-lost", "the discovery lease has ended");
+      if (!this.#open) throw leaseLost();
+      requireReachable(this.#holder);
       this.#store.put(key, encoded, this.id);
     });
   }
@@ -113,6 +160,7 @@ class MemoryLease implements Lease {
   delete(key: string): Promise<void> {
     return attempt(() => {
       checkKey(key);
+      requireReachable(this.#holder);
       if (this.#open) this.#store.delete(key, this.id);
     });
   }
@@ -130,9 +178,39 @@ class MemoryLease implements Lease {
 
   #end(): void {
     this.#open = false;
-    this.#store.removeLease(this.id);
-    this.#onEnd(this);
+    this.#timer?.cancel();
+    // Out of reach, it is left to expire.
+    if (this.#holder.isReachable) this.#store.removeLease(this.id);
+    this.#holder.ended(this);
   }
+
+  #renewLater(): void {
+    this.#timer = this.#holder.clock.setTimer(this.ttlMs / RENEWALS_PER_TTL, () => this.#renew());
+  }
+
+  #renew(): void {
+    const nowMs = this.#holder.clock.monotonicMs();
+    if (this.#holder.isReachable) {
+      if (!this.#store.renew(this)) return this.expire();
+      this.#renewedMs = nowMs;
+    } else if (nowMs - this.#renewedMs >= this.ttlMs) return this.expire();
+    this.#renewLater();
+  }
+}
+
+/** What a lease needs of the discovery it was opened through. */
+interface LeaseHolder {
+  readonly clock: Clock;
+  readonly isReachable: boolean;
+  ended(lease: MemoryLease): void;
+}
+
+function leaseLost(): DynamoError {
+  return new DynamoError("lease-lost", "the discovery lease has ended");
+}
+
+function requireReachable(holder: Pick<LeaseHolder, "isReachable">): void {
+  if (!holder.isReachable) throw new DynamoError("discovery-unavailable", "the discovery store is out of reach");
 }
 
 export interface MemoryDiscoveryOptions {
@@ -140,20 +218,29 @@ export interface MemoryDiscoveryOptions {
   readonly store?: MemoryStore;
   readonly clock?: Clock;
   readonly logger?: Logger;
+  /** Of lease ids. @default the system's */
+  readonly random?: Random;
+  /** Runs the telling of watchers later, never at once. @default a microtask */
+  readonly schedule?: (run: () => void) => void;
 }
 
-export class MemoryDiscovery implements Discovery {
+export class MemoryDiscovery implements Discovery, LeaseHolder {
+  readonly clock: Clock;
   readonly #store: MemoryStore;
-  readonly #clock: Clock;
+  readonly #schedule: ((run: () => void) => void) | undefined;
+  #isReachable = true;
   readonly #logger: Logger;
+  readonly #random: Random;
   readonly #leases = new Set<MemoryLease>();
   readonly #feeds = new Set<ChangeFeed>();
   #open = true;
 
   constructor(options: MemoryDiscoveryOptions = {}) {
     this.#store = options.store ?? new MemoryStore();
-    this.#clock = options.clock ?? systemClock;
+    this.clock = options.clock ?? systemClock;
+    this.#schedule = options.schedule;
     this.#logger = options.logger ?? silentLogger;
+    this.#random = options.random ?? systemRandom;
   }
 
   openLease(options: { readonly ttlMs?: number } = {}): Promise<Lease> {
@@ -161,7 +248,7 @@ export class MemoryDiscovery implements Discovery {
       const ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
       checkTtl(ttlMs);
       this.#requireOpen();
-      const lease = new MemoryLease(this.#store, ttlMs, (ended) => this.#leases.delete(ended));
+      const lease = new MemoryLease(randomHexId(this.#random), this.#store, ttlMs, this);
       this.#leases.add(lease);
       return lease;
     });
@@ -183,6 +270,7 @@ export class MemoryDiscovery implements Discovery {
         prefix,
         listener,
         logger: this.#logger,
+        ...(this.#schedule === undefined ? {} : { schedule: this.#schedule }),
         onClose: (closed) => {
           this.#feeds.delete(closed);
           this.#store.removeFeed(closed);
@@ -195,7 +283,26 @@ export class MemoryDiscovery implements Discovery {
   }
 
   health(): DiscoveryHealth {
-    return this.#open ? { healthy: true } : { healthy: false, detail: "closed" };
+    if (!this.#open) return { healthy: false, detail: "closed" };
+    return this.#isReachable ? { healthy: true } : { healthy: false, detail: "the store is out of reach" };
+  }
+
+  get isReachable(): boolean {
+    return this.#isReachable;
+  }
+
+  /** Cuts this holder off from the store, or connects it again: see `MemoryStore`. */
+  set isReachable(isReachable: boolean) {
+    if (isReachable === this.#isReachable) return;
+    this.#isReachable = isReachable;
+    for (const feed of this.#feeds)
+      if (isReachable) feed.resume(this.#store.entries);
+      else feed.pause();
+  }
+
+  /** @internal */
+  ended(lease: MemoryLease): void {
+    this.#leases.delete(lease);
   }
 
   async close(): Promise<void> {
@@ -207,12 +314,13 @@ export class MemoryDiscovery implements Discovery {
   abandon(): void {
     this.#open = false;
     for (const feed of this.#feeds) void feed.close();
-    for (const lease of this.#leases) this.#clock.setTimer(lease.ttlMs, () => lease.expire());
+    if (!this.#store.expires) for (const lease of this.#leases) this.clock.setTimer(lease.ttlMs, () => lease.expire());
     this.#leases.clear();
   }
 
   #requireOpen(): void {
     if (!this.#open) throw new DynamoError("discovery-unavailable", "this discovery client is closed");
+    requireReachable(this);
   }
 }
 

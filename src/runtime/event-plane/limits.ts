@@ -1,5 +1,5 @@
 import { DynamoError } from "../../errors/index.ts";
-import { randomId64 } from "../../std/index.ts";
+import { randomHexId, type Random } from "../../std/index.ts";
 import type { PublisherRecord } from "./base.ts";
 
 /**
@@ -48,8 +48,8 @@ export function checkPayload(payload: Uint8Array): void {
 }
 
 /** The given id, checked, or a new random one. */
-export function publisherIdOf(given: string | undefined): string {
-  if (given === undefined) return randomId64().toString(16).padStart(16, "0");
+export function publisherIdOf(given: string | undefined, random?: Random): string {
+  if (given === undefined) return randomHexId(random);
   if (!PUBLISHER_ID.test(given)) {
     throw new DynamoError("internal", "expected a publisher id of 16 lower-case hex digits", {
       diagnostic: `got ${JSON.stringify(given)}`,

@@ -1,4 +1,4 @@
-import { randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { randomHexId, systemClock, systemRandom, type Clock, type Random, type TimerHandle } from "../../std/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
 import type { EventHandler, EventPlane, EventPublisher, EventSubscription, PublisherOptions } from "./base.ts";
 import { EventRing } from "./event-ring.ts";
@@ -32,8 +32,13 @@ export interface MemoryEventBusOptions {
     topic: string,
     publisherId: string,
     sequence: number,
+    /** The plane that would have got it, by its `name`. */
+    to: string,
   ) => boolean;
 }
+
+/** A beacon that was lost is sent again after this long, as over the network. */
+const BEACON_MS = 1_000;
 
 interface Topic {
   readonly publishers: Map<string, MemoryPublisher>;
@@ -76,6 +81,10 @@ export interface MemoryEventPlaneOptions {
   /** Runs the delivery of a batch later, never at once. @default setImmediate */
   readonly schedule?: (run: () => void) => void;
   readonly logger?: Logger;
+  /** Of the process, for `drop`. @default "" */
+  readonly name?: string;
+  /** Of ids. @default the system's */
+  readonly random?: Random;
 }
 
 export class MemoryEventPlane implements EventPlane {
@@ -83,12 +92,16 @@ export class MemoryEventPlane implements EventPlane {
   readonly #bus: MemoryEventBus;
   readonly #context: SourceContext;
   readonly #schedule: (run: () => void) => void;
+  readonly #random: Random;
+  readonly #name: string;
   readonly #open = new Set<MemoryPublisher | MemorySubscription>();
   #isClosed = false;
 
   constructor(options: MemoryEventPlaneOptions) {
     this.#bus = options.bus;
     this.#schedule = options.schedule ?? setImmediate;
+    this.#random = options.random ?? systemRandom;
+    this.#name = options.name ?? "";
     this.#context = {
       clock: options.clock ?? systemClock,
       logger: options.logger ?? silentLogger,
@@ -102,7 +115,8 @@ export class MemoryEventPlane implements EventPlane {
     const publisher = new MemoryPublisher(
       this.#bus,
       topic,
-      publisherIdOf(options.publisherId),
+      publisherIdOf(options.publisherId, this.#random),
+      randomHexId(this.#random),
       options.ringSize ?? DEFAULT_RING_EVENTS,
       this.statistics,
       () => this.#open.delete(publisher),
@@ -124,6 +138,7 @@ export class MemoryEventPlane implements EventPlane {
       handler,
       this.#context,
       this.#schedule,
+      this.#name,
       options.replay ?? false,
       () => this.#open.delete(subscription),
     );
@@ -135,28 +150,41 @@ export class MemoryEventPlane implements EventPlane {
     this.#isClosed = true;
     await Promise.all([...this.#open].map((opened) => opened.close()));
   }
+
+  /** As if this process was killed: it hears and says nothing more. Others learn of it with `close`, as its lease ends. */
+  abandon(): void {
+    this.#isClosed = true;
+    for (const opened of this.#open) {
+      if (opened instanceof MemoryPublisher) opened.isSilent = true;
+      else void opened.close();
+    }
+  }
 }
 
 class MemoryPublisher implements EventPublisher {
   readonly publisherId: string;
-  readonly epoch = randomId64().toString(16);
+  readonly epoch: string;
   readonly ring: EventRing;
   readonly #bus: MemoryEventBus;
   readonly #topicName: string;
   readonly #topic: Topic;
   readonly #statistics: EventPlaneStatistics;
   readonly #onClose: () => void;
+  /** Its process is gone without a word: it answers nothing. */
+  isSilent = false;
   #isClosed = false;
 
   constructor(
     bus: MemoryEventBus,
     topicName: string,
     publisherId: string,
+    epoch: string,
     ringSize: number,
     statistics: EventPlaneStatistics,
     onClose: () => void,
   ) {
     this.publisherId = publisherId;
+    this.epoch = epoch;
     this.ring = new EventRing(ringSize, RING_BYTES);
     this.#bus = bus;
     this.#topicName = topicName;
@@ -175,7 +203,8 @@ class MemoryPublisher implements EventPublisher {
     if (this.#isClosed || this.#topic.publishers.get(this.publisherId) !== this) return sequence;
     this.#statistics.published++;
     for (const subscription of this.#topic.subscriptions) {
-      if (this.#bus.drop("event", this.#topicName, this.publisherId, sequence)) subscription.missed(this);
+      if (this.#bus.drop("event", this.#topicName, this.publisherId, sequence, subscription.name))
+        subscription.missed(this);
       else subscription.enqueue(this, sequence, copy);
     }
     return sequence;
@@ -205,6 +234,7 @@ interface Waiting {
 const NO_BYTES = new Uint8Array(0);
 
 class MemorySubscription implements EventSubscription, SourceLink {
+  readonly name: string;
   readonly #bus: MemoryEventBus;
   readonly #topicName: string;
   readonly #topic: Topic;
@@ -218,6 +248,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
   #queuedEvents = 0;
   /** Publishers that lost an event to the full queue: their beacon follows when there is room again. */
   readonly #missed = new Set<MemoryPublisher>();
+  #beaconTimer: TimerHandle | undefined;
   #isScheduled = false;
   #isClosed = false;
 
@@ -227,6 +258,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
     handler: EventHandler,
     context: SourceContext,
     schedule: (run: () => void) => void,
+    name: string,
     replay: boolean,
     onClose: () => void,
   ) {
@@ -236,6 +268,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
     this.#handler = handler;
     this.#context = context;
     this.#schedule = schedule;
+    this.name = name;
     this.#onClose = onClose;
     this.#topic.subscriptions.add(this);
     for (const publisher of this.#topic.publishers.values()) this.#join(publisher, replay ? "earliest" : "latest");
@@ -270,6 +303,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
       if (source === undefined) return;
       this.#sources.delete(publisher);
       this.#publisherOf.delete(source);
+      this.#missed.delete(publisher);
       source.beacon(publisher.epoch, publisher.ring.newest);
       source.gone();
     });
@@ -278,6 +312,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
   close(): Promise<void> {
     if (this.#isClosed) return Promise.resolve();
     this.#isClosed = true;
+    this.#beaconTimer?.cancel();
     for (const source of this.#sources.values()) source.close();
     this.#sources.clear();
     this.#publisherOf.clear();
@@ -292,7 +327,7 @@ class MemorySubscription implements EventSubscription, SourceLink {
 
   ask(source: PublisherSource, askNumber: number, from: number, to: number): void {
     const publisher = this.#publisherOf.get(source)!;
-    if (this.#bus.drop("replay", this.#topicName, source.publisherId, from)) return;
+    if (publisher.isSilent || this.#bus.drop("replay", this.#topicName, source.publisherId, from, this.name)) return;
     this.#do(publisher, () => {
       const { first, payloads } = publisher.ring.page(from, to, REPLAY_EVENTS, REPLAY_BYTES);
       source.replayed(askNumber, publisher.epoch, first, publisher.ring.newest, payloads);
@@ -300,7 +335,8 @@ class MemorySubscription implements EventSubscription, SourceLink {
   }
 
   doubt(source: PublisherSource): void {
-    this.#beacon(this.#publisherOf.get(source)!);
+    const publisher = this.#publisherOf.get(source)!;
+    if (!this.#beacon(publisher)) this.missed(publisher);
   }
 
   #join(publisher: MemoryPublisher, start: "earliest" | "latest"): void {
@@ -314,13 +350,16 @@ class MemorySubscription implements EventSubscription, SourceLink {
     });
     this.#sources.set(publisher, source);
     this.#publisherOf.set(source, publisher);
-    this.#beacon(publisher);
+    if (!this.#beacon(publisher)) this.missed(publisher);
   }
 
-  #beacon(publisher: MemoryPublisher): void {
+  /** False when it was lost. */
+  #beacon(publisher: MemoryPublisher): boolean {
     const newest = publisher.ring.newest;
-    if (this.#bus.drop("beacon", this.#topicName, publisher.publisherId, newest)) return;
+    if (publisher.isSilent) return true;
+    if (this.#bus.drop("beacon", this.#topicName, publisher.publisherId, newest, this.name)) return false;
     this.#do(publisher, () => this.#sources.get(publisher)?.beacon(publisher.epoch, newest));
+    return true;
   }
 
   #do(publisher: MemoryPublisher, run: () => void): void {
@@ -349,7 +388,12 @@ class MemorySubscription implements EventSubscription, SourceLink {
       if (run !== undefined) run();
       else this.#sources.get(publisher)?.live(sequence, payload);
     }
-    for (const publisher of this.#missed) this.#beacon(publisher);
-    this.#missed.clear();
+    for (const publisher of this.#missed) if (this.#beacon(publisher)) this.#missed.delete(publisher);
+    if (this.#missed.size > 0) this.#beaconTimer ??= this.#context.clock.setTimer(BEACON_MS, () => this.#beaconAgain());
+  }
+
+  #beaconAgain(): void {
+    this.#beaconTimer = undefined;
+    this.#wake();
   }
 }

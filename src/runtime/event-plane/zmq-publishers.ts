@@ -1,6 +1,6 @@
 import type { Router, XPublisher } from "zeromq";
 import { DynamoError } from "../../errors/index.ts";
-import { randomId64, type TimerHandle } from "../../std/index.ts";
+import { randomHexId, type TimerHandle } from "../../std/index.ts";
 import { EventRing } from "./event-ring.ts";
 import { BEACON_DELAYS_MS, REPLAY_BYTES, REPLAY_EVENTS, RING_BYTES, checkPayload } from "./limits.ts";
 import type { SourceContext } from "./publisher-source.ts";
@@ -211,7 +211,7 @@ export class PublisherRing {
     this.key = key;
     this.topic = topic;
     this.publisherId = publisherId;
-    this.epoch = randomId64().toString(16).padStart(16, "0");
+    this.epoch = randomHexId();
     this.events = new EventRing(ringSize, RING_BYTES);
     this.topicFrame = Buffer.from(topic, "latin1");
     this.beaconFrame = Buffer.from(BEACON_PREFIX + topic, "latin1");

@@ -1,4 +1,3 @@
-import type { Socket } from "node:net";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import type { CounterChild, GaugeChild, Metrics } from "../../observability/index.ts";
 import type { Clock } from "../../std/index.ts";
@@ -8,6 +7,7 @@ import { encodeRefuse } from "./hello.ts";
 import type { Heartbeat } from "./heartbeat.ts";
 import type { Link } from "./link.ts";
 import { Outbox } from "./outbox.ts";
+import type { PlaneSocket } from "./tcp-network.ts";
 
 /**
  * One socket that carries frames: cuts what comes in, sends the outbox with one write per flush, answers PING, and ends
@@ -53,7 +53,7 @@ export class ConnectionMetrics {
 }
 
 export interface ConnectionOptions {
-  readonly socket: Socket;
+  readonly socket: PlaneSocket;
   readonly owner: ConnectionOwner;
   readonly flusher: Flusher;
   readonly heartbeat: Heartbeat;
@@ -73,7 +73,7 @@ export class Connection implements Link, FrameSink {
   lastReceivedMs: number;
   /** True after the end, whoever made it: nothing is delivered or sent any more. */
   closed = false;
-  readonly #socket: Socket;
+  readonly #socket: PlaneSocket;
   readonly #owner: ConnectionOwner;
   readonly #flusher: Flusher;
   readonly #heartbeat: Heartbeat;

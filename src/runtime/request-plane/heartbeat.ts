@@ -1,5 +1,4 @@
 import type { Clock, TimerHandle } from "../../std/index.ts";
-import { onNextTurn } from "./flusher.ts";
 
 /**
  * Finds peers that are gone without a word: half-open connections, stopped or frozen processes. One timer for all
@@ -57,7 +56,7 @@ export class Heartbeat {
   }
 
   #nextTimer(): TimerHandle {
-    return this.#clock.setTimer(this.#beatMs / 4, () => onNextTurn(() => this.#judge()));
+    return this.#clock.setTimer(this.#beatMs / 4, () => this.#clock.nextTurn(() => this.#judge()));
   }
 
   #judge(): void {

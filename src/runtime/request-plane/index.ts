@@ -7,3 +7,4 @@ export {
   type MemoryRequestPlaneOptions,
 } from "./memory.ts";
 export { TcpRequestPlane, type TcpRequestPlaneOptions } from "./tcp.ts";
+export type { PlaneListener, PlaneSocket, TcpNetwork } from "./tcp-network.ts";

@@ -1,4 +1,3 @@
-import { connect, type Socket } from "node:net";
 import { DynamoError } from "../../errors/index.ts";
 import type { GaugeChild } from "../../observability/index.ts";
 import type { TimerHandle } from "../../std/index.ts";
@@ -6,7 +5,7 @@ import type { ClientStream, ClientStreamHandler, OpenOptions, RequestPlaneClient
 import { ClientSession } from "./client-session.ts";
 import { openStream, type ClientCore } from "./client-stream.ts";
 import { Connection, ConnectionMetrics, type ConnectionOwner } from "./connection.ts";
-import { Flusher, onNextTurn } from "./flusher.ts";
+import { Flusher } from "./flusher.ts";
 import { CLIENT_FRAMES, FRAME, decodeError } from "./frame.ts";
 import {
   commonVersion,
@@ -47,7 +46,7 @@ interface Failure {
 export class TcpClient implements RequestPlaneClient {
   readonly #context: TcpContext;
   readonly #core: ClientCore;
-  readonly #flusher = new Flusher();
+  readonly #flusher: Flusher;
   readonly #metrics: ConnectionMetrics;
   readonly #peers = new Map<string, TcpClientConnection>();
   /** Connections that closed for new streams or are closing. */
@@ -57,12 +56,13 @@ export class TcpClient implements RequestPlaneClient {
 
   constructor(context: TcpContext) {
     this.#context = context;
+    this.#flusher = new Flusher(context.schedule);
     this.#metrics = new ConnectionMetrics(context.metrics, "client");
     const inflight: GaugeChild = context.metrics.gauge("dynamo_request_plane_inflight").labels();
     this.#core = {
       clock: context.clock,
       wheel: context.wheel,
-      schedule: onNextTurn,
+      schedule: context.schedule,
       logger: context.logger,
       maxFrameBytes: context.limits.maxFrameBytes,
       inflight,
@@ -156,9 +156,8 @@ class TcpClientConnection implements ConnectionOwner {
     this.#context = context;
     this.#deps = deps;
     const { limits, connectTimeoutMs } = context;
-    const socket: Socket = connect({ host: target.host, port: target.port, noDelay: true });
     this.#connection = new Connection({
-      socket,
+      socket: context.network.connect(target),
       owner: this,
       flusher: deps.flusher,
       heartbeat: context.heartbeat,

@@ -1,4 +1,3 @@
-import { createServer, type Server, type Socket } from "node:net";
 import { networkInterfaces } from "node:os";
 import { DynamoError } from "../../errors/index.ts";
 import type { EndpointHandler, RequestPlaneServer } from "./base.ts";
@@ -9,6 +8,7 @@ import { commonVersion, decodeHello, encodeHello, encodeWelcome, newNonce, proof
 import { ServerCore } from "./server-core.ts";
 import { ServerSession } from "./server-session.ts";
 import type { TcpContext } from "./tcp-context.ts";
+import type { PlaneListener, PlaneSocket } from "./tcp-network.ts";
 
 /**
  * The listening end of the TCP request plane. Takes connections up to the limit, gives each a hello and, when that is
@@ -17,9 +17,9 @@ import type { TcpContext } from "./tcp-context.ts";
 export class TcpServer implements RequestPlaneServer {
   readonly #context: TcpContext;
   readonly #core: ServerCore;
-  readonly #flusher = new Flusher();
+  readonly #flusher: Flusher;
   readonly #metrics: ConnectionMetrics;
-  readonly #server: Server;
+  readonly #server: PlaneListener;
   readonly #connections = new Set<TcpServerConnection>();
   readonly #logged = new Set<string>();
   #address = "";
@@ -35,8 +35,9 @@ export class TcpServer implements RequestPlaneServer {
   private constructor(context: TcpContext) {
     this.#context = context;
     this.#core = new ServerCore(context);
+    this.#flusher = new Flusher(context.schedule);
     this.#metrics = new ConnectionMetrics(context.metrics, "server");
-    this.#server = createServer({ noDelay: true }, (socket) => this.#onSocket(socket));
+    this.#server = context.network.createServer((socket) => this.#onSocket(socket));
     this.#server.maxConnections = context.limits.maxConnections;
     this.#server.on("drop", () => this.onRefused("too many connections", "unknown"));
   }
@@ -90,7 +91,7 @@ export class TcpServer implements RequestPlaneServer {
     this.#address = formatAddress(advertiseHost ?? reachableHost(bound.address), bound.port);
   }
 
-  #onSocket(socket: Socket): void {
+  #onSocket(socket: PlaneSocket): void {
     const connection = new TcpServerConnection(socket, this.#context, {
       core: this.#core,
       flusher: this.#flusher,
@@ -126,7 +127,7 @@ class TcpServerConnection implements ConnectionOwner {
   readonly #peer: string;
   readonly #helloTimer: { cancel(): void };
 
-  constructor(socket: Socket, context: TcpContext, deps: ServerConnectionDeps) {
+  constructor(socket: PlaneSocket, context: TcpContext, deps: ServerConnectionDeps) {
     this.#context = context;
     this.#deps = deps;
     this.#peer = `${socket.remoteAddress ?? "?"}:${socket.remotePort ?? 0}`;

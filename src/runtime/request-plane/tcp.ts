@@ -1,10 +1,11 @@
 import { Metrics, silentLogger, type Logger } from "../../observability/index.ts";
-import { TimerWheel, randomId64, systemClock, type Clock } from "../../std/index.ts";
+import { TimerWheel, randomId64, systemClock, type Clock, type Random } from "../../std/index.ts";
 import type { RequestPlane, RequestPlaneClient, RequestPlaneServer } from "./base.ts";
 import { Heartbeat } from "./heartbeat.ts";
 import { DEFAULT_LIMITS, type RequestPlaneLimits } from "./limits.ts";
 import { TcpClient } from "./tcp-client.ts";
 import type { TcpContext } from "./tcp-context.ts";
+import { systemNetwork, type TcpNetwork } from "./tcp-network.ts";
 import { TcpServer } from "./tcp-server.ts";
 
 /**
@@ -30,6 +31,10 @@ export interface TcpRequestPlaneOptions {
   /** For connection and hello together. @default 3000 */
   readonly connectTimeoutMs?: number;
   readonly limits?: Partial<RequestPlaneLimits>;
+  /** @default the system's */
+  readonly network?: TcpNetwork;
+  /** Of the id that peers are shown. @default the system's */
+  readonly random?: Random;
 }
 
 export class TcpRequestPlane implements RequestPlane {
@@ -40,11 +45,13 @@ export class TcpRequestPlane implements RequestPlane {
   constructor(options: TcpRequestPlaneOptions = {}) {
     const clock = options.clock ?? systemClock;
     this.#context = {
+      network: options.network ?? systemNetwork,
       host: options.host ?? "127.0.0.1",
       port: options.port ?? 0,
       advertiseHost: options.advertiseHost,
       clusterSecret: options.clusterSecret === "" ? undefined : options.clusterSecret,
       clock,
+      schedule: (run) => clock.nextTurn(run),
       logger: options.logger ?? silentLogger,
       metrics: options.metrics ?? new Metrics(),
       connectTimeoutMs: options.connectTimeoutMs ?? 3_000,
@@ -55,7 +62,7 @@ export class TcpRequestPlane implements RequestPlane {
         beatMs: options.heartbeatMs ?? 1_000,
         misses: options.heartbeatMisses ?? 3,
       }),
-      peerId: randomId64(),
+      peerId: randomId64(options.random),
     };
     this.client = new TcpClient(this.#context);
   }

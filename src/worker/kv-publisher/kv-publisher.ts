@@ -3,7 +3,7 @@ import type { CounterChild, Logger } from "../../observability/index.ts";
 import { decodeKvQuery, encodeKvEventBatch, kvQueryEndpoint, type KvEvent } from "../../protocol/index.ts";
 import type { EventPublisher } from "../../runtime/event-plane/index.ts";
 import type { EndpointHandler } from "../../runtime/request-plane/index.ts";
-import { randomId64, type Clock } from "../../std/index.ts";
+import { randomId64, type Clock, type Random } from "../../std/index.ts";
 import { RankEventLog } from "./rank-event-log.ts";
 
 /**
@@ -15,6 +15,8 @@ import { RankEventLog } from "./rank-event-log.ts";
 export interface KvPublisherOptions {
   readonly publisher: EventPublisher;
   readonly clock: Clock;
+  /** @default the system's */
+  readonly random?: Random;
   readonly logger: Logger;
   /** Counts blocks and events that routers are not told. */
   readonly dropped: CounterChild;
@@ -38,7 +40,7 @@ export class KvPublisher {
 
   constructor(options: KvPublisherOptions) {
     this.#options = options;
-    this.epoch = options.epoch ?? Number(randomId64() & 0xffff_ffff_fffen) + 1;
+    this.epoch = options.epoch ?? Number(randomId64(options.random) & 0xffff_ffff_fffen) + 1;
   }
 
   /** One engine step. Takes ownership of the events. */

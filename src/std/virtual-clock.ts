@@ -1,8 +1,8 @@
-import type { Clock, TimerHandle } from "../std/index.ts";
+import type { Clock, TimerHandle } from "./clock.ts";
 
 /**
- * Virtual time for millions of timers: a binary heap by due time, then by creation. `std`'s ManualClock looks through all
- * timers each time, which suits tests with a few. `runNext` moves time to the next timer and runs it.
+ * Virtual time for millions of timers: a binary heap by due time, then by creation. ManualClock looks through all timers
+ * each time, which suits tests with a few. A turn is a timer that is due now. `runNext` moves time to the next timer and runs it.
  */
 class Timer implements TimerHandle {
   readonly dueMs: number;
@@ -50,6 +50,10 @@ export class VirtualClock implements Clock {
     }
     heap[at] = timer;
     return timer;
+  }
+
+  nextTurn(run: () => void): void {
+    this.setTimer(0, run);
   }
 
   /** False when there is no timer. */
