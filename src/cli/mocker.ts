@@ -4,7 +4,7 @@ import type { MockerEngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
 import { artifactFromPath, unknownModel, vocabularySizeOf, type StoredModel } from "../model/index.ts";
 import type { Planes, RunningRole } from "../runtime/component/index.ts";
-import { startWorker, type RunningWorker, type WorkerConfig } from "../worker/index.ts";
+import { loadServedTokenizer, startWorker, type RunningWorker, type WorkerConfig } from "../worker/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { parseReasoningFlag, readEngineArgs } from "./mocker-engine-args.ts";
 import type { OptionName } from "./options.ts";
@@ -15,7 +15,7 @@ import { runRole } from "./run-role.ts";
 
 /**
  * `dynamo mocker`: workers with the mock engine, any number of them in one process. Each has planes and an instance id of
- * its own, so that nobody can tell them from processes; only the log and the process id are shared.
+ * its own, so that nobody can tell them from processes; only the log, the process id and the tokenizer are shared.
  */
 export async function run({ argv, env }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "mocker", argv, env });
@@ -57,6 +57,7 @@ async function startWorkers(
   first: Planes,
   signal: AbortSignal,
 ): Promise<StartedWorkers> {
+  const tokenizer = await loadServedTokenizer(config, first.logger);
   const workers: RunningWorker[] = [];
   const ownPlanes: BuiltPlanes[] = [];
   const leave = async (): Promise<void> => {
@@ -70,7 +71,7 @@ async function startWorkers(
       }
       let planes = first;
       if (workers.length > 0) ownPlanes.push((planes = await buildPlanes(values, first.logger)) as BuiltPlanes);
-      workers.push(await startWorker(config, planes, signal));
+      workers.push(await startWorker(config, planes, signal, { tokenizer }));
     }
   } catch (thrown) {
     await leave();

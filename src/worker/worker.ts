@@ -1,16 +1,7 @@
-import { createHash } from "node:crypto";
 import { hostname } from "node:os";
 import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
 import { toDynamoError } from "../errors/index.ts";
-import {
-  artifactFromPath,
-  byteArtifact,
-  chooseChatTemplate,
-  encodeArtifact,
-  vocabularySizeOf,
-  type TokenizerArtifact,
-} from "../model/index.ts";
-import { startSystemServer, type Logger } from "../observability/index.ts";
+import { startSystemServer } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
   GENERATE_ENDPOINT,
@@ -37,6 +28,7 @@ import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
+import { loadServedTokenizer, type ServedTokenizer } from "./served-tokenizer.ts";
 import { WorkerMetrics } from "./worker-metrics.ts";
 
 export interface RunningWorker extends RunningRole {
@@ -48,23 +40,30 @@ export interface RunningWorker extends RunningRole {
   load(): LoadSnapshot;
 }
 
+/** What a worker makes by itself unless it is given. */
+export interface WorkerParts {
+  /** Of workers that share one. @default read from the engine's model */
+  readonly tokenizer?: ServedTokenizer;
+  /** For engines that come from elsewhere, such as the simulator's, which fail when told. @default loadEngine */
+  readonly makeEngine?: typeof loadEngine;
+}
+
 /** Long enough for a cold engine's first step on a busy machine. */
 const CANARY_TIMEOUT_MS = 60_000;
 
 /**
  * The worker role: starts its engine, proves with a canary over its own request plane that it answers, and only then
- * registers. Serves until drained (unregister, finish, leave) or until its engine dies, which rejects `done`. `makeEngine` is
- * for engines that come from elsewhere, such as the simulator's, which fail when told.
+ * registers. Serves until drained (unregister, finish, leave) or until its engine dies, which rejects `done`.
  */
 export async function startWorker(
   config: WorkerConfig,
   planes: Planes,
   signal: AbortSignal,
-  makeEngine: typeof loadEngine = loadEngine,
+  parts: WorkerParts = {},
 ): Promise<RunningWorker> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
-    return await start(config, planes, signal, makeEngine, lifecycle);
+    return await start(config, planes, signal, lifecycle, parts);
   } catch (thrown) {
     await lifecycle.stop();
     throw toDynamoError(thrown);
@@ -75,8 +74,8 @@ async function start(
   config: WorkerConfig,
   planes: Planes,
   signal: AbortSignal,
-  makeEngine: typeof loadEngine,
   lifecycle: RoleLifecycle,
+  parts: WorkerParts,
 ): Promise<RunningWorker> {
   const { clock, logger, discovery } = planes;
   const startMs = clock.monotonicMs();
@@ -93,7 +92,7 @@ async function start(
 
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
-  const engine = await makeEngine(config.engine, { logger, clock });
+  const engine = await (parts.makeEngine ?? loadEngine)(config.engine, { logger, clock });
   lifecycle.defer("engine", () => engine.stop());
   const service = new GenerateService({
     engine,
@@ -121,19 +120,21 @@ async function start(
       lifecycle.fail(error);
     },
   };
-  const [info, artifact] = await Promise.all([engine.start(sink, signal), loadArtifact(config, logger)]);
+  const [info, tokenizer] = await Promise.all([
+    engine.start(sink, signal),
+    parts.tokenizer ?? loadServedTokenizer(config, logger),
+  ]);
   metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
 
-  const artifactBytes = encodeArtifact(artifact);
   server.serve(address(GENERATE_ENDPOINT), service.handle);
-  server.serve(address(TOKENIZER_ENDPOINT), serveBytes(artifactBytes));
+  server.serve(address(TOKENIZER_ENDPOINT), serveBytes(tokenizer.bytes));
   server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
   for (const { name, handler } of kvEvents.endpoints(info.dataParallelSize)) server.serve(address(name), handler);
   await runCanary(planes.request.client, {
     address: server.address,
     endpoint: address(GENERATE_ENDPOINT),
     model: config.modelName,
-    tokenIds: Uint32Array.of(artifact.bosTokenId ?? 1),
+    tokenIds: Uint32Array.of(tokenizer.bosTokenId ?? 1),
     timeoutMs: CANARY_TIMEOUT_MS,
   });
 
@@ -168,7 +169,7 @@ async function start(
     host: hostname(),
     startedMs: clock.wallMs(),
   };
-  const card = modelCard(config, info, artifact, artifactBytes, clock.wallMs());
+  const card = modelCard(config, info, tokenizer, clock.wallMs());
   await registerInstance(lease, instance);
   await registerCard(lease, instance, { ...card });
   void lease.lost.then(() => lifecycle.fail(new Error("the discovery lease was lost")));
@@ -197,20 +198,10 @@ function ranksOf(engine: WorkerConfig["engine"]): number {
   return engine.kind === "mocker" ? engine.dataParallelSize : 1;
 }
 
-/** Async so that it runs beside the engine's start, and so that its failure is one of both. */
-async function loadArtifact({ engine, chatTemplatePath }: WorkerConfig, logger: Logger): Promise<TokenizerArtifact> {
-  if (engine.modelPath === undefined) return byteArtifact();
-  const own = artifactFromPath(engine.modelPath);
-  const { artifact, from } = chooseChatTemplate(own, engine.modelPath, chatTemplatePath);
-  if (from !== "model file") logger.info(`chat template: ${from}`);
-  return artifact;
-}
-
 function modelCard(
   config: WorkerConfig,
   info: EngineInfo,
-  artifact: TokenizerArtifact,
-  artifactBytes: Uint8Array,
+  tokenizer: ServedTokenizer,
   wallMs: number,
 ): ModelCard {
   return {
@@ -225,10 +216,10 @@ function modelCard(
     maxBatchedTokens: info.maxBatchedTokens,
     dataParallelSize: info.dataParallelSize,
     // Engines without weights take any token: what their tokenizer knows is the bound then.
-    vocabularySize: config.engine.kind === "llama" ? info.vocabularySize : vocabularySizeOf(artifact),
-    tokenizerSha256: createHash("sha256").update(artifactBytes).digest("hex"),
-    tokenizerBytes: artifactBytes.length,
-    types: artifact.chatTemplate === undefined ? ["completions"] : ["chat", "completions"],
+    vocabularySize: config.engine.kind === "llama" ? info.vocabularySize : tokenizer.vocabularySize,
+    tokenizerSha256: tokenizer.sha256,
+    tokenizerBytes: tokenizer.bytes.length,
+    types: tokenizer.hasChatTemplate ? ["chat", "completions"] : ["completions"],
     created: Math.floor(wallMs / 1_000),
   };
 }
