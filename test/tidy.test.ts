@@ -24,6 +24,7 @@ const ALLOWED: Record<string, readonly string[]> = {
   "runtime/event-plane": BASE,
   model: [...BASE, "protocol"],
   "perf-model": BASE,
+  kvbm: [...BASE, "tokens", "protocol"],
   engines: [...BASE, "tokens", "protocol", "engines/echo", "engines/llama", "engines/mocker"],
   "engines/echo": [...BASE, "tokens", "protocol", "engines"],
   "engines/llama": [...BASE, "tokens", "protocol", "engines"],
