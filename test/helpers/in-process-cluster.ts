@@ -60,6 +60,8 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
   const network = new MemoryNetwork();
   const bus = new MemoryEventBus(options.drop === undefined ? {} : { drop: options.drop });
   const logger = options.logger ?? silentLogger;
+  // One for all: ids are drawn from it.
+  const random = new SeededRandom(1);
   const opened: Planes[] = [];
   const planes = (): Planes => {
     const clock = systemClock;
@@ -68,7 +70,7 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
       request: new MemoryRequestPlane({ network, clock }),
       events: new MemoryEventPlane({ bus, clock }),
       clock,
-      random: new SeededRandom(1),
+      random,
       logger,
       metrics: new Metrics(),
     };
