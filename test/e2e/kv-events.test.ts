@@ -75,7 +75,7 @@ async function whole(baseUrl: string, workers: number): Promise<void> {
 
 /** Conversations that grow and fall back, so that prefixes are shared, extended, evicted and computed again. */
 function promptOf(i: number): string {
-  return `conversation ${i % 5}: ${"and then she said ".repeat(2 + ((i * 7) % 17))}`;
+  return `conversation ${i % 11}: ${"and then she said ".repeat(2 + ((i * 7) % 17))}`;
 }
 
 describe("KV events of a whole cluster", () => {
