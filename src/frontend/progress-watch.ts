@@ -84,7 +84,7 @@ export class ProgressWatch {
     const error = new DynamoError("worker-stalled", "the worker gave no token for any of its requests for too long", {
       diagnostic: `worker ${instanceId}, ${worker.streams.size} streams, ${this.#limitMs} ms`,
     });
-    for (const stream of [...worker.streams]) stream.onStalled(error);
+    for (const stream of Array.from(worker.streams)) stream.onStalled(error);
   }
 }
 

@@ -105,7 +105,11 @@ export function decodeRequest(bytes: Uint8Array): PreprocessedRequest {
     if (reader.remaining % 4 !== 0) throw new Error("the token part is not a multiple of 4 bytes");
     const tokenIds = reader.u32s(reader.remaining / 4);
     const { resumedTokens = 0 } = meta;
-    if (!Number.isInteger(resumedTokens) || resumedTokens < 0 || (resumedTokens > 0 && resumedTokens >= tokenIds.length)) {
+    if (
+      !Number.isInteger(resumedTokens) ||
+      resumedTokens < 0 ||
+      (resumedTokens > 0 && resumedTokens >= tokenIds.length)
+    ) {
       throw new Error(`${resumedTokens} of ${tokenIds.length} tokens cannot be resumed ones`);
     }
     return { ...meta, tokenIds };

@@ -371,7 +371,7 @@ describe("migration, break by break", { timeout: 120_000 }, () => {
         if (status === 500) assert.match(text, /did not take the request/);
         else assert.equal((JSON.parse(text) as Answer).choices[0]!.text, ANSWER.toString());
       }
-      assert.deepEqual(statuses.toSorted(), [200, 500]);
+      assert.deepEqual(new Set(statuses), new Set([200, 500]));
     });
   });
 

@@ -360,7 +360,8 @@ export class EchoEngine implements Engine {
     });
     if (output.promptLogprobs && stream.lease !== undefined) {
       const records: TokenLogprob[] = [];
-      for (const id of tokenIds.subarray(1, stream.promptTokens)) records.push(this.#logprobOf(id, Math.max(0, output.topLogprobs)));
+      for (const id of tokenIds.subarray(1, stream.promptTokens))
+        records.push(this.#logprobOf(id, Math.max(0, output.topLogprobs)));
       this.#writer.promptLogprobs(records);
     }
   }
