@@ -28,6 +28,7 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
     engine: await mockEngineConfig(resolved, model),
     modelName: values["model-name"] ?? model?.name ?? "mocker",
     maxQueuedRequests: values["engine-request-limit"],
+    engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],
   };

@@ -1,5 +1,5 @@
 import { Metrics, type Logger } from "../observability/index.ts";
-import { discoveryPublisherDirectory, type Planes } from "../runtime/component/index.ts";
+import { discoveryPublisherDirectory, openLastingLease, type Planes } from "../runtime/component/index.ts";
 import type { Discovery, Lease } from "../runtime/discovery/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
 import type { RequestPlane } from "../runtime/request-plane/index.ts";
@@ -79,7 +79,7 @@ export async function buildEventPlane(
   if (values["event-plane"] === "memory") return new MemoryEventPlane({ bus: new MemoryEventBus(), clock });
   // Publishers of this process share one lease, opened by the first of them: a frontend never opens one.
   let lease: Promise<Lease> | undefined;
-  const openLease = (): Promise<Lease> => (lease ??= discovery.openLease());
+  const openLease = (): Promise<Lease> => (lease ??= openLastingLease(discovery, { clock, logger }));
   const advertisedHost = values["zmq-advertise-host"];
   return new ZmqEventPlane({
     directory: discoveryPublisherDirectory(discovery, openLease, values.namespace),

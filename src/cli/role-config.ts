@@ -100,6 +100,7 @@ export function workerConfig(values: OptionValues, store: ModelStore): WorkerCon
     modelName: servedName(values, model),
     ...(values["custom-jinja-template"] === undefined ? {} : { chatTemplatePath: values["custom-jinja-template"] }),
     maxQueuedRequests: values["engine-request-limit"],
+    engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],
   };

@@ -6,6 +6,7 @@ import {
   RoleLifecycle,
   formatEndpoint,
   newInstanceId,
+  openLastingLease,
   registerInstance,
   type Planes,
   type RunningRole,
@@ -73,7 +74,7 @@ async function start(
         });
   if (systemServer !== undefined) lifecycle.defer("system server", () => systemServer.close());
 
-  const lease = await discovery.openLease();
+  const lease = await openLastingLease(discovery, { clock, logger });
   lifecycle.defer("lease", () => lease.close());
   await registerInstance(lease, {
     namespace,
@@ -85,7 +86,6 @@ async function start(
     host: hostname(),
     startedMs: clock.wallMs(),
   });
-  void lease.lost.then(() => lifecycle.fail(new Error("the discovery lease was lost")));
   lifecycle.onDrain(() => lease.close());
   lifecycle.ready(signal);
   logger.info({ instance: instanceId, mode: routerMode, address: server.address }, "router ready");

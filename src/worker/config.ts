@@ -15,6 +15,10 @@ export interface WorkerConfig {
   /** Streams a worker takes before it answers `worker-full`. */
   readonly maxQueuedRequests: number;
   readonly drainTimeoutMs: number;
+  /** Work but no engine step for so long: the worker fails. 0 = it waits for ever. @default 60000 */
+  readonly engineStallMs?: number;
+  /** An engine without work for so long is asked for a token. @default 60000 */
+  readonly idleCanaryMs?: number;
   /** Where `/health`, `/live` and `/metrics` of this worker are served on loopback; 0 = any free port, undefined = nowhere. */
   readonly systemPort: number | undefined;
 }

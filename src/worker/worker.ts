@@ -1,6 +1,6 @@
 import { hostname } from "node:os";
 import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
-import { toDynamoError } from "../errors/index.ts";
+import { DynamoError, toDynamoError } from "../errors/index.ts";
 import { startSystemServer } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
@@ -15,6 +15,7 @@ import {
   RoleLifecycle,
   formatEndpoint,
   newInstanceId,
+  openLastingLease,
   registerCard,
   registerInstance,
   type Instance,
@@ -24,6 +25,7 @@ import {
 import type { EndpointHandler } from "../runtime/request-plane/index.ts";
 import { runCanary } from "./canary.ts";
 import type { WorkerConfig } from "./config.ts";
+import { watchEngine } from "./engine-watch.ts";
 import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
@@ -50,6 +52,9 @@ export interface WorkerParts {
 
 /** Long enough for a cold engine's first step on a busy machine. */
 const CANARY_TIMEOUT_MS = 60_000;
+const ENGINE_STALL_MS = 60_000;
+/** Of an engine without work, before it is asked for a sign of life. */
+const IDLE_CANARY_MS = 60_000;
 
 /**
  * The worker role: starts its engine, proves with a canary over its own request plane that it answers, and only then
@@ -112,13 +117,21 @@ async function start(
     dropped: metrics.droppedKvEvents,
   });
   lifecycle.defer("KV event log", () => kvEvents.close());
+  // What runs at the end of the drain time is handed over: whoever sent it goes on with another worker.
+  lifecycle.defer("running requests", () =>
+    service.failAll(new DynamoError("draining", "the worker is shutting down")),
+  );
+  const fail = (error: DynamoError): void => {
+    if (lifecycle.state !== "stopped")
+      logger.error({ reason: error.reason, diagnostic: error.diagnostic }, error.publicMessage);
+    // At once, so that the requests go on elsewhere while this process takes leave.
+    service.failAll(error);
+    lifecycle.fail(error);
+  };
   const sink: EngineSink = {
     onStep: (step) => service.onStep(step),
     onKvEvents: (events) => kvEvents.onKvEvents(events),
-    onFatal: (error) => {
-      service.failAll(error);
-      lifecycle.fail(error);
-    },
+    onFatal: (error) => fail(error),
   };
   const [info, tokenizer] = await Promise.all([
     engine.start(sink, signal),
@@ -130,13 +143,15 @@ async function start(
   server.serve(address(TOKENIZER_ENDPOINT), serveBytes(tokenizer.bytes));
   server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
   for (const { name, handler } of kvEvents.endpoints(info.dataParallelSize)) server.serve(address(name), handler);
-  await runCanary(planes.request.client, {
-    address: server.address,
-    endpoint: address(GENERATE_ENDPOINT),
-    model: config.modelName,
-    tokenIds: Uint32Array.of(tokenizer.bosTokenId ?? 1),
-    timeoutMs: CANARY_TIMEOUT_MS,
-  });
+  const canary = (timeoutMs: number): Promise<void> =>
+    runCanary(planes.request.client, {
+      address: server.address,
+      endpoint: address(GENERATE_ENDPOINT),
+      model: config.modelName,
+      tokenIds: Uint32Array.of(tokenizer.bosTokenId ?? 1),
+      timeoutMs,
+    });
+  await canary(CANARY_TIMEOUT_MS);
 
   const systemServer =
     config.systemPort === undefined
@@ -157,7 +172,7 @@ async function start(
   lifecycle.defer("load publisher", () => loadReports.close());
   lifecycle.defer("load timer", publishLoad(loadReports, engine, instanceId, clock, metrics));
 
-  const lease = await discovery.openLease();
+  const lease = await openLastingLease(discovery, { clock, logger });
   lifecycle.defer("lease", () => lease.close());
   const instance: Instance = {
     namespace: config.namespace,
@@ -172,7 +187,11 @@ async function start(
   const card = modelCard(config, info, tokenizer, clock.wallMs());
   await registerInstance(lease, instance);
   await registerCard(lease, instance, { ...card });
-  void lease.lost.then(() => lifecycle.fail(new Error("the discovery lease was lost")));
+  const { engineStallMs = ENGINE_STALL_MS, idleCanaryMs = IDLE_CANARY_MS } = config;
+  lifecycle.defer(
+    "engine watch",
+    watchEngine({ engine, clock, stallMs: engineStallMs, idleMs: idleCanaryMs, canary, onStuck: fail }),
+  );
 
   lifecycle.onDrain(async () => {
     // First out of discovery, so that nobody sends more; then finish what is here.
@@ -198,12 +217,7 @@ function ranksOf(engine: WorkerConfig["engine"]): number {
   return engine.kind === "mocker" ? engine.dataParallelSize : 1;
 }
 
-function modelCard(
-  config: WorkerConfig,
-  info: EngineInfo,
-  tokenizer: ServedTokenizer,
-  wallMs: number,
-): ModelCard {
+function modelCard(config: WorkerConfig, info: EngineInfo, tokenizer: ServedTokenizer, wallMs: number): ModelCard {
   return {
     version: 1,
     name: config.modelName,

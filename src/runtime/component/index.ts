@@ -15,6 +15,7 @@ export {
   type InstanceChange,
   type InstanceScope,
 } from "./instance.ts";
+export { openLastingLease } from "./lasting-lease.ts";
 export { cardKey, registerCard, watchCards, type CardChange } from "./model-card-record.ts";
 export * from "./planes.ts";
 export { discoveryPublisherDirectory } from "./publisher-directory.ts";
