@@ -65,7 +65,9 @@ export async function startFrontend(
     lifecycle.onDrain(async () => {
       draining = true;
       pipeline.beginDrain();
+      const linger = server.linger(LINGER_MS);
       await pipeline.idle();
+      await linger;
     });
     lifecycle.defer("running requests", () =>
       pipeline.failAll(new DynamoError("draining", "the server is shutting down")),
@@ -77,6 +79,9 @@ export async function startFrontend(
     throw toDynamoError(thrown);
   }
 }
+
+/** How long a frontend that leaves still answers with 503: load balancers and clients learn it and go elsewhere. */
+const LINGER_MS = 500;
 
 interface RouteContext {
   readonly config: FrontendConfig;

@@ -121,6 +121,21 @@ export class HttpServer implements ExchangeOwner {
     });
   }
 
+  /**
+   * From now on each answer closes its connection. Resolves when none is left, or after `lingerMs`: a client that just
+   * sends on an idle connection gets an answer rather than a broken connection, and one that asks `/health` learns why.
+   */
+  async linger(lingerMs: number): Promise<void> {
+    this.#closing = true;
+    const late = Promise.withResolvers<void>();
+    const timer = this.#clock.setTimer(lingerMs, () => late.resolve());
+    while (this.#sockets.size > 0) {
+      const gone = Promise.all([...this.#sockets].map(whenClosed)).then(() => "gone" as const);
+      if ((await Promise.race([gone, late.promise])) !== "gone") break;
+    }
+    timer.cancel();
+  }
+
   /** Accepts nothing more, closes idle connections, waits for running answers, and after `graceMs` cuts them off. */
   async close({ graceMs }: { graceMs: number }): Promise<void> {
     this.#closing = true;
