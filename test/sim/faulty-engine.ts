@@ -19,7 +19,7 @@ export class FaultyEngine implements Engine {
     return this.mocker.start(
       {
         onStep: (step) => {
-          const copy = this.#held === undefined ? step : step.slice();
+          const copy = this.#held === undefined ? step : Uint8Array.from(step);
           this.#pass(() => sink.onStep(copy));
         },
         onKvEvents: (events: readonly KvEvent[]) => this.#pass(() => sink.onKvEvents(events)),
