@@ -110,7 +110,7 @@ export function checkHealthy(cluster: Cluster, violations: string[]): void {
       violations.push(`${seat.process.name} routes to ${known.join()}, but ${live.join()} are there`);
     }
     for (const worker of model.router.workers) {
-      if (worker.inhibitedUntilMs > cluster.world.nowMs)
+      if (worker.inhibition.untilMs > cluster.world.nowMs)
         violations.push(`${seat.process.name} still leaves ${worker.instanceId} out`);
     }
   }

@@ -241,9 +241,11 @@ export class Cluster {
       },
       planes,
       new AbortController().signal,
-      (config, { clock, logger }) => {
-        seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
-        return Promise.resolve(seat.engine);
+      {
+        makeEngine: (config, { clock, logger }) => {
+          seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
+          return Promise.resolve(seat.engine);
+        },
       },
     );
     this.#publishers.set(worker.instanceId, seat.host);
