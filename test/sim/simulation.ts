@@ -162,8 +162,8 @@ class Run {
 
   get outcomes(): ReadonlyMap<string, number> {
     const counts = new Map<string, number>();
-    for (const { outcome, status } of this.calls) {
-      const name = outcome === "refused" ? `refused ${status}` : (outcome ?? "open");
+    for (const { outcome, status, code } of this.calls) {
+      const name = outcome === "refused" || outcome === "failed" ? `${outcome} ${status} ${code}` : (outcome ?? "open");
       counts.set(name, (counts.get(name) ?? 0) + 1);
     }
     return counts;

@@ -14,6 +14,10 @@ import type { Marks } from "./marks.ts";
  */
 const EPOCH_MS = 1_700_000_000_000;
 const STEPS_PER_BATCH = 64;
+/** Time goes in steps of 1/1024 ms, so that sums and differences of times are exact: no wake-up comes a hair too early. */
+const TICKS_PER_MS = 1_024;
+/** Steps at one moment, above which something goes round in circles. A busy moment has some hundreds. */
+const MAX_STEPS_AT_ONCE = 100_000;
 
 export class World {
   readonly seed: number;
@@ -25,6 +29,8 @@ export class World {
   #processes = 0;
   #liveTimers = 0;
   steps = 0;
+  #stepMs = -1;
+  #stepsAtOnce = 0;
   /** Whatever escaped to the loop: it would have ended a real process. */
   readonly crashes: { readonly process: string; readonly error: unknown }[] = [];
 
@@ -59,7 +65,7 @@ export class World {
       this.#liveTimers--;
       return true;
     };
-    const handle = this.#timers.setTimer(delayMs, () => {
+    const handle = this.#timers.setTimer(Math.ceil(delayMs * TICKS_PER_MS) / TICKS_PER_MS, () => {
       if (end()) run();
     });
     return {
@@ -85,14 +91,19 @@ export class World {
 
   /** Runs until `done` holds, time is `untilMs` or nothing is left to do. */
   run(untilMs: number, done: () => boolean = () => false): Promise<"done" | "time" | "idle"> {
-    return new Promise((resolve) => {
+    return new Promise((resolve, reject) => {
       let isOver = false;
       const step = (): void => {
         if (isOver) return;
-        const outcome = done() ? "done" : this.#step(untilMs);
-        if (outcome === undefined) return;
-        isOver = true;
-        resolve(outcome);
+        try {
+          const outcome = done() ? "done" : this.#step(untilMs);
+          if (outcome === undefined) return;
+          isOver = true;
+          resolve(outcome);
+        } catch (error) {
+          isOver = true;
+          reject(error as Error);
+        }
       };
       const batch = (): void => {
         for (let i = 1; i < STEPS_PER_BATCH; i++) setImmediate(step);
@@ -108,6 +119,12 @@ export class World {
 
   #step(untilMs: number): "time" | "idle" | undefined {
     this.steps++;
+    if (this.#timers.monotonicMs() !== this.#stepMs) {
+      this.#stepMs = this.nowMs;
+      this.#stepsAtOnce = 0;
+    } else if (++this.#stepsAtOnce > MAX_STEPS_AT_ONCE) {
+      throw new Error(`time stands still at ${this.nowMs} ms`);
+    }
     const ready = this.#ready;
     if (ready.length > 0) {
       const at = ready.length === 1 ? 0 : this.random.nextU32() % ready.length;
