@@ -18,6 +18,12 @@ export interface RunningFrontend extends RunningRole {
   readonly port: number;
 }
 
+/** One frontend on its own loop, with what it serves and what runs there: for whoever checks on it from outside. */
+export interface RunningFrontendLoop extends RunningFrontend {
+  readonly models: ModelRegistry;
+  readonly pipeline: Pipeline;
+}
+
 /**
  * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Serves as soon as it listens;
  * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`. `thread` is given
@@ -28,7 +34,7 @@ export async function startFrontend(
   planes: Planes,
   signal: AbortSignal,
   thread?: ThreadLink,
-): Promise<RunningFrontend> {
+): Promise<RunningFrontendLoop> {
   const lifecycle = new RoleLifecycle({ logger: planes.logger, clock: planes.clock });
   try {
     const models = new ModelRegistry(planes, {
@@ -73,7 +79,7 @@ export async function startFrontend(
       pipeline.failAll(new DynamoError("draining", "the server is shutting down")),
     );
     lifecycle.ready(signal);
-    return Object.assign(lifecycle.role(), { port });
+    return Object.assign(lifecycle.role(), { port, models, pipeline });
   } catch (thrown) {
     await lifecycle.stop();
     throw toDynamoError(thrown);

@@ -180,3 +180,19 @@ void test("engine output: a reason that this version does not know becomes malfo
   assert.equal(output.error?.reason, "malformed-frame");
   assert.match(output.error?.diagnostic ?? "", /from-the-future/);
 });
+
+void test("engine output: an error entry has no decode time, whatever stream the target held before", () => {
+  const writer = new StepWriter();
+  writer.beginEntry(4);
+  writer.token(7);
+  writer.finish("length", 133);
+  writer.endEntry();
+  writer.errorEntry(5, new DynamoError("engine-stopped", "stopped"));
+  const output = new EngineOutput();
+  const times: number[] = [];
+  forEachStepEntry(writer.view(), (_id, start, end) => {
+    decodeEngineOutput(writer.view(), start, end, output);
+    times.push(output.decodeMs);
+  });
+  assert.deepEqual(times, [133, 0]);
+});

@@ -179,6 +179,7 @@ export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number
   target.logprobs = undefined;
   target.promptLogprobs = undefined;
   target.finish = undefined;
+  target.decodeMs = 0;
   target.error = undefined;
   // The usual payload, one token and nothing else, needs no reader object.
   if (end - start === 7 && bytes[start] === TOKENS && bytes[start + 1] === 1 && bytes[start + 2] === 0) {

@@ -56,6 +56,17 @@ export class VirtualClock implements Clock {
     this.setTimer(0, run);
   }
 
+  /** When the next timer is due; undefined when there is none. */
+  nextDueMs(): number | undefined {
+    while (this.#heap.length > 0 && this.#heap[0]!.run === undefined) this.#takeFirst();
+    return this.#heap[0]?.dueMs;
+  }
+
+  /** Moves time forward to a moment before the next timer. */
+  moveTo(nowMs: number): void {
+    this.#nowMs = Math.max(this.#nowMs, nowMs);
+  }
+
   /** False when there is no timer. */
   runNext(): boolean {
     for (;;) {

@@ -209,6 +209,15 @@ export class KvPool {
     assert(idle === this.#idleCount, "idle blocks are counted");
   }
 
+  /** (lo, hi) pairs of all blocks that can be found, in no order; for tests. */
+  cachedHashes(): Uint32Array {
+    const found: number[] = [];
+    for (let block = 0; block < this.totalBlocks; block++) {
+      if (this.#find(this.#hashes, block) === block) found.push(this.#hashes[2 * block]!, this.#hashes[2 * block + 1]!);
+    }
+    return Uint32Array.from(found);
+  }
+
   #registerUpTo(table: BlockTable, chain: BlockChain, full: number): void {
     const { sequenceHashes, localHashes } = chain;
     let firstNew = full;

@@ -191,6 +191,11 @@ export class MockScheduler {
     this.#pool.check([...running, ...parked].map(({ table }) => table));
   }
 
+  /** (lo, hi) pairs of the cached blocks, in no order; for tests. */
+  cachedHashes(): Uint32Array {
+    return this.#pool.cachedHashes();
+  }
+
   #durationMs(): number {
     const { scheduled } = this.#rank;
     const config = this.config;

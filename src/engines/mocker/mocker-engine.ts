@@ -178,6 +178,14 @@ export class MockerEngine implements Engine {
     return count;
   }
 
+  /** Compares the accounts of all ranks with the truth of what runs, and gives the ranks' cached blocks; for tests. */
+  check(): readonly Uint32Array[] {
+    return this.#drivers.map(({ scheduler }) => {
+      scheduler.check();
+      return scheduler.cachedHashes();
+    });
+  }
+
   drain(): Promise<void> {
     const [driver] = this.#drivers;
     if (driver === undefined) return Promise.resolve();

@@ -301,11 +301,12 @@ class MemorySubscription implements EventSubscription, SourceLink {
     this.#do(publisher, () => {
       const source = this.#sources.get(publisher);
       if (source === undefined) return;
+      // What the beacon finds missing is asked for in vain: `gone` reports it lost.
+      source.beacon(publisher.epoch, publisher.ring.newest);
+      source.gone();
       this.#sources.delete(publisher);
       this.#publisherOf.delete(source);
       this.#missed.delete(publisher);
-      source.beacon(publisher.epoch, publisher.ring.newest);
-      source.gone();
     });
   }
 

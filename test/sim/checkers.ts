@@ -1,0 +1,188 @@
+import type { ClientCall } from "./client.ts";
+import { MODEL, type Cluster } from "./cluster.ts";
+import type { RunPlan } from "./simulation.ts";
+
+/** What must hold, whatever happened. Each checker adds one line per violation. */
+export interface CallContext {
+  readonly startMs: number;
+  /** When the faults were over. */
+  readonly calmMs: number;
+  readonly hadFaults: boolean;
+}
+
+/** What the network and the wheel of deadlines may add to a deadline. */
+const MARGIN_MS = 2_000;
+
+/** Errors that a proper request may end with while things break. */
+const FAULT_CODES = new Set([
+  "no_workers",
+  "draining",
+  "worker_lost",
+  "worker_unreachable",
+  "engine_failed",
+  "engine_stopped",
+  "request_deadline",
+  "endpoint_not_found",
+  "connect_timeout",
+  "cancelled",
+  "model_not_found",
+]);
+const OVERLOAD_CODES = new Set(["too_many_requests", "worker_full", "stream_limit"]);
+
+export function checkCalls(
+  calls: readonly ClientCall[],
+  context: CallContext,
+  plan: RunPlan,
+  cluster: Cluster,
+  violations: string[],
+): void {
+  const { marks } = cluster.world;
+  for (const call of calls) {
+    const bad = (what: string): void => void violations.push(`${call.plan.id} at ${call.host}: ${what}`);
+    for (const problem of call.problems) bad(problem);
+    if (!call.isOver) {
+      bad(`never ended: began at ${call.startedMs.toFixed(0)} ms`);
+      continue;
+    }
+    checkTime(call, context, plan, bad);
+    const { behaviour } = call.plan;
+    if (behaviour.kind === "garbage") continue;
+    if (call.outcome === "refused") {
+      marks.mark("request failed before its headers");
+      if (call.status === 529) marks.mark("request refused for overload");
+      if (call.code === "draining") marks.mark("request refused while draining");
+    }
+    if (call.outcome === "failed") marks.mark("stream failed after its headers");
+    if (call.code === "request_deadline") marks.mark("request ran out of time");
+    if (call.outcome === "cut off")
+      marks.mark(
+        behaviour.kind === "reads slowly" && !context.hadFaults
+          ? "client cut off as a slow reader"
+          : "connection lost with its frontend",
+      );
+    if (behaviour.kind === "hostile") {
+      const isExpected = call.outcome === "refused" && behaviour.statuses.includes(call.status);
+      const isExcused =
+        call.outcome === "cut off" || (call.outcome === "refused" && isTrouble(call.code) && context.hadFaults);
+      if (!isExpected && !isExcused)
+        bad(`a hostile body got ${call.outcome} ${call.status} ${call.code}: ${call.plan.body.slice(0, 120)}`);
+      if (call.outcome === "cut off" && !context.hadFaults) bad("its connection broke without a fault");
+      continue;
+    }
+    if (call.outcome === "refused" || call.outcome === "failed") {
+      if (OVERLOAD_CODES.has(call.code)) continue;
+      if (call.code === "request_deadline") continue;
+      if (!isTrouble(call.code)) bad(`a proper request got ${call.status} ${call.code}`);
+      else if (!context.hadFaults) bad(`got ${call.status} ${call.code} without a fault`);
+    }
+    if (call.outcome === "cut off" && !context.hadFaults && behaviour.kind !== "reads slowly") {
+      bad(`its connection broke without a fault: ${call.broken}`);
+    }
+  }
+}
+
+function isTrouble(code: string): boolean {
+  return FAULT_CODES.has(code) || OVERLOAD_CODES.has(code);
+}
+
+/** Its deadline, counted from its arrival; a frontend that is frozen answers when it thaws. */
+function checkTime(call: ClientCall, { calmMs }: CallContext, plan: RunPlan, bad: (what: string) => void): void {
+  const { behaviour } = call.plan;
+  if (behaviour.kind === "garbage" || behaviour.kind === "leaves") return;
+  const pauseMs = behaviour.kind === "reads slowly" ? behaviour.pauseMs : 0;
+  const limitMs = plan.cluster.frontend.limits.requestTimeoutMs + MARGIN_MS;
+  const byMs =
+    Math.max(call.startedMs + limitMs, Math.min(calmMs, call.startedMs + limitMs + 15_000) + MARGIN_MS) + pauseMs;
+  if (call.endedMs > byMs) {
+    bad(
+      `ended ${(call.endedMs - byMs).toFixed(0)} ms after its deadline and margin: ${call.outcome} ${call.status} ${call.code}`,
+    );
+  }
+}
+
+/** After recovery: every router sees what the workers are. */
+export function checkHealthy(cluster: Cluster, violations: string[]): void {
+  for (const seat of cluster.frontends) {
+    const model = seat.frontend!.models.find(MODEL)!;
+    const known = model.router.workers.map(({ instanceId }) => instanceId);
+    const live = cluster.workers.map(({ worker }) => worker!.instanceId).toSorted();
+    if (known.toSorted().join() !== live.join()) {
+      violations.push(`${seat.process.name} routes to ${known.join()}, but ${live.join()} are there`);
+    }
+    for (const worker of model.router.workers) {
+      if (worker.inhibition.untilMs > cluster.world.nowMs)
+        violations.push(`${seat.process.name} still leaves ${worker.instanceId} out`);
+    }
+  }
+}
+
+/** Nothing runs: nothing is booked, held or promised anywhere. */
+export function checkAtRest(cluster: Cluster, violations: string[]): void {
+  const truth = new Map<string, readonly Uint32Array[]>();
+  for (const seat of cluster.workers) {
+    const { engine, worker, process } = seat;
+    const load = worker!.load();
+    if (load.runningRequests + load.waitingRequests > 0) {
+      violations.push(`${process.name} still runs ${load.runningRequests} and has ${load.waitingRequests} waiting`);
+    }
+    if (load.activeBlocks > 0) violations.push(`${process.name} has ${load.activeBlocks} blocks in use at rest`);
+    if (load.preemptions > 0) cluster.world.marks.mark("sequence preempted");
+    try {
+      truth.set(worker!.instanceId, engine!.mocker.check());
+    } catch (error) {
+      violations.push(`${process.name}: its blocks: ${String(error)}`);
+    }
+  }
+  for (const seat of cluster.frontends) {
+    const { frontend, process } = seat;
+    const model = frontend!.models.find(MODEL)!;
+    if (frontend!.pipeline.activeRequestCount > 0) {
+      violations.push(`${process.name} still has ${frontend!.pipeline.activeRequestCount} requests`);
+    }
+    const bookings = model.router.liveBookings();
+    if (bookings.length > 0) violations.push(`${process.name} has ${bookings.length} bookings at rest`);
+    for (const worker of model.router.workers) {
+      for (const rank of worker.ranks) {
+        if (rank.activeRequests !== 0 || rank.prefillTokens !== 0 || rank.decodeBlocks !== 0) {
+          violations.push(
+            `${process.name} counts ${rank.activeRequests} requests, ${rank.prefillTokens} tokens, ${rank.decodeBlocks} blocks on ${worker.instanceId}/${rank.dpRank} at rest`,
+          );
+        }
+        if (model.kvIndex !== undefined) {
+          const held = truth.get(worker.instanceId)?.[rank.dpRank];
+          compareBlocks(
+            `${process.name} on ${worker.instanceId}/${rank.dpRank}`,
+            held,
+            model.kvIndex.dump(rank.indexRank),
+            violations,
+          );
+        }
+      }
+    }
+  }
+}
+
+function compareBlocks(
+  where: string,
+  held: Uint32Array | undefined,
+  events: readonly { readonly type: string; readonly sequenceHashes?: Uint32Array }[],
+  violations: string[],
+): void {
+  if (held === undefined) return;
+  const truth = hashSet(held);
+  const known = new Set<string>();
+  for (const { sequenceHashes } of events)
+    if (sequenceHashes !== undefined) for (const hash of hashSet(sequenceHashes)) known.add(hash);
+  const missing = [...truth].filter((hash) => !known.has(hash)).length;
+  const extra = [...known].filter((hash) => !truth.has(hash)).length;
+  if (missing + extra > 0)
+    violations.push(
+      `${where}: the index lacks ${missing} blocks and has ${extra} that are not there, of ${truth.size}`,
+    );
+}
+
+function hashSet(pairs: Uint32Array): Set<string> {
+  const set = new Set<string>();
+  for (let i = 0; i < pairs.length; i += 2) set.add(`${pairs[i]}:${pairs[i + 1]}`);
+  return set;
+}

@@ -1,0 +1,282 @@
+import { pino } from "pino";
+import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
+import type { MockerEngineConfig } from "../../src/engines/index.ts";
+import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
+import { Metrics, type Logger } from "../../src/observability/index.ts";
+import type { Planes, RunningRole } from "../../src/runtime/component/index.ts";
+import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
+import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
+import { TcpRequestPlane } from "../../src/runtime/request-plane/index.ts";
+import { startWorker, type RunningWorker } from "../../src/worker/index.ts";
+import { FaultyEngine } from "./faulty-engine.ts";
+import { httpNetwork } from "./http-socket.ts";
+import { SimNetwork } from "./network.ts";
+import { planeNetwork } from "./plane-socket.ts";
+import type { SimProcess, World } from "./world.ts";
+
+/**
+ * The cluster of one run: the real roles on simulated processes, planes and clocks. Each role is kept alive by a
+ * supervisor, as `dynamo local` or Kubernetes would: whoever ends is started again after a second.
+ */
+export interface ClusterShape {
+  readonly frontends: number;
+  readonly workers: number;
+  readonly engine: Partial<Omit<MockerEngineConfig, "kind">>;
+  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits">;
+  readonly maxQueuedRequests: number;
+  /** Share of the events, beacons and replay requests that get lost while faults go on. */
+  readonly eventLossShare: number;
+}
+
+export const MODEL = "mock";
+export const HTTP_PORT = 80;
+const RESTART_MS = 1_000;
+const LEASE_TTL_MS = 10_000;
+const DRAIN_MS = 5_000;
+/** The contract's bound on how late watchers are told. */
+const DISCOVERY_DELAY_MS = 200;
+
+export type RoleKind = "frontend" | "worker";
+
+/** One place in the cluster: the role that runs there now, and its earlier lives. */
+export class Seat {
+  readonly kind: RoleKind;
+  readonly host: string;
+  process: SimProcess;
+  role: RunningRole | undefined = undefined;
+  frontend: RunningFrontendLoop | undefined = undefined;
+  worker: RunningWorker | undefined = undefined;
+  engine: FaultyEngine | undefined = undefined;
+  discovery: MemoryDiscovery | undefined = undefined;
+  planes: Planes | undefined = undefined;
+  isDraining = false;
+  /** The supervisor's: false = stays down. */
+  restarts = true;
+  life = 0;
+
+  constructor(kind: RoleKind, host: string, process: SimProcess) {
+    this.kind = kind;
+    this.host = host;
+    this.process = process;
+  }
+
+  /** It serves and nobody has told it to end. */
+  get isServing(): boolean {
+    return this.role !== undefined && this.process.state === "running" && !this.isDraining;
+  }
+}
+
+export class Cluster {
+  readonly world: World;
+  readonly network: SimNetwork;
+  readonly shape: ClusterShape;
+  readonly store: MemoryStore;
+  readonly bus: MemoryEventBus;
+  readonly frontends: Seat[] = [];
+  readonly workers: Seat[] = [];
+  readonly clients: SimProcess;
+  eventsAreLost = true;
+  readonly #operator: SimProcess;
+  readonly #random;
+  readonly #logger: Logger;
+
+  constructor(world: World, shape: ClusterShape) {
+    this.world = world;
+    this.shape = shape;
+    this.network = new SimNetwork(world);
+    this.#random = world.fork();
+    this.#operator = world.process("operator");
+    this.clients = world.process("clients");
+    this.store = new MemoryStore({ clock: this.#operator.clock });
+    this.bus = new MemoryEventBus({
+      drop: (kind, _topic, publisherId, _sequence, to) => this.#dropsEvent(kind, publisherId, to),
+    });
+    this.#logger = pino(
+      { level: "info", base: null, timestamp: false, messageKey: "message" },
+      { write: (line: string) => world.record(line.trimEnd()) },
+    ) as Logger;
+    for (let i = 0; i < shape.workers; i++) this.workers.push(this.#seat("worker", `w${i}`));
+    for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
+  }
+
+  get seats(): Seat[] {
+    return [...this.workers, ...this.frontends];
+  }
+
+  #seat(kind: RoleKind, host: string): Seat {
+    return new Seat(kind, host, this.world.process(`${host}#0`));
+  }
+
+  startAll(): void {
+    for (const seat of this.seats) this.start(seat);
+  }
+
+  /** A new life on the seat. */
+  start(seat: Seat): void {
+    const life = ++seat.life;
+    const process = this.world.process(`${seat.host}#${life}`);
+    seat.process = process;
+    seat.isDraining = false;
+    seat.role = undefined;
+    seat.frontend = undefined;
+    seat.worker = undefined;
+    const planes = this.#planes(seat, process);
+    process.enqueue(() => {
+      const starting: Promise<RunningRole> =
+        seat.kind === "worker" ? this.#startWorker(seat, planes) : this.#startFrontend(seat, planes);
+      starting.then(
+        (role) => {
+          if (seat.process !== process || process.state === "dead") return;
+          seat.role = role;
+          this.world.record(`${process.name} is ready`);
+          if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
+          role.done.then(
+            () => this.#exited(seat, process, "done"),
+            (error: unknown) => this.#exited(seat, process, String(error)),
+          );
+        },
+        (error: unknown) => this.#exited(seat, process, `start failed: ${String(error)}`),
+      );
+    });
+  }
+
+  /** Ends the process at once. `isSilent`: its host with it, so that no kernel closes its connections. */
+  kill(seat: Seat, isSilent = false): void {
+    const { process } = seat;
+    if (process.state === "dead") return;
+    this.world.record(`${process.name} is killed${isSilent ? " with its host" : ""}`);
+    process.kill();
+    this.network.closeAllOf(process, isSilent);
+    this.#leave(seat);
+    if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
+  }
+
+  /** SIGTERM: drains, then leaves; the supervisor starts it again. */
+  drain(seat: Seat): void {
+    if (!seat.isServing) return;
+    seat.isDraining = true;
+    const { role, process } = seat;
+    this.world.record(`${process.name} is drained`);
+    process.enqueue(() => void role!.drain(DRAIN_MS));
+  }
+
+  #exited(seat: Seat, process: SimProcess, how: string): void {
+    if (seat.process !== process || process.state === "dead") return;
+    this.world.record(`${process.name} exited: ${how}`);
+    if (how.includes("lease was lost")) this.world.marks.mark("lease lost");
+    const { planes } = seat;
+    // What `cli/` does after a role: close the planes, then the process ends.
+    const closing = Promise.all([planes!.events.close(), planes!.request.close(), planes!.discovery.close()]);
+    const gone = (): void => {
+      if (process.state === "dead") return;
+      process.kill();
+      this.network.closeAllOf(process, false);
+      this.#leave(seat);
+      if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
+    };
+    closing.then(gone, gone);
+  }
+
+  /** The planes of a process that is dead. */
+  #leave(seat: Seat): void {
+    const { planes, process } = seat;
+    if (planes === undefined) return;
+    (planes.discovery as MemoryDiscovery).abandon();
+    const events = planes.events as MemoryEventPlane;
+    events.abandon();
+    // Subscribers learn of it from discovery, when its lease ends.
+    this.world.timer(LEASE_TTL_MS, () => void events.close());
+    if (seat.process === process) {
+      seat.role = undefined;
+      seat.engine = undefined;
+    }
+  }
+
+  #planes(seat: Seat, process: SimProcess): Planes {
+    const { clock, random } = process;
+    const logger = this.#logger.child({ p: process.name });
+    const metrics = new Metrics();
+    const later = (maxMs: number) => (run: () => void) => {
+      this.world.timer(this.#random.nextFloat() * maxMs, () => process.enqueue(run));
+    };
+    const discovery = new MemoryDiscovery({
+      store: this.store,
+      clock,
+      logger,
+      random,
+      schedule: later(DISCOVERY_DELAY_MS),
+    });
+    const planes: Planes = {
+      discovery,
+      request: new TcpRequestPlane({
+        host: seat.host,
+        clock,
+        logger,
+        metrics,
+        random,
+        network: planeNetwork(this.network, process),
+      }),
+      events: new MemoryEventPlane({ bus: this.bus, clock, logger, random, name: seat.host, schedule: later(1) }),
+      http: httpNetwork(this.network, process),
+      clock,
+      random,
+      logger,
+      metrics,
+    };
+    seat.planes = planes;
+    seat.discovery = discovery;
+    return planes;
+  }
+
+  async #startWorker(seat: Seat, planes: Planes): Promise<RunningRole> {
+    const worker = await startWorker(
+      {
+        namespace: "dynamo",
+        component: "backend",
+        engine: mockerConfig(this.shape.engine),
+        modelName: MODEL,
+        maxQueuedRequests: this.shape.maxQueuedRequests,
+        drainTimeoutMs: DRAIN_MS,
+        systemPort: undefined,
+      },
+      planes,
+      new AbortController().signal,
+      {
+        makeEngine: (config, { clock, logger }) => {
+          seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
+          return Promise.resolve(seat.engine);
+        },
+      },
+    );
+    this.#publishers.set(worker.instanceId, seat.host);
+    seat.worker = worker;
+    return worker;
+  }
+
+  async #startFrontend(seat: Seat, planes: Planes): Promise<RunningRole> {
+    const frontend = await startFrontend(
+      {
+        namespace: "dynamo",
+        httpHost: seat.host,
+        httpPort: HTTP_PORT,
+        drainTimeoutMs: DRAIN_MS,
+        ...this.shape.frontend,
+      },
+      planes,
+      new AbortController().signal,
+    );
+    seat.frontend = frontend;
+    return frontend;
+  }
+
+  /** Host of a publisher, for partitions. Ids that nobody registered are of frontends. */
+  readonly #publishers = new Map<string, string>();
+
+  #dropsEvent(kind: "event" | "beacon" | "replay", publisherId: string, to: string): boolean {
+    const from = this.#publishers.get(publisherId);
+    const isCut = from !== undefined && (this.network.fault(from, to).blocked || this.network.fault(to, from).blocked);
+    const isLost = isCut || (this.eventsAreLost && this.#random.nextFloat() < this.shape.eventLossShare);
+    if (isLost) this.world.marks.mark(kind === "replay" ? "replay lost" : "event lost");
+    return isLost;
+  }
+}

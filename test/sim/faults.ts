@@ -1,0 +1,222 @@
+import type { Random } from "../../src/std/index.ts";
+import type { Cluster, Seat } from "./cluster.ts";
+import { Draw } from "./workload.ts";
+
+/** The faults of one run: what happens when, drawn from the seed before the run begins; to whom is drawn when it happens. */
+export const FAULT_KINDS = [
+  "kill worker",
+  "power off worker",
+  "freeze worker",
+  "drain worker",
+  "engine dies",
+  "engine hangs",
+  "kill frontend",
+  "freeze frontend",
+  "drain frontend",
+  "partition",
+  "partition one way",
+  "slow link",
+  "reset connection",
+  "discovery unreachable",
+  "discovery unreachable for all",
+  "revoke lease",
+  "clock jump",
+] as const;
+
+export type FaultKind = (typeof FAULT_KINDS)[number];
+
+export interface PlannedFault {
+  readonly kind: FaultKind;
+  readonly atMs: number;
+  readonly forMs: number;
+}
+
+export function planFaults(count: number, spanMs: number, kinds: readonly FaultKind[], random: Random): PlannedFault[] {
+  const draw = new Draw(random);
+  return Array.from({ length: count }, () => ({
+    kind: draw.pick(kinds),
+    atMs: draw.real(0, spanMs),
+    forMs: draw.chance(0.2) ? draw.real(8_000, 15_000) : draw.real(50, 5_000),
+  })).toSorted((a, b) => a.atMs - b.atMs);
+}
+
+/** Makes faults happen and takes them back. */
+export class Nemesis {
+  readonly #cluster: Cluster;
+  readonly #draw: Draw;
+  readonly #undo = new Set<() => void>();
+  /** Kinds that really happened. */
+  readonly happened = new Map<FaultKind, number>();
+
+  constructor(cluster: Cluster, random: Random) {
+    this.#cluster = cluster;
+    this.#draw = new Draw(random);
+  }
+
+  schedule(faults: readonly PlannedFault[]): void {
+    for (const fault of faults) this.#cluster.world.timer(fault.atMs, () => this.#strike(fault));
+  }
+
+  /** Ends every fault that is under way. */
+  stop(): void {
+    for (const undo of [...this.#undo]) undo();
+    this.#cluster.network.healAll();
+    this.#cluster.eventsAreLost = false;
+  }
+
+  #strike({ kind, forMs }: PlannedFault): void {
+    const { world, network, workers, frontends } = this.#cluster;
+    const { marks } = world;
+    const took = (): void => {
+      this.happened.set(kind, (this.happened.get(kind) ?? 0) + 1);
+      world.record(`fault: ${kind} for ${forMs.toFixed(0)} ms`);
+    };
+    switch (kind) {
+      case "kill worker":
+      case "power off worker": {
+        const seat = this.#serving(workers);
+        if (seat === undefined) return;
+        took();
+        if (kind === "power off worker") marks.mark("worker host lost power");
+        else marks.mark(isBusy(seat) ? "worker killed mid-stream" : "worker killed idle");
+        this.#cluster.kill(seat, kind === "power off worker");
+        return;
+      }
+      case "freeze worker":
+      case "freeze frontend": {
+        const seat = this.#serving(kind === "freeze worker" ? workers : frontends);
+        if (seat === undefined) return;
+        took();
+        if (kind === "freeze frontend") marks.mark("frontend frozen");
+        else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
+        const { process } = seat;
+        process.freeze();
+        this.#later(forMs, () => {
+          if (process.state !== "frozen") return;
+          world.record(`${process.name} thaws`);
+          if (kind === "freeze worker") marks.mark("worker thawed");
+          process.thaw();
+        });
+        return;
+      }
+      case "drain worker":
+      case "drain frontend": {
+        const seat = this.#serving(kind === "drain worker" ? workers : frontends);
+        if (seat === undefined) return;
+        took();
+        if (isBusy(seat))
+          marks.mark(kind === "drain worker" ? "worker drained mid-stream" : "frontend drained mid-stream");
+        this.#cluster.drain(seat);
+        return;
+      }
+      case "engine dies": {
+        const seat = this.#serving(workers);
+        if (seat?.engine === undefined) return;
+        took();
+        marks.mark("engine died");
+        const { engine } = seat;
+        seat.process.enqueue(() => void engine.die());
+        return;
+      }
+      case "engine hangs": {
+        const seat = this.#serving(workers);
+        if (seat?.engine === undefined) return;
+        took();
+        if (isBusy(seat)) marks.mark("engine hung");
+        const { engine, process } = seat;
+        engine.hang();
+        this.#later(forMs, () => process.enqueue(() => engine.letGo()));
+        return;
+      }
+      case "kill frontend": {
+        const seat = this.#serving(frontends);
+        if (seat === undefined) return;
+        took();
+        if (isBusy(seat)) marks.mark("frontend killed mid-stream");
+        this.#cluster.kill(seat);
+        return;
+      }
+      case "partition":
+      case "partition one way":
+      case "slow link": {
+        took();
+        const [from, to] = this.#link();
+        const isSlow = kind === "slow link";
+        marks.mark(isSlow ? "link slow" : kind === "partition" ? "link partitioned" : "link partitioned one way");
+        const fault = isSlow
+          ? { blocked: false, bytesPerMs: this.#draw.real(0.5, 50), extraLatencyMs: this.#draw.real(5, 300) }
+          : { blocked: true, bytesPerMs: Infinity, extraLatencyMs: 0 };
+        world.record(`${from} > ${to}: ${JSON.stringify(fault)}`);
+        network.setFault(from, to, fault);
+        if (kind !== "partition one way") network.setFault(to, from, fault);
+        this.#later(forMs, () => {
+          network.setFault(from, to, undefined);
+          network.setFault(to, from, undefined);
+        });
+        return;
+      }
+      case "reset connection": {
+        const ends = [...network.ends].filter(
+          (end) => end.isOpen && !end.isClosed && end.remoteHost !== "clients" && end.process.name !== "clients",
+        );
+        if (ends.length === 0) return;
+        took();
+        this.#draw.pick(ends).reset();
+        return;
+      }
+      case "discovery unreachable":
+      case "discovery unreachable for all": {
+        const seats = this.#cluster.seats.filter((seat) => seat.process.state !== "dead");
+        const chosen = kind === "discovery unreachable" ? [this.#draw.pick(seats)] : seats;
+        took();
+        marks.mark("discovery unreachable");
+        const discoveries = chosen.flatMap(({ discovery }) => (discovery === undefined ? [] : [discovery]));
+        for (const discovery of discoveries) discovery.isReachable = false;
+        this.#later(forMs, () => {
+          for (const discovery of discoveries) discovery.isReachable = true;
+        });
+        return;
+      }
+      case "revoke lease": {
+        const leases = [...new Set([...this.#cluster.store.entries.values()].map(({ entry }) => entry.leaseId))];
+        if (leases.length === 0) return;
+        took();
+        this.#cluster.store.revoke(this.#draw.pick(leases));
+        return;
+      }
+      case "clock jump": {
+        const seat = this.#draw.pick(this.#cluster.seats);
+        took();
+        const byMs = this.#draw.real(-600_000, 600_000);
+        marks.mark(byMs < 0 ? "clock jumped back" : "clock jumped forward");
+        seat.process.wallOffsetMs += byMs;
+      }
+    }
+  }
+
+  #later(forMs: number, run: () => void): void {
+    const undo = (): void => {
+      if (this.#undo.delete(undo)) run();
+    };
+    this.#undo.add(undo);
+    this.#cluster.world.timer(forMs, undo);
+  }
+
+  #serving(seats: readonly Seat[]): Seat | undefined {
+    const serving = seats.filter((seat) => seat.isServing);
+    return serving.length === 0 ? undefined : this.#draw.pick(serving);
+  }
+
+  /** Two hosts of ours. The way to the clients is theirs. */
+  #link(): [string, string] {
+    const hosts = this.#cluster.seats.map(({ host }) => host);
+    const from = this.#draw.pick(hosts);
+    const others = hosts.filter((host) => host !== from);
+    return [from, others.length === 0 ? from : this.#draw.pick(others)];
+  }
+}
+
+function isBusy(seat: Seat): boolean {
+  if (seat.worker !== undefined) return seat.worker.load().runningRequests > 0;
+  return (seat.frontend?.pipeline.activeRequestCount ?? 0) > 0;
+}

@@ -1,0 +1,78 @@
+import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import type { MockerEngine } from "../../src/engines/mocker/index.ts";
+import { DynamoError } from "../../src/errors/index.ts";
+import type { KvEvent, LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
+
+/** The mock engine with two faults: it can hang (nothing comes out of it until it is let go) and die. */
+export class FaultyEngine implements Engine {
+  readonly mocker: MockerEngine;
+  #sink: EngineSink | undefined = undefined;
+  /** What came out while it hung. */
+  #held: (() => void)[] | undefined = undefined;
+
+  constructor(mocker: MockerEngine) {
+    this.mocker = mocker;
+  }
+
+  start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo> {
+    this.#sink = sink;
+    return this.mocker.start(
+      {
+        onStep: (step) => {
+          const copy = this.#held === undefined ? step : Uint8Array.from(step);
+          this.#pass(() => sink.onStep(copy));
+        },
+        onKvEvents: (events: readonly KvEvent[]) => this.#pass(() => sink.onKvEvents(events)),
+        onFatal: (error) => sink.onFatal(error),
+      },
+      signal,
+    );
+  }
+
+  hang(): void {
+    this.#held ??= [];
+  }
+
+  letGo(): void {
+    const held = this.#held ?? [];
+    this.#held = undefined;
+    for (const run of held) run();
+  }
+
+  async die(): Promise<void> {
+    this.letGo();
+    await this.mocker.stop();
+    this.#sink?.onFatal(new DynamoError("engine-failed", "the engine failed"));
+  }
+
+  #pass(run: () => void): void {
+    if (this.#held === undefined) run();
+    else this.#held.push(run);
+  }
+
+  submit(streamId: number, request: PreprocessedRequest): void {
+    this.mocker.submit(streamId, request);
+  }
+  abort(streamId: number): void {
+    this.mocker.abort(streamId);
+  }
+  load(): LoadSnapshot {
+    return this.mocker.load();
+  }
+  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    return this.mocker.exportBlocks(sequenceHashes);
+  }
+  importBlocks(blocks: ImportedBlocks): Promise<number> {
+    return this.mocker.importBlocks(blocks);
+  }
+  clearBlocks(): Promise<number> {
+    return this.mocker.clearBlocks();
+  }
+  drain(): Promise<void> {
+    return this.mocker.drain();
+  }
+  stop(): Promise<void> {
+    this.letGo();
+    return this.mocker.stop();
+  }
+}
