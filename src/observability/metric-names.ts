@@ -286,6 +286,30 @@ export const METRICS = {
     labels: ["model"],
     help: "Ranks whose part of the index may be wrong right now.",
   },
+  dynamo_kvindexer_models: { type: "gauge", labels: [], help: "Models whose KV index this process keeps." },
+  dynamo_kvindexer_workers: { type: "gauge", labels: ["model"], help: "Workers that feed the model's KV index." },
+  dynamo_kvindexer_blocks: { type: "gauge", labels: ["model"], help: "Distinct blocks in the KV index." },
+  dynamo_kvindexer_memberships: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Blocks in the KV index, counted once for every rank and tier that holds them.",
+  },
+  dynamo_kvindexer_bytes: { type: "gauge", labels: ["model"], help: "Memory of the KV index." },
+  dynamo_kvindexer_evicted_blocks_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Blocks that the KV index forgot, or did not take, to keep within its memory.",
+  },
+  dynamo_kvindexer_events_behind: {
+    type: "gauge",
+    labels: ["model"],
+    help: "KV events known of that are not applied yet, because earlier ones are missing.",
+  },
+  dynamo_kvindexer_starved_lookups_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Lookups of other threads that found nothing because the index never stood still.",
+  },
   dynamo_router_replica_sync_events_total: {
     type: "counter",
     labels: ["direction", "outcome"],

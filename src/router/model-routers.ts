@@ -20,10 +20,16 @@ export interface ModelRouter {
   readonly kvIndex: KvIndex | undefined;
 }
 
+/** An index that another thread writes. */
+interface StarvingIndex {
+  /** Lookups that found nothing because the index never stood still. */
+  readonly starvedLookups: number;
+}
+
 /** Of routers that share: indexes that someone else feeds, and a plane of their own to tell each other what they book. */
 export interface SharedRouting {
   /** The index of a model, which may be empty still, and how it is. */
-  readonly kvIndex: (model: string) => IndexHealth & { readonly index: RouterIndex };
+  readonly kvIndex: (model: string) => IndexHealth & { readonly index: RouterIndex & StarvingIndex };
   readonly bookings: EventPlane;
 }
 
@@ -93,6 +99,10 @@ export class ModelRouters {
     });
     router.indexHealth = kvIndex === undefined ? shared : this.#kvFeed?.health(kvIndex);
     this.#replicaSync?.attach(card.name, router);
+    if (shared !== undefined) {
+      const starved = metrics.counter("dynamo_kvindexer_starved_lookups_total").labels(card.name);
+      metrics.onCollect(() => (starved.value = shared.index.starvedLookups));
+    }
     return { name: card.name, router, kvIndex };
   }
 

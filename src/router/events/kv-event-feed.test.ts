@@ -89,7 +89,7 @@ async function setUp(options: { drop?: () => boolean; feed?: Partial<KvEventFeed
     for (const server of servers) await server.close();
     for (const plane of planes) await plane.close();
   };
-  return { feed, index, startWorker, overlap, counter, close, logged };
+  return { feed, index, startWorker, overlap, counter, render: () => metrics.render(), close, logged };
 }
 
 describe("KV event feed", () => {
@@ -109,6 +109,28 @@ describe("KV event feed", () => {
     worker.kv.onKvEvents([{ type: "cleared", dpRank: 0 }]);
     await until(() => cluster.overlap([7, 8]) === 0, "the barrier");
     assert.ok((await cluster.counter(/kv_cache_events_applied\{status="ok",event_type="stored"\}/)) >= 15);
+    await cluster.close();
+  });
+
+  it("a scrape shows the index's size, and nothing of a model without workers", async () => {
+    const cluster = await setUp();
+    const figure = (name: string): Promise<number> => cluster.counter(new RegExp(`^dynamo_kvindexer_${name}(\\{| )`));
+    assert.equal(await figure("models"), 0);
+    const [one, two] = [await cluster.startWorker(), await cluster.startWorker("00000000000000b2")];
+    for (const worker of [one, two]) worker.join();
+    await until(() => cluster.feed.health(cluster.index).recoveringCount === 0, "the joins");
+    for (const worker of [one, two]) worker.kv.onKvEvents([storedEvent([1, 2, 3])]);
+    await until(() => cluster.overlap([1, 2, 3]) === 3 && cluster.overlap([1, 2, 3], "00000000000000b2") === 3, "both");
+    assert.deepEqual(
+      await Promise.all(["models", "workers", "blocks", "memberships", "events_behind"].map(figure)),
+      [1, 2, 3, 6, 0],
+    );
+    assert.equal(await figure("bytes"), cluster.index.stats().bytes);
+    assert.equal(await figure("evicted_blocks_total"), 0);
+    cluster.feed.removeWorker(ID);
+    cluster.feed.removeWorker("00000000000000b2");
+    assert.equal(await figure("models"), 0);
+    assert.doesNotMatch(await cluster.render(), /^dynamo_kvindexer_(?!models)\w+\{/m);
     await cluster.close();
   });
 

@@ -5,6 +5,7 @@ import type { EventPlane, EventSubscription } from "../../runtime/event-plane/in
 import type { RequestPlaneClient } from "../../runtime/request-plane/index.ts";
 import type { Clock, TimerHandle } from "../../std/index.ts";
 import type { ApplyStatus, KvIndex } from "../indexer/base.ts";
+import { IndexGauges } from "./index-gauges.ts";
 import { queryKvEvents } from "./kv-query-client.ts";
 import { RankRecovery, type RankRecoverySink } from "./rank-recovery.ts";
 
@@ -99,6 +100,8 @@ export class KvEventFeed {
   constructor(options: KvEventFeedOptions) {
     this.#options = options;
     this.#counters = new FeedCounters(options.metrics);
+    const gauges = new IndexGauges(options.metrics);
+    options.metrics.onCollect(() => gauges.collect(this.#measured()));
   }
 
   /** Subscribes. Throws `event-plane-unavailable`. */
@@ -175,6 +178,14 @@ export class KvEventFeed {
     this.#closed = true;
     for (const instanceId of this.#workers.keys()) this.removeWorker(instanceId);
     await this.#subscription?.close();
+  }
+
+  *#measured() {
+    for (const { options, ranks } of this.#workers.values()) {
+      let eventsBehind = 0;
+      for (const { recovery } of ranks) eventsBehind += recovery.eventsBehind;
+      yield { model: options.model, index: options.index, eventsBehind };
+    }
   }
 
   #onBatch(publisherId: string, payload: Uint8Array): void {

@@ -180,8 +180,10 @@ describe("rank recovery", () => {
 
   it("keeps a bounded number of events, and sees by their numbers that some went", () => {
     const recorder = liveAtTen(2);
+    assert.equal(recorder.recovery.eventsBehind, 0);
     for (const id of [12, 13, 14, 15]) recorder.recovery.onEvent(7, id, stored(id));
     assert.equal(recorder.recovery.keptCount, 2);
+    assert.equal(recorder.recovery.eventsBehind, 5);
     assert.equal(recorder.recovery.overflowCount, 2);
     recorder.answer({ type: "events", epoch: 7, firstEventId: 11, lastEventId: 12, events: [stored(11), stored(12)] });
     assert.equal(recorder.asked!.start, 13);

@@ -89,6 +89,11 @@ export class RankRecovery {
     return { kind: this.#cursor, id: this.#id, epoch: this.#epoch };
   }
 
+  /** How far the cursor is behind the newest event heard of; without a cursor, what is kept. */
+  get eventsBehind(): number {
+    return this.#cursor === "initial" ? this.#kept.length : Math.max(0, this.#newestSeen - this.#id);
+  }
+
   get keptCount(): number {
     return this.#kept.length;
   }

@@ -56,6 +56,22 @@ export function findBlock(memory: FlatKvMemory, lo: number, hi: number): number 
   return 0;
 }
 
+/**
+ * Loads where blocks `from` to `to` - 1 of a chain would stand, so that looking each one up afterwards does not wait for
+ * memory: in a loop of its own the processor waits for many cache lines at a time. The result means nothing; use it, so
+ * that the compiler keeps the loads.
+ */
+export function touchSlots(memory: FlatKvMemory, hashes: Uint32Array, from: number, to: number): number {
+  const { control, slots, directory } = memory;
+  const shift = control[CONTROL.directoryShift]!;
+  let sum = 0;
+  for (let block = from; block < to; block++) {
+    const hash = mix(control, hashes[2 * block]!, hashes[2 * block + 1]!);
+    sum = (sum + slots[directory[hash >>> shift]! + (hash & SLOT_MASK)]!) | 0;
+  }
+  return sum;
+}
+
 /** The writer's side: adds and removes. */
 export class BlockTable {
   readonly #memory: FlatKvMemory;
@@ -66,7 +82,9 @@ export class BlockTable {
   readonly #taken: number[] = [];
   readonly #bits: number[] = [];
   #directoryBits = 1;
-  readonly #splitting = new Uint32Array(SEGMENT_SLOTS);
+  /** A segment being written anew: its entries and their hashes. */
+  readonly #spreadRecords = new Uint32Array(SEGMENT_SLOTS);
+  readonly #spreadHashes = new Int32Array(SEGMENT_SLOTS);
 
   /** `maxSlots`: the table takes no more than that, whatever the hashes. */
   constructor(memory: FlatKvMemory, maxSlots: number) {
@@ -143,19 +161,28 @@ export class BlockTable {
 
   /** Writes a segment anew, without marks; entries with the bit after the first `bits` set go to `upperBase`. */
   #spread(segment: number, base: number, upperBase: number, bits: number): void {
-    const { slots } = this.#memory;
-    this.#splitting.set(slots.subarray(base, base + SEGMENT_SLOTS));
+    const { control, records, slots } = this.#memory;
+    const [entries, hashes] = [this.#spreadRecords, this.#spreadHashes];
+    let count = 0;
+    for (let at = base; at < base + SEGMENT_SLOTS; at++) {
+      const slot = slots[at]!;
+      if (slot !== 0 && slot !== LEFT) entries[count++] = slot & RECORD_MASK;
+    }
+    // In a loop of its own: every record is a cache miss, and this way the processor waits for many at a time.
+    for (let i = 0; i < count; i++) {
+      const at = entries[i]! * RECORD_WORDS;
+      hashes[i] = mix(control, records[at + RECORD_LO]!, records[at + RECORD_HI]!);
+    }
     slots.fill(0, base, base + SEGMENT_SLOTS);
     let moved = 0;
-    for (const slot of this.#splitting) {
-      if (slot === 0 || slot === LEFT) continue;
-      const hash = this.#hashOf(slot & RECORD_MASK);
+    for (let i = 0; i < count; i++) {
+      const hash = hashes[i]!;
       const isUpper = upperBase !== base && ((hash >>> (31 - bits)) & 1) === 1;
       if (isUpper) moved++;
-      put(slots, isUpper ? upperBase : base, hash, slot & RECORD_MASK);
+      put(slots, isUpper ? upperBase : base, hash, entries[i]!);
     }
-    this.#counts[segment]! -= moved;
-    this.#taken[segment] = this.#counts[segment]!;
+    this.#counts[segment] = count - moved;
+    this.#taken[segment] = count - moved;
     if (upperBase === base) return;
     this.#counts[upperBase / SEGMENT_SLOTS] = moved;
     this.#taken[upperBase / SEGMENT_SLOTS] = moved;

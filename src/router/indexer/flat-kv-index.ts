@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import type { KvEvent, KvRemoved, KvStored, StorageTier } from "../../protocol/index.ts";
 import type { Random } from "../../std/index.ts";
 import type { ApplyStatus, KvIndex, KvIndexStats, OverlapScores } from "./base.ts";
-import { BlockTable, findBlock } from "./block-table.ts";
+import { BlockTable, findBlock, touchSlots } from "./block-table.ts";
 import { dumpRank } from "./dump-rank.ts";
 import {
   CONTROL,
@@ -82,6 +82,8 @@ export class FlatKvIndex implements KvIndex {
   #hand = 1;
   /** The record that the next block will be attached to; the hand spares it. */
   #pinned = 0;
+  /** Of `touchSlots`; means nothing. */
+  #warmth = 0;
   #blocks = 0;
   #memberships = 0;
   #evictedBlocks = 0;
@@ -171,6 +173,7 @@ export class FlatKvIndex implements KvIndex {
     }
     const blockCount = hashes.length >>> 1;
     let isNew = false;
+    let warmEnd = 0;
     for (let block = 0; block < blockCount; block++) {
       if (block !== 0 && block % SECTION_BLOCKS === 0) this.#breathe();
       const lo = hashes[2 * block]!;
@@ -178,6 +181,11 @@ export class FlatKvIndex implements KvIndex {
       this.#pinned = parent;
       let record = this.#childOf(parent, lo, hi);
       isNew = record === 0;
+      if (isNew && block >= warmEnd) {
+        // Behind a new block there are only new ones, each at a place of the table that no cache has.
+        warmEnd = Math.min(blockCount, block + SECTION_BLOCKS);
+        this.#warmth = touchSlots(memory, hashes, block + 1, warmEnd);
+      }
       if (record === 0) {
         record = this.#tryCreate(parent, lo, hi);
         if (record === 0) return this.#giveUp(blockCount - block);

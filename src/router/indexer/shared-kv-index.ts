@@ -20,9 +20,12 @@ export class SharedKvIndex implements KvIndexReader {
   #writerRankCount = 0;
   #reader: FlatKvIndexReader | undefined;
   readonly #scores = new OverlapScores();
+  /** Of former indexes. */
+  #starvedBefore = 0;
 
   /** The writer's index of now; undefined when it has none. What was told of ranks speaks of the former one. */
   attach(share: FlatKvShare | undefined): void {
+    this.#starvedBefore = this.starvedLookups;
     this.#reader = share && new FlatKvIndexReader(share);
     this.#told.clear();
     this.#writerRankCount = 0;
@@ -72,6 +75,11 @@ export class SharedKvIndex implements KvIndexReader {
       into.host[rank] = scores.host[writerRank]!;
       into.disk[rank] = scores.disk[writerRank]!;
     }
+  }
+
+  /** Lookups that found nothing because the index never stood still. */
+  get starvedLookups(): number {
+    return this.#starvedBefore + (this.#reader?.starvedLookups ?? 0);
   }
 
   stats(): KvIndexStats {
