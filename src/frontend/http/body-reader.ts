@@ -3,7 +3,8 @@ import { DynamoError } from "../../errors/index.ts";
 
 /**
  * Collects one request body, never more than its limit, under a budget that all bodies being read share. Chunked bodies
- * are counted as they come; what is over a limit is dropped unread. `onEnd` is called once, unless `stop` comes first.
+ * are counted as they come; what is over a limit is dropped unread. `onEnd` is called once, unless `stop` comes first;
+ * the body it gets is valid until it returns.
  */
 export interface BodyBudget {
   /** Bytes of all bodies that are being read now. */
@@ -69,7 +70,7 @@ export class BodyReader {
     const byteCount = this.#byteCount;
     this.#release();
     if (failure !== undefined) this.#onEnd(failure, EMPTY);
-    else this.#onEnd(undefined, chunks.length === 1 ? chunks[0]! : Buffer.concat(chunks, byteCount));
+    else this.#onEnd(undefined, joined(chunks, byteCount));
   }
 
   #release(): void {
@@ -80,6 +81,23 @@ export class BodyReader {
 }
 
 const EMPTY = Buffer.alloc(0);
+
+/** Bodies up to this size are put together in one buffer of this process, instead of one that is garbage at once. */
+const JOINED_BYTES_MAX = 1024 * 1024;
+let joinBuffer = EMPTY;
+
+/** In one piece, valid until the next call. */
+function joined(chunks: readonly Buffer[], byteCount: number): Buffer {
+  if (chunks.length === 1) return chunks[0]!;
+  if (byteCount > JOINED_BYTES_MAX) return Buffer.concat(chunks, byteCount);
+  if (joinBuffer.length < byteCount) joinBuffer = Buffer.allocUnsafeSlow(Math.min(JOINED_BYTES_MAX, byteCount * 2));
+  let at = 0;
+  for (const chunk of chunks) {
+    joinBuffer.set(chunk, at);
+    at += chunk.length;
+  }
+  return joinBuffer.subarray(0, byteCount);
+}
 
 export function bodyTooLarge(limitBytes: number): DynamoError {
   return new DynamoError("body-too-large", `the request body is too large: expected at most ${limitBytes} bytes`);

@@ -79,7 +79,7 @@ for (const [name, load] of SOURCES) {
     fc.assert(
       fc.property(
         fc.array(around, { maxLength: 8 }),
-        fc.constantFrom("e", "Z", "\u00e9", "\u044f", "人", "\u0915\u093c", "\u1100\u1161", "\u1100", "か"),
+        fc.constantFrom("e", "Z", "\u00e9", "\u044f", "人", "\u0958", "\u0915\u093c", "\u1100\u1161", "\u1100", "か"),
         fc.constantFrom(...CUT_BEFORE),
         fc.array(around, { maxLength: 8 }),
         (before, letter, character, after) => check([...before, letter, character, ...after].join("")),
