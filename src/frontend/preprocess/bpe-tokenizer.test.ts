@@ -12,6 +12,7 @@ import {
   type HfStep,
   type TokenizerArtifact,
 } from "../../model/index.ts";
+import { systemClock } from "../../std/index.ts";
 import { BpeTokenizer } from "./bpe-tokenizer.ts";
 import { ENCODE_LIMITS } from "./encode-limits.ts";
 import { MODEL_SKIP, modelArtifact, packageArtifact } from "../../../test/fixtures/corpus/tokenizer-artifacts.ts";
@@ -187,7 +188,7 @@ for (const [name, load] of SOURCES) {
     const own = pairOf(t, name, load)?.own;
     if (own === undefined) return;
     // Small enough that entries come and go.
-    const cached = BpeTokenizer.tryCreate(load()!, 100_000)!;
+    const cached = BpeTokenizer.tryCreate(load()!, systemClock, 100_000)!;
     const base = [
       prose(3, 12_000),
       stitchedTexts(23, 8, 3_000).join(""),
@@ -221,7 +222,7 @@ for (const [name, load] of SOURCES) {
 }
 
 test("prompts encoded in slices side by side do not mix through the cache", async () => {
-  const cached = BpeTokenizer.tryCreate(packageArtifact("llama3"), 1e6)!;
+  const cached = BpeTokenizer.tryCreate(packageArtifact("llama3"), systemClock, 1e6)!;
   const plain = someTokenizer();
   const shared = prose(7, 60_000);
   const texts = Array.from({ length: 12 }, (_, index) => `${shared} ${index} ${prose(index % 5, 30_000)}`);
@@ -378,7 +379,7 @@ test("where added tokens could lie across a cut, or a run has no break, there is
   const artifact = byteArtifact();
   const { tokenizerJson: json } = artifact;
   const created = (changes: Partial<TokenizerArtifact["tokenizerJson"]>): BpeTokenizer =>
-    BpeTokenizer.tryCreate({ ...artifact, tokenizerJson: { ...json, ...changes } }, 1e6)!;
+    BpeTokenizer.tryCreate({ ...artifact, tokenizerJson: { ...json, ...changes } }, systemClock, 1e6)!;
   const gpt2: HfStep = { type: "ByteLevel", add_prefix_space: false, use_regex: true };
   const token = { id: 300, content: "ab", normalized: true };
   const hasCache = (changes: Partial<TokenizerArtifact["tokenizerJson"]>): boolean =>

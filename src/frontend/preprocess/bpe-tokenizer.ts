@@ -11,6 +11,7 @@ import { KEPT_UNITS_MAX, TextCache, type TextCacheUse } from "./text-cache.ts";
 import { CUT_BEFORE, findCut } from "./text-cut.ts";
 import { TokenSink } from "./token-sink.ts";
 import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
+import { TurnShare } from "./turn-share.ts";
 
 /**
  * Byte-level BPE as GPT-2, Llama 3, Qwen and SmolLM use it, giving exactly the ids of Hugging Face's `tokenizers` (tests
@@ -27,7 +28,7 @@ export class BpeTokenizer implements Tokenizer {
   readonly unitsPerTokenMax: number;
   readonly stripsLeadingSpace = false;
 
-  readonly #clock: Clock;
+  readonly #turnShare: TurnShare;
   readonly #vocabulary: BpeVocabulary;
   readonly #preTokenizer: PreTokenizer;
   readonly #cache = new PieceCache();
@@ -72,7 +73,7 @@ export class BpeTokenizer implements Tokenizer {
     clock: Clock,
     cacheBytesMax: number,
   ) {
-    this.#clock = clock;
+    this.#turnShare = new TurnShare(clock);
     this.#vocabulary = new BpeVocabulary(model, json.added_tokens);
     this.vocabularySize = this.#vocabulary.size;
     this.bosTokenId = artifact.bosTokenId;
@@ -109,16 +110,11 @@ export class BpeTokenizer implements Tokenizer {
   }
 
   async encodeSliced(text: string, options: EncodeOptions, signal?: AbortSignal): Promise<Uint32Array> {
+    if (text.length <= STRETCH_UNITS) return this.encode(text, options);
     checkTextUnits(text);
     const sink = this.#takeSink();
     const steps = this.#steps(text, options, sink);
-    let turnStart = this.#clock.monotonicMs();
-    while (steps.next().done !== true) {
-      if (this.#clock.monotonicMs() - turnStart < SLICE_MS) continue;
-      await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
-      signal?.throwIfAborted();
-      turnStart = this.#clock.monotonicMs();
-    }
+    if (!this.#turnShare.tryFinish(steps)) await this.#turnShare.finish(steps, signal);
     return this.#finish(sink);
   }
 
@@ -334,8 +330,6 @@ export class BpeTokenizer implements Tokenizer {
   }
 }
 
-/** Time between two turns of the event loop in `encodeSliced`. */
-const SLICE_MS = 2;
 /** Units per step: 0.1 ms of known words, about 1 ms of unknown ones. */
 const STEP_UNITS = 4_096;
 /** A new sink's size, and the largest that is used again: 1 MiB. */

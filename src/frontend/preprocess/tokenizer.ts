@@ -30,7 +30,7 @@ export interface Tokenizer {
 
   /** On the caller's time. Throws `invalid-field` over the limits of `encode-limits.ts`. */
   encode(text: string, options: EncodeOptions): Uint32Array;
-  /** The same, giving the event loop its turn about every 2 ms; short texts are done at once. */
+  /** The same, taking 2 ms of each turn of the event loop for all its texts together; short texts are done at once. */
   encodeSliced(text: string, options: EncodeOptions, signal?: AbortSignal): Promise<Uint32Array>;
   /** Raw bytes, maybe not whole characters; a special token's are its text. Empty for ids that are no token. A view. */
   tokenBytes(id: number): Uint8Array;
