@@ -1,5 +1,6 @@
 import type { IncomingMessage } from "node:http";
 import { DynamoError } from "../../errors/index.ts";
+import type { TurnShare } from "../turn-share.ts";
 
 /**
  * Collects one request body, never more than its limit, under a budget that all bodies being read share. Chunked bodies
@@ -18,6 +19,7 @@ export class BodyReader {
   readonly #limitBytes: number;
   readonly #budget: BodyBudget;
   readonly #onEnd: (failure: DynamoError | undefined, body: Buffer) => void;
+  readonly #turns: TurnShare;
   #chunks: Buffer[] = [];
   #byteCount = 0;
   #done = false;
@@ -27,14 +29,16 @@ export class BodyReader {
     limitBytes: number,
     budget: BodyBudget,
     startedMs: number,
+    turns: TurnShare,
     onEnd: (failure: DynamoError | undefined, body: Buffer) => void,
   ) {
     this.startedMs = startedMs;
     this.#limitBytes = limitBytes;
     this.#budget = budget;
+    this.#turns = turns;
     this.#onEnd = onEnd;
     request.on("data", (chunk: Buffer) => this.#take(chunk));
-    request.on("end", () => this.#finish(undefined));
+    request.on("end", () => this.#onComplete());
   }
 
   /** Gives the bytes back; nothing is called any more and the rest of the body is discarded as it arrives. */
@@ -63,6 +67,11 @@ export class BodyReader {
     this.#chunks.push(chunk);
   }
 
+  #onComplete(): void {
+    if (this.#byteCount <= LARGE_BODY_BYTES) this.#finish(undefined);
+    else void this.#turns.wait().then(() => this.#finish(undefined));
+  }
+
   #finish(failure: DynamoError | undefined): void {
     if (this.#done) return;
     this.#done = true;
@@ -81,6 +90,9 @@ export class BodyReader {
 }
 
 const EMPTY = Buffer.alloc(0);
+
+/** Reading a larger one takes a tenth of a millisecond and more: they are read one per turn of the loop. */
+const LARGE_BODY_BYTES = 64 * 1024;
 
 /** Bodies up to this size are put together in one buffer of this process, instead of one that is garbage at once. */
 const JOINED_BYTES_MAX = 1024 * 1024;

@@ -11,7 +11,7 @@ import { KEPT_UNITS_MAX, TextCache, type TextCacheUse } from "./text-cache.ts";
 import { CUT_BEFORE, findCut } from "./text-cut.ts";
 import { TokenSink } from "./token-sink.ts";
 import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
-import { TurnShare } from "./turn-share.ts";
+import { TurnShare } from "../turn-share.ts";
 
 /**
  * Byte-level BPE as GPT-2, Llama 3, Qwen and SmolLM use it, giving exactly the ids of Hugging Face's `tokenizers` (tests
@@ -114,7 +114,8 @@ export class BpeTokenizer implements Tokenizer {
     checkTextUnits(text);
     const sink = this.#takeSink();
     const steps = this.#steps(text, options, sink);
-    if (!this.#turnShare.tryFinish(steps)) await this.#turnShare.finish(steps, signal);
+    const isLong = text.length > LONG_TEXT_UNITS;
+    if (isLong || !this.#turnShare.tryFinish(steps)) await this.#turnShare.finish(steps, signal);
     return this.#finish(sink);
   }
 
@@ -337,6 +338,8 @@ const SINK_TOKENS = 4_096;
 const SPARE_TOKENS_MAX = 262_144;
 /** Stretches that the cache keeps are about this long: a shared prefix is found up to its last whole one. */
 const STRETCH_UNITS = 4_096;
+/** Longer texts wait for their turn even when there is time left in this one. */
+const LONG_TEXT_UNITS = 65_536;
 /** Shorter texts take less than 10 us to encode: not worth an entry. */
 const CACHED_TEXT_UNITS_MIN = 512;
 /** Merges of a long piece per step: about 1 ms. */

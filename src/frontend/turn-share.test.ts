@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import type { Clock } from "../../std/index.ts";
+import type { Clock } from "../std/index.ts";
 import { TurnShare, type Steps } from "./turn-share.ts";
 
 /** A clock whose time passes only by `work`, and whose turns come when told. */
@@ -79,6 +79,20 @@ test("turn share: what a turn has left is used by whoever is next, and a new tur
   assert.equal(share.tryFinish(work(clock, "d", 2, 0.5, log)), true);
   assert.ok(clock.turn());
   assert.equal(clock.turn(), false, "nothing is due when nothing waits");
+});
+
+test("turn share: of those that wait for a turn one has it at a time", async () => {
+  const clock = new TurnClock();
+  const share = new TurnShare(clock);
+  const log: string[] = [];
+  const waiting = ["a", "b", "c"].map((name) => share.wait().then(() => log.push(name)));
+  for (const expected of ["a", "ab", "abc"]) {
+    clock.turn();
+    await Promise.resolve();
+    assert.equal(log.join(""), expected);
+  }
+  await Promise.all(waiting);
+  assert.equal(clock.turn(), false);
 });
 
 test("turn share: a job that fails or whose signal aborts rejects, and the others go on", async () => {

@@ -1,9 +1,10 @@
-import type { Clock } from "../../std/index.ts";
+import type { Clock } from "../std/index.ts";
 
 /**
  * Long work in steps, a bounded share of each turn of the event loop for all of it together: the streams of other
  * requests wait for one share, however many long prompts came at once. First come, first served, so that each is done
- * soon; but who has had `SHARES_IN_A_ROW` goes to the end of the line, so that a huge one holds up nobody for long.
+ * soon; but who has had `SHARES_IN_A_ROW` goes to the end of the line, so that a huge one holds up nobody for long. One
+ * job ends per turn at most, because what comes after it (routing, sending) is work too.
  *
  * Bounded by its callers: one job per request that is being served.
  */
@@ -20,6 +21,7 @@ interface Job {
 /** Per turn; a step is well under a millisecond. */
 const SHARE_MS = 2;
 const SHARES_IN_A_ROW = 4;
+const NO_STEPS: Steps = { next: () => ({ done: true, value: undefined }) };
 
 export class TurnShare {
   readonly #clock: Clock;
@@ -39,6 +41,11 @@ export class TurnShare {
     return this.#work(steps);
   }
 
+  /** Waits for a turn; one caller has it at a time. For work that cannot be cut into steps. */
+  wait(): Promise<void> {
+    return this.finish(NO_STEPS, undefined);
+  }
+
   /** Rejects with what the steps throw, or with the signal's reason. */
   finish(steps: Steps, signal: AbortSignal | undefined): Promise<void> {
     return new Promise((resolve, reject) => {
@@ -56,9 +63,10 @@ export class TurnShare {
   #onTurn(): void {
     this.#isTurnDue = false;
     this.#spentMs = 0;
-    for (let job = this.#queue[0]; job !== undefined && this.#spentMs < SHARE_MS; job = this.#queue[0]) {
-      const isOver = this.#advance(job);
-      if (!isOver && ++job.shares % SHARES_IN_A_ROW !== 0) break;
+    const job = this.#queue[0];
+    if (job === undefined) return;
+    const isOver = this.#advance(job);
+    if (isOver || ++job.shares % SHARES_IN_A_ROW === 0) {
       this.#queue.shift();
       if (!isOver) this.#queue.push(job);
     }
