@@ -25,7 +25,7 @@ const COMMAND = join(ROOT, "bin/dynamo.mjs");
 const PYTHON = join(FOLDER, "dynamo/bin/python");
 const MODEL_FOLDER = join(FOLDER, "qwen3");
 
-interface Side {
+export interface Side {
   readonly name: "ours" | "dynamo";
   readonly port: number;
   /** The frontend process. */
@@ -33,7 +33,8 @@ interface Side {
   stop(): Promise<void>;
 }
 
-function prepare(): string | undefined {
+/** Installs what is missing; why that did not work, or undefined. */
+export function prepare(): string | undefined {
   mkdirSync(FOLDER, { recursive: true });
   try {
     if (!existsSync(PYTHON)) execFileSync("python3", ["-m", "venv", join(FOLDER, "dynamo")], { stdio: "inherit" });
@@ -80,7 +81,8 @@ function writeText(file: string, value: unknown): void {
   });
 }
 
-async function startSide(name: Side["name"], workers: number): Promise<Side> {
+/** `steadyWorkers`: more mock workers, of a second model "steady", that take as long as real ones. */
+export async function startSide(name: Side["name"], workers: number, steadyWorkers = 0): Promise<Side> {
   const port = await freePort();
   const discovery = mkdtempSync(join(tmpdir(), `race-${name}-`));
   const log = openSync(join(FOLDER, `${name}.log`), "w");
@@ -98,6 +100,8 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
     return child.pid!;
   };
   const planes = ["--discovery-backend", "file"];
+  const mockers = [mockerFlags("qwen3", workers, 1_000_000)];
+  if (steadyWorkers > 0) mockers.push(mockerFlags("steady", steadyWorkers, 1));
   let pid: number;
   if (name === "dynamo") {
     const env = { HF_HUB_OFFLINE: "1", DYN_LOG: "error" };
@@ -106,7 +110,9 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
       ["-m", "dynamo.frontend", "--http-port", String(port), "--router-mode", "kv", ...planes, "--event-plane", "zmq"],
       env,
     );
-    launch(PYTHON, ["-m", "dynamo.mocker", ...mockerFlags(workers), ...planes, "--event-plane", "zmq"], env);
+    for (const flags of mockers) {
+      launch(PYTHON, ["-m", "dynamo.mocker", ...flags, ...planes, "--event-plane", "zmq"], env);
+    }
   } else {
     const env = { DYN_LOG: "warn" };
     pid = launch(
@@ -114,7 +120,7 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
       ["--max-semi-space-size=4", COMMAND, "frontend", "--http-port", String(port), "--router-mode", "kv", ...planes],
       env,
     );
-    launch(process.execPath, [COMMAND, "mocker", ...mockerFlags(workers), ...planes], env);
+    for (const flags of mockers) launch(process.execPath, [COMMAND, "mocker", ...flags, ...planes], env);
   }
   const side: Side = {
     name,
@@ -145,7 +151,7 @@ async function startSide(name: Side["name"], workers: number): Promise<Side> {
       timeoutMs: 2_000,
     }).catch(() => undefined);
     // A frontend answers from its first worker on; the others still starting would be measured with it.
-    if (answer?.okCount === 1 && (await workerCount(port)) >= workers) return side;
+    if (answer?.okCount === 1 && (await workerCount(port)) >= workers + steadyWorkers) return side;
     if (performance.now() > deadlineMs || children.some((child) => child.exitCode !== null)) {
       await side.stop();
       throw new Error(`${name} did not come up; see ${join(FOLDER, `${name}.log`)}`);
@@ -161,8 +167,8 @@ async function workerCount(port: number): Promise<number> {
   return instances.filter(({ endpoint }) => endpoint === "generate").length;
 }
 
-function mockerFlags(workers: number): string[] {
-  return `--model-path ${MODEL_FOLDER} --model-name qwen3 --num-workers ${workers} --speedup-ratio 1000000 --block-size 16 --max-model-len 131072 --num-gpu-blocks-override 65536`.split(
+function mockerFlags(model: string, workers: number, speedup: number): string[] {
+  return `--model-path ${MODEL_FOLDER} --model-name ${model} --num-workers ${workers} --speedup-ratio ${speedup} --block-size 16 --max-model-len 131072 --num-gpu-blocks-override 65536`.split(
     " ",
   );
 }
@@ -183,6 +189,8 @@ function text(chars: number, seed: number): string {
 }
 
 interface ChatShape {
+  /** @default qwen3 */
+  readonly model?: string;
   readonly chars: number;
   readonly out: number;
   readonly shared?: number;
@@ -192,12 +200,12 @@ interface ChatShape {
 }
 
 /** Bodies by request number; the same for both sides. */
-function chat(shape: ChatShape): (index: number) => string {
+export function chat(shape: ChatShape): (index: number) => string {
   const variants = shape.variants ?? 200;
   const shared = shape.shared === undefined ? "" : text(shape.shared, 7);
   const bodies = Array.from({ length: variants }, (_, i) =>
     JSON.stringify({
-      model: "qwen3",
+      model: shape.model ?? "qwen3",
       messages: [{ role: "user", content: `${shared} ${i} ${text(shape.chars, i * 7919 + 1)}` }],
       max_tokens: shape.out,
       stream: shape.stream ?? true,

@@ -474,6 +474,17 @@ export const OPTIONS = {
     commands: FRONTENDS,
     help: "KiB a client may leave unread before its stream is closed.",
   },
+  "tokenizer-cache-bytes": {
+    type: "integer",
+    // Dynamo's: some hundred prompts of 100,000 characters. Only text that comes more than once fills it.
+    default: 64 * 1024 * 1024,
+    min: 0,
+    max: 17_179_869_184,
+    env: "DYN_TOKENIZER_CACHE_BYTES",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Memory for prompt texts that came before and their tokens, per model and frontend thread; 0 keeps none.",
+  },
   "admin-key": {
     type: "text",
     default: undefined,

@@ -39,6 +39,7 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
       requestTimeoutMs: milliseconds(values["request-timeout-secs"]),
       responseBufferBytes: values["response-buffer-kb"] * 1024,
       connections: values["http-connections"],
+      tokenizerCacheBytes: values["tokenizer-cache-bytes"],
     },
   };
 }

@@ -55,6 +55,8 @@ export interface FrontendLimits {
   /** Bytes a client may leave unread before its stream is closed. */
   readonly responseBufferBytes: number;
   readonly connections: number;
+  /** Of prompt stretches and their tokens, per model (`preprocess/text-cache.ts`); 0 = no cache. */
+  readonly tokenizerCacheBytes: number;
 }
 
 export const DEFAULT_LIMITS: FrontendLimits = {
@@ -70,4 +72,5 @@ export const DEFAULT_LIMITS: FrontendLimits = {
   requestTimeoutMs: 600_000,
   responseBufferBytes: 1024 * 1024,
   connections: 16_384,
+  tokenizerCacheBytes: 64 * 1024 * 1024,
 };

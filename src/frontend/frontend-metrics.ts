@@ -1,5 +1,6 @@
 import type { CounterChild, GaugeChild, HistogramChild, Metrics } from "../observability/index.ts";
 import type { ModelCard } from "../protocol/index.ts";
+import type { TextCacheUse } from "./preprocess/index.ts";
 
 export type Endpoint = "chat_completions" | "completions";
 export type RequestType = "stream" | "unary";
@@ -70,6 +71,17 @@ export class ModelMetrics {
   /** From the failure to the next worker's first word, or to the error. */
   migrationDuration(outcome: "success" | "failure", seconds: number): void {
     this.#metrics.histogram("dynamo_frontend_model_migration_duration_seconds").labels(outcome).observe(seconds);
+  }
+
+  setTokenizerCache(use: TextCacheUse | undefined): void {
+    if (use === undefined) return;
+    const counter = (name: Parameters<Metrics["counter"]>[0]): CounterChild =>
+      this.#metrics.counter(name).labels(this.#model);
+    counter("dynamo_frontend_tokenizer_cache_hits_total").value = use.hits;
+    counter("dynamo_frontend_tokenizer_cache_misses_total").value = use.misses;
+    counter("dynamo_frontend_tokenizer_cache_cached_tokens_total").value = use.cachedTokens;
+    counter("dynamo_frontend_tokenizer_cache_uncached_tokens_total").value = use.uncachedTokens;
+    this.#metrics.gauge("dynamo_frontend_tokenizer_cache_bytes").labels(this.#model).set(use.bytes);
   }
 
   cancelled(endpoint: Endpoint, type: RequestType): void {

@@ -46,6 +46,7 @@ export async function startFrontend(
       service: config.routerService,
       migration: config.migration,
       stallLimitMs: config.stallLimitMs,
+      tokenizerCacheBytes: config.limits.tokenizerCacheBytes,
     });
     if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);

@@ -76,6 +76,7 @@ export class ModelRegistry {
   readonly #logger: Logger;
   readonly #migration: MigrationConfig;
   readonly #stallLimitMs: number;
+  readonly #tokenizerCacheBytes: number;
   readonly #models = new Map<string, ServedModel>();
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
   readonly #loading = new Map<string, Promise<ServedModel>>();
@@ -102,11 +103,13 @@ export class ModelRegistry {
       migration?: MigrationConfig | undefined;
       /** How long a worker may give no token to requests it has begun; 0 = for ever. @default 30000 */
       stallLimitMs?: number | undefined;
+      /** Per model. */
+      tokenizerCacheBytes: number;
     },
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    const { thread, service, migration, stallLimitMs, ...routing } = options;
+    const { thread, service, migration, stallLimitMs, tokenizerCacheBytes, ...routing } = options;
     this.#migration = migration ?? DEFAULT_MIGRATION;
     this.#stallLimitMs = stallLimitMs ?? DEFAULT_STALL_LIMIT_MS;
     if (thread !== undefined && service !== undefined) {
@@ -117,6 +120,12 @@ export class ModelRegistry {
       this.#service = new RouterServiceClient(planes, { namespace: options.namespace, ...service });
     }
     this.#logger = planes.logger;
+    this.#tokenizerCacheBytes = tokenizerCacheBytes;
+    planes.metrics.onCollect(() => {
+      for (const { metrics, preprocessor } of this.#models.values()) {
+        metrics.setTokenizerCache(preprocessor.tokenizer.cacheUse);
+      }
+    });
   }
 
   async start(): Promise<void> {
@@ -311,7 +320,12 @@ export class ModelRegistry {
       sha256: card.tokenizerSha256,
       timeoutMs: FETCH_TIMEOUT_MS,
     });
-    const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card, clock);
+    const preprocessor = await Preprocessor.create(
+      decodeArtifact(bytes),
+      card,
+      this.#planes.clock,
+      this.#tokenizerCacheBytes,
+    );
     this.#evictIdle();
     const modelRouter = this.#routers.create(card);
     const model: ServedModel = {

@@ -148,6 +148,8 @@ export class Pipeline {
     try {
       if (this.#draining) throw new DynamoError("draining", "the server is shutting down");
       const request = read(exchange.body);
+      // The exchange lives as long as the answer; the prompt must not.
+      exchange.body = undefined;
       type = request.options.stream ? "stream" : "unary";
       const hints = readRoutingHints(exchange, request.nvext, this.#operators);
       const model = this.#find(request.model, endpoint);

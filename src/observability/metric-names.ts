@@ -118,6 +118,27 @@ export const METRICS = {
     help: "Time a request spent in a stage of the walk.",
   },
   dynamo_frontend_tokenize_seconds: { type: "histogram", labels: ["model"], help: "Time to tokenize a prompt." },
+  dynamo_frontend_tokenizer_cache_hits_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Prompts of which at least a part was in the tokenizer's text cache.",
+  },
+  dynamo_frontend_tokenizer_cache_misses_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Prompts of which nothing was.",
+  },
+  dynamo_frontend_tokenizer_cache_cached_tokens_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Prompt tokens that came from it.",
+  },
+  dynamo_frontend_tokenizer_cache_uncached_tokens_total: {
+    type: "counter",
+    labels: ["model"],
+    help: "Prompt tokens that were computed.",
+  },
+  dynamo_frontend_tokenizer_cache_bytes: { type: "gauge", labels: ["model"], help: "Memory it holds." },
   dynamo_frontend_template_seconds: { type: "histogram", labels: ["model"], help: "Time to render a chat template." },
   dynamo_frontend_event_loop_delay_seconds: {
     type: "gauge",

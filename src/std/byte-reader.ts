@@ -1,3 +1,5 @@
+import { endianness } from "node:os";
+
 /**
  * Reads little-endian binary messages from foreign bytes. Every read checks the bound first and throws `TruncatedBytes`
  * instead of reading past the end; callers turn that into their own error class. Views, not copies.
@@ -5,6 +7,9 @@
 export class TruncatedBytes extends Error {
   override readonly name = "TruncatedBytes";
 }
+
+/** The order of bytes in this machine's typed arrays; where it is the wire's, whole arrays are copied at once. */
+export const IS_LITTLE_ENDIAN = endianness() === "LE";
 
 export class ByteReader {
   readonly #buffer: Buffer;
@@ -68,7 +73,8 @@ export class ByteReader {
   u32s(count: number): Uint32Array {
     const at = this.#take(count * 4);
     const values = new Uint32Array(count);
-    for (let i = 0; i < count; i++) values[i] = this.#buffer.readUInt32LE(at + i * 4);
+    if (IS_LITTLE_ENDIAN) new Uint8Array(values.buffer).set(this.#buffer.subarray(at, at + count * 4));
+    else for (let i = 0; i < count; i++) values[i] = this.#buffer.readUInt32LE(at + i * 4);
     return values;
   }
 

@@ -1,3 +1,8 @@
+import { IS_LITTLE_ENDIAN } from "./byte-reader.ts";
+
+/** Up to this many values a loop beats making a view. */
+const LOOP_VALUES = 64;
+
 /**
  * A growing slab for binary messages, little-endian. One writer is reused for many messages: `reset`, write, then take
  * `bytes()`, a view that is valid until the next write. Cost: one copy per field, an allocation only when it grows.
@@ -69,6 +74,10 @@ export class ByteWriter {
   u32s(source: ArrayLike<number>, count = source.length): void {
     let at = this.#reserve(count * 4);
     const buffer = this.#buffer;
+    if (IS_LITTLE_ENDIAN && source instanceof Uint32Array && count > LOOP_VALUES) {
+      buffer.set(new Uint8Array(source.buffer, source.byteOffset, count * 4), at);
+      return;
+    }
     for (let i = 0; i < count; i++, at += 4) {
       const value = source[i]!;
       buffer[at] = value;

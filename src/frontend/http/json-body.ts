@@ -1,4 +1,4 @@
-import { isUtf8 } from "node:buffer";
+import { isAscii, isUtf8 } from "node:buffer";
 import { DynamoError } from "../../errors/index.ts";
 
 /**
@@ -14,7 +14,8 @@ export function parseJsonBody(bytes: Buffer): unknown {
   if (bytes.length === 0) {
     throw new DynamoError("malformed-json", "the request body is empty; expected a JSON object");
   }
-  if (!isUtf8(bytes)) throw new DynamoError("malformed-json", "the request body is not valid UTF-8");
+  const ascii = isAscii(bytes);
+  if (!ascii && !isUtf8(bytes)) throw new DynamoError("malformed-json", "the request body is not valid UTF-8");
   const tooDeepAt = findTooDeep(bytes, MAX_JSON_DEPTH);
   if (tooDeepAt >= 0) {
     throw new DynamoError(
@@ -22,7 +23,7 @@ export function parseJsonBody(bytes: Buffer): unknown {
       `the request body is nested too deeply: expected at most ${MAX_JSON_DEPTH} levels, got more at byte ${tooDeepAt}`,
     );
   }
-  const text = bytes.toString("utf8");
+  const text = bytes.toString(ascii ? "latin1" : "utf8");
   try {
     return JSON.parse(text) as unknown;
   } catch {

@@ -11,6 +11,7 @@ import { errorBody, errorHeaders, errorMetricType, errorStatus } from "../openai
 import { BodyReader, bodyTooLarge, type BodyBudget } from "./body-reader.ts";
 import { Exchange, STATUS_TEXT, plainError, type ApiFamily, type ExchangeOwner } from "./exchange.ts";
 import { parseJsonBody } from "./json-body.ts";
+import { TurnShare } from "../turn-share.ts";
 
 /**
  * The HTTP/1.1 edge on node:http: exact-path routing, bounded reading of JSON bodies, one `Exchange` per request, and an
@@ -81,6 +82,7 @@ export class HttpServer implements ExchangeOwner {
   readonly #waiting = new Map<Socket, ServerResponse[]>();
   readonly #readers = new Set<BodyReader>();
   readonly #bodyBudget: BodyBudget;
+  readonly #largeBodies: TurnShare;
   #bodyTimer: TimerHandle | undefined = undefined;
   readonly #timers = new Set<TimerHandle>();
   #droppedConnections = 0;
@@ -92,6 +94,7 @@ export class HttpServer implements ExchangeOwner {
     this.#clock = options.clock;
     this.#logger = options.logger;
     this.responseBufferBytes = limits.responseBufferBytes;
+    this.#largeBodies = new TurnShare(options.clock);
     this.#bodyBudget = { bytes: 0, limitBytes: limits.bodyBytes * BODIES_IN_MEMORY };
     for (const route of options.routes) {
       const methods = this.#routes.get(route.path) ?? new Map<string, Route>();
@@ -304,6 +307,7 @@ export class HttpServer implements ExchangeOwner {
       this.#limits.bodyBytes,
       this.#bodyBudget,
       exchange.arrivalMs,
+      this.#largeBodies,
       (failure, bytes) => {
         this.#readers.delete(reader);
         if (failure !== undefined) {

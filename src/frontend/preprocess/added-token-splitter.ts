@@ -3,7 +3,8 @@ import { NEWLINE, SPACE, UNIT_CLASS } from "./character-class.ts";
 
 /**
  * Finds added tokens (`<|im_start|>`, `<think>`, ...) inside text: leftmost, then longest, as the reference library does.
- * Cost: one search for the first characters of all tokens, a walk through a trie at each hit.
+ * Cost: one search for the first characters of all tokens (native when all begin alike, as `<` in most models), a walk
+ * through a trie at each hit.
  */
 interface TrieNode {
   readonly next: Map<number, TrieNode>;
@@ -19,7 +20,8 @@ export interface AddedTokenMatch {
 
 export class AddedTokenSplitter {
   readonly #root: TrieNode = { next: new Map(), token: undefined };
-  readonly #firstCharacter: RegExp | undefined;
+  /** What finds the first characters; undefined without tokens. */
+  readonly #firstCharacter: RegExp | string | undefined;
 
   constructor(tokens: readonly HfAddedToken[]) {
     const firsts = new Set<string>();
@@ -37,20 +39,24 @@ export class AddedTokenSplitter {
     }
     // Without the u flag a class of units also finds the first half of a pair.
     const escaped = [...firsts].map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`).join("");
-    this.#firstCharacter = firsts.size > 0 ? new RegExp(`[${escaped}]`, "g") : undefined;
+    if (firsts.size > 0) this.#firstCharacter = firsts.size === 1 ? [...firsts][0] : new RegExp(`[${escaped}]`, "g");
   }
 
   /** The first match at or after `from`, or undefined. */
   find(text: string, from: number): AddedTokenMatch | undefined {
-    const search = this.#firstCharacter;
-    if (search === undefined) return undefined;
-    search.lastIndex = from;
-    for (let hit = search.exec(text); hit !== null; hit = search.exec(text)) {
-      const token = this.#longestAt(text, hit.index);
-      if (token !== undefined) return stretch(text, from, hit.index, token);
-      search.lastIndex = hit.index + 1;
+    for (let hit = this.#search(text, from); hit >= 0; hit = this.#search(text, hit + 1)) {
+      const token = this.#longestAt(text, hit);
+      if (token !== undefined) return stretch(text, from, hit, token);
     }
     return undefined;
+  }
+
+  #search(text: string, from: number): number {
+    const search = this.#firstCharacter;
+    if (search === undefined) return -1;
+    if (typeof search === "string") return text.indexOf(search, from);
+    search.lastIndex = from;
+    return search.exec(text)?.index ?? -1;
   }
 
   #longestAt(text: string, start: number): HfAddedToken | undefined {

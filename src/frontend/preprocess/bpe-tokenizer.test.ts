@@ -12,6 +12,7 @@ import {
   type HfStep,
   type TokenizerArtifact,
 } from "../../model/index.ts";
+import { systemClock } from "../../std/index.ts";
 import { BpeTokenizer } from "./bpe-tokenizer.ts";
 import { ENCODE_LIMITS } from "./encode-limits.ts";
 import { MODEL_SKIP, modelArtifact, packageArtifact } from "../../../test/fixtures/corpus/tokenizer-artifacts.ts";
@@ -173,6 +174,65 @@ for (const [name, load] of SOURCES) {
   });
 }
 
+/** A long text changed a little at random places, as prompts that share parts of it are. */
+function edited(text: string, edits: readonly (readonly [number, number, string])[]): string {
+  for (const [at, removed, inserted] of edits) {
+    const index = Math.floor(at * text.length);
+    text = text.slice(0, index) + inserted + text.slice(index + removed);
+  }
+  return text;
+}
+
+for (const [name, load] of SOURCES) {
+  test(`${name}: with a text cache any sequence of prompts gets the tokens it gets without`, async (t) => {
+    const own = pairOf(t, name, load)?.own;
+    if (own === undefined) return;
+    // Small enough that entries come and go.
+    const cached = BpeTokenizer.tryCreate(load()!, systemClock, 100_000)!;
+    const base = [
+      prose(3, 12_000),
+      stitchedTexts(23, 8, 3_000).join(""),
+      "人工智能是计算机科学的一个分支，它企图了解智能的实质。".repeat(400),
+      "q".repeat(20_000) + " " + prose(4, 9_000),
+      `${prose(5, 4_090)}e\u0301 \u1100\u1161, x<|im_end|>\u0301 ${prose(6, 5_000)}`,
+    ];
+    const insertion = fc.constantFrom(
+      ..."x| |, |.\n|\u0301|\u0338|\u11a8|<|im_end|>|<|eot_id|>|<|im_|\ud800|😀|中，|7|'s|\n\n |".split("|"),
+      "<|im_start|>user\n",
+      "   ",
+    );
+    const edit = fc.tuple(fc.double({ min: 0, max: 1, noNaN: true }), fc.nat(3), insertion);
+    const prompt = fc.tuple(fc.constantFrom(...base), fc.constantFrom(...base), fc.array(edit, { maxLength: 4 }));
+    await fc.assert(
+      fc.asyncProperty(fc.array(prompt, { maxLength: 3 }), async (prompts) => {
+        for (const [first, second, edits] of prompts) {
+          const text = edited(first + second.slice(0, 5_000), edits);
+          const expected = own.encode(text, RAW);
+          // Computed, kept, and found.
+          for (let time = 0; time < 3; time++) assert.deepEqual(cached.encode(text, RAW), expected);
+          assert.deepEqual(await cached.encodeSliced(text, RAW), expected);
+        }
+      }),
+      { numRuns: 25 },
+    );
+    const { cachedTokens, uncachedTokens, bytes } = cached.cacheUse!;
+    assert.ok(cachedTokens > uncachedTokens / 20, `${cachedTokens} and ${uncachedTokens}`);
+    assert.ok(bytes > 0 && bytes <= 100_000);
+  });
+}
+
+test("prompts encoded in slices side by side do not mix through the cache", async () => {
+  const cached = BpeTokenizer.tryCreate(packageArtifact("llama3"), systemClock, 1e6)!;
+  const plain = someTokenizer();
+  const shared = prose(7, 60_000);
+  const texts = Array.from({ length: 12 }, (_, index) => `${shared} ${index} ${prose(index % 5, 30_000)}`);
+  const all = await Promise.all([...texts, ...texts].map((text) => cached.encodeSliced(text, RAW)));
+  [...texts, ...texts].forEach((text, index) => assert.deepEqual(all[index], plain.encode(text, RAW)));
+  assert.equal(cached.cacheUse!.hits + cached.cacheUse!.misses, 24);
+  const tokens = all.reduce((sum, ids) => sum + ids.length, 0);
+  assert.equal(cached.cacheUse!.cachedTokens + cached.cacheUse!.uncachedTokens, tokens);
+});
+
 /**
  * Characters with bytes that SmolLM2's vocabulary lacks. The native library drops those bytes before merging and so do we;
  * the JavaScript one drops them afterwards.
@@ -313,6 +373,31 @@ test("a token marked as normalized is found in the normalised text, the others b
     { type: "NFC" },
   );
   assert.deepEqual([...own.encode("e\u0301e\u0301!é", RAW)], [300, 301, 300]);
+});
+
+test("where added tokens could lie across a cut, or a run has no break, there is no text cache", () => {
+  const artifact = byteArtifact();
+  const { tokenizerJson: json } = artifact;
+  const created = (changes: Partial<TokenizerArtifact["tokenizerJson"]>): BpeTokenizer =>
+    BpeTokenizer.tryCreate({ ...artifact, tokenizerJson: { ...json, ...changes } }, systemClock, 1e6)!;
+  const gpt2: HfStep = { type: "ByteLevel", add_prefix_space: false, use_regex: true };
+  const token = { id: 300, content: "ab", normalized: true };
+  const hasCache = (changes: Partial<TokenizerArtifact["tokenizerJson"]>): boolean =>
+    created(changes).cacheUse !== undefined;
+  assert.equal(hasCache({ pre_tokenizer: gpt2, added_tokens: [token] }), true);
+  assert.equal(hasCache({ pre_tokenizer: gpt2, added_tokens: [{ ...token, content: " a" }] }), true);
+  for (const unsafe of [
+    { content: "a b" },
+    { content: "a." },
+    { lstrip: true },
+    { rstrip: true },
+    { single_word: true },
+  ]) {
+    assert.equal(hasCache({ pre_tokenizer: gpt2, added_tokens: [{ ...token, ...unsafe }] }), false);
+  }
+  // Bytes without a pattern: the whole text is one piece.
+  assert.equal(hasCache({}), false);
+  assert.equal(BpeTokenizer.tryCreate(artifact)!.cacheUse, undefined);
 });
 
 test("composing a long text in parts gives what composing it whole gives", () => {

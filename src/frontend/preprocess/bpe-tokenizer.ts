@@ -1,5 +1,5 @@
 import { DynamoError } from "../../errors/index.ts";
-import type { HfBpeModel, HfStep, HfTokenizerJson, TokenizerArtifact } from "../../model/index.ts";
+import type { HfAddedToken, HfBpeModel, HfStep, HfTokenizerJson, TokenizerArtifact } from "../../model/index.ts";
 import { AddedTokenSplitter } from "./added-token-splitter.ts";
 import { LongMerge, SHORT_PIECE_BYTES_MAX, mergeShort } from "./bpe-merge.ts";
 import { BpeVocabulary } from "./bpe-vocabulary.ts";
@@ -7,8 +7,11 @@ import { ENCODE_LIMITS, checkTextUnits } from "./encode-limits.ts";
 import { CACHED_UNITS_MAX, PieceCache } from "./piece-cache.ts";
 import { createPreTokenizer, pieceLengths, scanDigitSegment, type PreTokenizer } from "./pre-tokenizer.ts";
 import { systemClock, type Clock } from "../../std/index.ts";
+import { KEPT_UNITS_MAX, TextCache, type TextCacheUse } from "./text-cache.ts";
+import { CUT_BEFORE, findCut } from "./text-cut.ts";
 import { TokenSink } from "./token-sink.ts";
 import type { EncodeOptions, Tokenizer } from "./tokenizer.ts";
+import { TurnShare } from "../turn-share.ts";
 
 /**
  * Byte-level BPE as GPT-2, Llama 3, Qwen and SmolLM use it, giving exactly the ids of Hugging Face's `tokenizers` (tests
@@ -25,10 +28,12 @@ export class BpeTokenizer implements Tokenizer {
   readonly unitsPerTokenMax: number;
   readonly stripsLeadingSpace = false;
 
-  readonly #clock: Clock;
+  readonly #turnShare: TurnShare;
   readonly #vocabulary: BpeVocabulary;
   readonly #preTokenizer: PreTokenizer;
   readonly #cache = new PieceCache();
+  /** Of stretches of a prompt; undefined where the text cannot be cut safely, or by configuration. */
+  readonly #textCache: TextCache | undefined;
   readonly #composes: boolean;
   readonly #ignoresMerges: boolean;
   readonly #unknownId: number;
@@ -39,18 +44,24 @@ export class BpeTokenizer implements Tokenizer {
   readonly #special: Uint8Array;
   readonly #prefix: readonly number[];
   readonly #suffix: readonly number[];
+  /** Of an encoding that ended, for the next one. */
+  #spareSink: TokenSink | undefined;
   readonly #bytes = new Uint8Array(SHORT_PIECE_BYTES_MAX);
   readonly #pieceIds = new Int32Array(SHORT_PIECE_BYTES_MAX);
 
   /** undefined when the tokenizer is of another kind or uses a setting that is not supported here. */
-  static tryCreate(artifact: TokenizerArtifact, clock: Clock = systemClock): BpeTokenizer | undefined {
+  static tryCreate(
+    artifact: TokenizerArtifact,
+    clock: Clock = systemClock,
+    cacheBytesMax = 0,
+  ): BpeTokenizer | undefined {
     const { tokenizerJson: json } = artifact;
     const { model } = json;
     if (model.type !== "BPE" || !isPlainBpe(model) || !isByteLevelDecoder(json.decoder)) return undefined;
     const composes = composesText(json.normalizer);
     const preTokenizer = createPreTokenizer(json.pre_tokenizer);
     if (composes === undefined || preTokenizer === undefined) return undefined;
-    return new BpeTokenizer(artifact, json, model, composes, preTokenizer, clock);
+    return new BpeTokenizer(artifact, json, model, composes, preTokenizer, clock, cacheBytesMax);
   }
 
   private constructor(
@@ -60,8 +71,9 @@ export class BpeTokenizer implements Tokenizer {
     composes: boolean,
     preTokenizer: PreTokenizer,
     clock: Clock,
+    cacheBytesMax: number,
   ) {
-    this.#clock = clock;
+    this.#turnShare = new TurnShare(clock);
     this.#vocabulary = new BpeVocabulary(model, json.added_tokens);
     this.vocabularySize = this.#vocabulary.size;
     this.bosTokenId = artifact.bosTokenId;
@@ -76,32 +88,55 @@ export class BpeTokenizer implements Tokenizer {
     const normalized = json.added_tokens.filter((token) => token.normalized ?? token.special !== true);
     this.#rawTokens = new AddedTokenSplitter(json.added_tokens.filter((token) => !normalized.includes(token)));
     this.#normalizedTokens = new AddedTokenSplitter(normalized);
+    if (cacheBytesMax > 0 && preTokenizer.cutsSafely && normalized.every(outlivesCuts)) {
+      this.#textCache = new TextCache(cacheBytesMax);
+    }
     this.#special = new Uint8Array(this.vocabularySize);
     for (const token of json.added_tokens) if (token.special === true) this.#special[token.id] = 1;
     // Composing to NFC leaves at least a byte for every three units.
     this.unitsPerTokenMax = this.#vocabulary.maxTokenBytes * (this.#composes ? 3 : 1);
   }
 
+  get cacheUse(): TextCacheUse | undefined {
+    return this.#textCache?.use;
+  }
+
   encode(text: string, options: EncodeOptions): Uint32Array {
     checkTextUnits(text);
-    const sink = new TokenSink(Math.ceil(text.length / 3));
+    const sink = this.#takeSink();
     const steps = this.#steps(text, options, sink);
     while (steps.next().done !== true);
-    return sink.take();
+    return this.#finish(sink);
   }
 
   async encodeSliced(text: string, options: EncodeOptions, signal?: AbortSignal): Promise<Uint32Array> {
+    if (text.length <= STRETCH_UNITS) return this.encode(text, options);
     checkTextUnits(text);
-    const sink = new TokenSink(Math.ceil(text.length / 3));
+    const sink = this.#takeSink();
     const steps = this.#steps(text, options, sink);
-    let turnStart = this.#clock.monotonicMs();
-    while (steps.next().done !== true) {
-      if (this.#clock.monotonicMs() - turnStart < SLICE_MS) continue;
-      await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
-      signal?.throwIfAborted();
-      turnStart = this.#clock.monotonicMs();
+    const isLong = text.length > LONG_TEXT_UNITS;
+    if (isLong || !this.#turnShare.tryFinish(steps)) await this.#turnShare.finish(steps, signal);
+    return this.#finish(sink);
+  }
+
+  #takeSink(): TokenSink {
+    const sink = this.#spareSink ?? new TokenSink(SINK_TOKENS);
+    this.#spareSink = undefined;
+    return sink;
+  }
+
+  #finish(sink: TokenSink): Uint32Array {
+    const ids = sink.take();
+    const use = this.#textCache?.use;
+    if (use !== undefined) {
+      if (sink.cachedCount > 0) use.hits++;
+      else use.misses++;
+      use.cachedTokens += sink.cachedCount;
+      use.uncachedTokens += sink.length - sink.cachedCount;
     }
-    return sink.take();
+    sink.reset();
+    if (sink.ids.length <= SPARE_TOKENS_MAX) this.#spareSink = sink;
+    return ids;
   }
 
   tokenBytes(id: number): Uint8Array {
@@ -127,7 +162,36 @@ export class BpeTokenizer implements Tokenizer {
     if (options.addSpecialTokens) for (const id of this.#suffix) sink.push(id);
   }
 
+  /** What stands between two added tokens: from the cache as far as it is there. */
   *#sectionSteps(section: string, sink: TokenSink): Generator<void, void> {
+    const cache = this.#textCache;
+    if (cache === undefined || section.length < CACHED_TEXT_UNITS_MIN) return yield* this.#uncachedSteps(section, sink);
+    for (let done = 0; done < section.length;) {
+      let end = section.length;
+      for (let searched = done + STRETCH_UNITS; searched < section.length; searched += STRETCH_UNITS) {
+        const cut = findCut(section, searched, Math.min(searched + STRETCH_UNITS, section.length));
+        if (cut >= 0) {
+          end = cut;
+          break;
+        }
+        yield;
+      }
+      const stretch = section.slice(done, end);
+      done = end;
+      const known = stretch.length <= KEPT_UNITS_MAX ? cache.find(stretch) : undefined;
+      if (known !== undefined) {
+        sink.append(known);
+        sink.cachedCount += known.length;
+        yield;
+        continue;
+      }
+      const from = sink.length;
+      yield* this.#uncachedSteps(stretch, sink);
+      if (stretch.length <= KEPT_UNITS_MAX) cache.offer(stretch, sink.ids.subarray(from, sink.length));
+    }
+  }
+
+  *#uncachedSteps(section: string, sink: TokenSink): Generator<void, void> {
     let text = section;
     if (this.#composes) {
       text = "";
@@ -267,12 +331,25 @@ export class BpeTokenizer implements Tokenizer {
   }
 }
 
-/** Time between two turns of the event loop in `encodeSliced`. */
-const SLICE_MS = 2;
 /** Units per step: 0.1 ms of known words, about 1 ms of unknown ones. */
 const STEP_UNITS = 4_096;
+/** A new sink's size, and the largest that is used again: 1 MiB. */
+const SINK_TOKENS = 4_096;
+const SPARE_TOKENS_MAX = 262_144;
+/** Stretches that the cache keeps are about this long: a shared prefix is found up to its last whole one. */
+const STRETCH_UNITS = 4_096;
+/** Longer texts wait for their turn even when there is time left in this one. */
+const LONG_TEXT_UNITS = 65_536;
+/** Shorter texts take less than 10 us to encode: not worth an entry. */
+const CACHED_TEXT_UNITS_MIN = 512;
 /** Merges of a long piece per step: about 1 ms. */
 const STEP_MERGES = 8_192;
+
+/** A token that is looked for in the stretches: none may lie across a cut, or look beyond one. */
+function outlivesCuts(token: HfAddedToken): boolean {
+  const looksAround = token.lstrip === true || token.rstrip === true || token.single_word === true;
+  return !looksAround && !CUT_BEFORE.some((character) => token.content.includes(character, 1));
+}
 
 function isPlainBpe(model: HfBpeModel): boolean {
   return (

@@ -22,6 +22,7 @@ export class LibraryTokenizer implements Tokenizer {
   readonly bosTokenId: number | undefined;
   readonly eosTokenIds: readonly number[];
   readonly unitsPerTokenMax = Infinity;
+  readonly cacheUse = undefined;
   readonly stripsLeadingSpace: boolean;
 
   readonly #library: LibraryEncoder;

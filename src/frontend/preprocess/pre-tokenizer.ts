@@ -17,6 +17,8 @@ export interface PreTokenizer {
   /** undefined: use `patterns`, in order, each on what the one before left. */
   readonly scan: PieceScanner | undefined;
   readonly patterns: readonly RegExp[];
+  /** Pieces end wherever `text-cut.ts` would cut. */
+  readonly cutsSafely: boolean;
 }
 
 const GPT2_PATTERN = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`;
@@ -53,12 +55,12 @@ export function createPreTokenizer(step: HfStep | null): PreTokenizer | undefine
     else return undefined;
   }
   if (last.use_regex !== false) sources.push(GPT2_PATTERN);
-  if (sources.length === 0) return { digitsApart, scan: scanAll, patterns: [] };
+  if (sources.length === 0) return { digitsApart, scan: scanAll, patterns: [], cutsSafely: false };
   const scan = sources.length === 1 ? SCANNERS.get(sources[0] as string) : undefined;
-  if (scan !== undefined) return { digitsApart, scan, patterns: [] };
+  if (scan !== undefined) return { digitsApart, scan, patterns: [], cutsSafely: true };
   const patterns = sources.map(toJavaScriptPattern);
   if (!patterns.every((pattern) => pattern !== undefined)) return undefined;
-  return { digitsApart, scan: undefined, patterns };
+  return { digitsApart, scan: undefined, patterns, cutsSafely: false };
 }
 
 /** The lengths of the pieces of `text`, in order; the slow way, for patterns without a scanner. */

@@ -33,13 +33,14 @@ export class Preprocessor {
   readonly #template: ChatTemplate | undefined;
   readonly #clock: Clock;
 
-  /** Throws `model-file-invalid`. */
+  /** `cacheBytesMax` bounds the tokenizer's text cache, 0 = none. Throws `model-file-invalid`. */
   static async create(
     artifact: TokenizerArtifact,
     card: PromptBounds,
     clock: Clock = systemClock,
+    cacheBytesMax = 0,
   ): Promise<Preprocessor> {
-    const tokenizer = await loadTokenizer(artifact, clock);
+    const tokenizer = await loadTokenizer(artifact, clock, cacheBytesMax);
     const { chatTemplate, bosToken, eosToken } = artifact;
     const template =
       chatTemplate === undefined ? undefined : new ChatTemplate(chatTemplate, { bosToken, eosToken }, clock);

@@ -2,14 +2,27 @@
 export class TokenSink {
   ids: Uint32Array;
   length = 0;
+  /** How many of them came from a cache. */
+  cachedCount = 0;
 
   constructor(capacity: number) {
-    this.ids = new Uint32Array(Math.max(16, capacity));
+    this.ids = new Uint32Array(capacity);
+  }
+
+  reset(): void {
+    this.length = 0;
+    this.cachedCount = 0;
   }
 
   push(id: number): void {
     if (this.length === this.ids.length) this.room(1);
     this.ids[this.length++] = id;
+  }
+
+  append(ids: Uint32Array): void {
+    this.room(ids.length);
+    this.ids.set(ids, this.length);
+    this.length += ids.length;
   }
 
   /** Makes sure that `count` more fit; `ids` may be another array afterwards. */

@@ -1,6 +1,7 @@
 import type { TokenizerArtifact } from "../../model/index.ts";
 import { systemClock, type Clock } from "../../std/index.ts";
 import { BpeTokenizer } from "./bpe-tokenizer.ts";
+import type { TextCacheUse } from "./text-cache.ts";
 
 export interface EncodeOptions {
   /** Put the model's begin (and end) token around the text, as its artifact says. Not for rendered chat templates. */
@@ -24,10 +25,12 @@ export interface Tokenizer {
   readonly unitsPerTokenMax: number;
   /** The text of an answer loses one leading space (SentencePiece models). */
   readonly stripsLeadingSpace: boolean;
+  /** What its text cache did so far; undefined where there is none. */
+  readonly cacheUse: TextCacheUse | undefined;
 
   /** On the caller's time. Throws `invalid-field` over the limits of `encode-limits.ts`. */
   encode(text: string, options: EncodeOptions): Uint32Array;
-  /** The same, giving the event loop its turn about every 2 ms; short texts are done at once. */
+  /** The same, taking 2 ms of each turn of the event loop for all its texts together; short texts are done at once. */
   encodeSliced(text: string, options: EncodeOptions, signal?: AbortSignal): Promise<Uint32Array>;
   /** Raw bytes, maybe not whole characters; a special token's are its text. Empty for ids that are no token. A view. */
   tokenBytes(id: number): Uint8Array;
@@ -36,10 +39,15 @@ export interface Tokenizer {
 
 /**
  * The artifact was checked (`decodeArtifact`). Own byte-level BPE where it fits, the library for every other kind.
+ * `cacheBytesMax` bounds the text cache (`text-cache.ts`); 0 = none.
  * Throws `model-file-invalid`.
  */
-export async function loadTokenizer(artifact: TokenizerArtifact, clock: Clock = systemClock): Promise<Tokenizer> {
-  const own = BpeTokenizer.tryCreate(artifact, clock);
+export async function loadTokenizer(
+  artifact: TokenizerArtifact,
+  clock: Clock = systemClock,
+  cacheBytesMax = 0,
+): Promise<Tokenizer> {
+  const own = BpeTokenizer.tryCreate(artifact, clock, cacheBytesMax);
   if (own !== undefined) return own;
   const { LibraryTokenizer } = await import("./library-tokenizer.ts");
   return LibraryTokenizer.create(artifact);
