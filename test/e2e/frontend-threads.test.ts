@@ -69,6 +69,8 @@ describe("two frontend threads", { timeout: 120_000 }, () => {
   before(async () => {
     const flags = ["--engine=echo", "--workers=2", "--router-mode=kv", "--frontend-threads=2", "--echo-step-ms=4"];
     cluster = await startProcessCluster([...flags, "--logging-console-format=jsonl"], { DYN_LOG: "info" });
+    // Whoever saw the model listed once, as this helper did, finds it on every thread.
+    for (let i = 0; i < 12; i++) assert.match((await call(cluster, "/v1/models")).text, /"id":"echo"/);
     await until(
       async () => (await metricOf(cluster, /^dynamo_router_kv_ranks_recovering/)) === 0,
       "ranks to be restored",
