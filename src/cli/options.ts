@@ -489,7 +489,7 @@ export const OPTIONS = {
     type: "choice",
     choices: ["round-robin", "random", "power-of-two", "least-loaded", "kv", "stay-until-saturated", "direct"],
     default: "round-robin",
-    defaultText: "round-robin; replay: kv",
+    defaultText: "round-robin; local and replay: kv",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
     commands: ROUTERS_AND_REPLAY,

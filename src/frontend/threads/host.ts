@@ -18,7 +18,7 @@ import type { ThreadSeat } from "./serve-thread.ts";
  * fails the role, as a crash would fail a process of one thread.
  *
  * Cost of a request that takes one thread: none here; the host sleeps but for KV events. Sessions and own decisions
- * without events stay with their thread: `cli/` refuses to combine them.
+ * without events are each thread's own, told to the others with its bookings.
  */
 export interface FrontendThreadsOptions {
   readonly threadCount: number;
