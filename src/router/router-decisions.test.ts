@@ -403,9 +403,7 @@ describe("router: replicas", () => {
     const decision = theirs.route({ ...request, requestId: "first" });
     decision.release();
     const overlaps = (): Record<string, number> =>
-      Object.fromEntries(
-        mine.preview(request).candidates.map((one) => [one.instance_id, one.overlap_blocks.device]),
-      );
+      Object.fromEntries(mine.preview(request).candidates.map((one) => [one.instance_id, one.overlap_blocks.device]));
     const other = decision.instanceId === "a" ? "b" : "a";
     assert.deepEqual(overlaps(), { [decision.instanceId]: 3, [other]: 0 });
     clock.advance(1_000);

@@ -190,7 +190,13 @@ describe("two frontend threads without KV events, with sessions", { timeout: 120
 
   before(async () => {
     const routing = ["--router-mode=kv", "--no-router-kv-events", "--router-session-affinity-ttl-secs=30"];
-    const flags = ["--engine=echo", "--workers=3", "--frontend-threads=2", "--logging-console-format=jsonl", ...routing];
+    const flags = [
+      "--engine=echo",
+      "--workers=3",
+      "--frontend-threads=2",
+      "--logging-console-format=jsonl",
+      ...routing,
+    ];
     cluster = await startProcessCluster(flags, { DYN_LOG: "info" });
     await until(async () => {
       const health = await json<{ instances: { problem?: string }[] }>(call(cluster, "/health"));

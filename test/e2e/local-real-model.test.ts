@@ -59,7 +59,7 @@ describe(
       };
       const texts: string[] = [];
       let cached = 0;
-      // Two workers in turn: the third and fourth requests meet a worker that has seen the prompt.
+      // Routed by cached prefix unless told otherwise: they go where the first one went.
       for (let i = 0; i < 4; i++) {
         const answer = await client.chat.completions.create(body);
         texts.push(answer.choices[0]!.message.content!);
@@ -67,6 +67,7 @@ describe(
       }
       assert.equal(new Set(texts).size, 1, texts.join("\n---\n"));
       assert.ok(cached >= 16, `cached tokens: ${cached}`);
+      assert.match(cluster.output(), /router \(kv\)/);
       let streamed = "";
       for await (const chunk of await client.chat.completions.create({ ...body, stream: true })) {
         streamed += chunk.choices[0]?.delta.content ?? "";
@@ -166,7 +167,9 @@ describe(
       assert.equal(next.length, 8);
       const results = await Promise.all(outcomes);
       const failed = results.filter((result) => result.error !== undefined);
-      assert.equal(failed.length, 5, results.map((result) => String(result.error ?? "ok")).join("\n"));
+      // How many it had is the router's choice; it spreads them.
+      const told = results.map((result) => String(result.error ?? "ok")).join("\n");
+      assert.ok(failed.length >= 2 && failed.length <= 8, told);
       for (const { error, endedMs } of failed) {
         assert.match(error!.message, /worker/);
         assert.ok(endedMs - killedMs < 2_000, `ended ${endedMs - killedMs} ms after the kill`);
