@@ -46,6 +46,7 @@ const PACKAGES: Record<string, string> = {
   "@huggingface/jinja": "frontend",
   "@huggingface/tokenizers": "frontend",
   "prom-client": "observability",
+  "@opentelemetry/": "observability",
   pino: "observability",
   typebox: "frontend",
   yaml: "cli",

@@ -255,7 +255,11 @@ export class Router implements DecisionOwner {
 
   /** The decisions for a request, its retries and its samples, oldest first; empty when they are too long ago. */
   explain(requestId: string): DecisionExplanation[] {
-    return this.#log.find(requestId).map((record) => renderDecision(record, this.#log.columnsOf(record)));
+    return this.#log.find(requestId).map((record) => this.explainRecord(record));
+  }
+
+  explainRecord(record: DecisionRecord): DecisionExplanation {
+    return renderDecision(record, this.#log.columnsOf(record));
   }
 
   /** The requests that wait are refused with `error`. */
