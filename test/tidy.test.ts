@@ -30,6 +30,7 @@ const ALLOWED: Record<string, readonly string[]> = {
   "engines/llama": [...BASE, "tokens", "protocol", "engines"],
   "engines/mocker": [...BASE, "tokens", "protocol", "perf-model", "engines"],
   replay: [...BASE, "tokens", "protocol", "perf-model", "router", "engines", "engines/mocker"],
+  "engine-events": [...BASE, "tokens", "protocol", "runtime/event-plane"],
   worker: [...BASE, "tokens", "protocol", "model", "engines", ...RUNTIME],
   router: [...BASE, "tokens", "protocol", ...RUNTIME],
   "router-service": [...BASE, "tokens", "protocol", "router", ...RUNTIME],
