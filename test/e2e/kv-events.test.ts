@@ -271,6 +271,51 @@ describe("KV events of a whole cluster", () => {
     });
   });
 
+  test("with eight frontends the hit rate stays within 5 points of one", async () => {
+    const engine = mockerConfig({
+      blockSizeTokens: 16,
+      contextLength: 4_096,
+      totalBlocks: 600,
+      maxSequences: 16,
+      maxBatchedTokens: 2_048,
+      speedupRatio: 0,
+    });
+    const frontend = { ...KV, routerReplicaSync: true };
+    /** Share of the prompt tokens that came from a cache, of the same conversations, `width` turns at a time. */
+    const hitRate = async (frontends: number, width: number): Promise<number> => {
+      let [cached, total] = [0, 0];
+      await withCluster({ workers: 4, worker: { engine, modelName: "echo" }, frontend }, async (cluster) => {
+        const urls = [cluster.baseUrl];
+        while (urls.length < frontends) urls.push((await cluster.addFrontend()).baseUrl);
+        for (const url of urls) await whole(url, 4);
+        // 24 conversations over 6 documents; their blocks fill the caches more than once.
+        const texts = Array.from(
+          { length: 24 },
+          (_, i) => `document ${i % 6}: ${"so it is written ".repeat(60)} ${i}: `,
+        );
+        const random = new SeededRandom(5);
+        let turn = 0;
+        const talk = async (): Promise<void> => {
+          while (turn < 360) {
+            const i = turn++;
+            const who = random.nextU32() % texts.length;
+            texts[who] += `turn ${i} asks for more of it; `;
+            const body = { model: "echo", prompt: texts[who], max_tokens: 2 };
+            const answer = await post(urls[i % urls.length]!, "/v1/completions", body);
+            const { usage } = (await answer.json()) as OpenAI.Completion;
+            cached += usage!.prompt_tokens_details!.cached_tokens!;
+            total += usage!.prompt_tokens;
+          }
+        };
+        await Promise.all(Array.from({ length: width }, talk));
+      });
+      return cached / total;
+    };
+    const [one, eight] = [await hitRate(1, 4), await hitRate(8, 4)];
+    assert.ok(one > 0.5 && one < 0.99, `one frontend: ${one}`);
+    assert.ok(eight > one - 0.05, `one frontend: ${one}, eight: ${eight}`);
+  });
+
   test("the same between processes, over files, TCP and ZMQ", async () => {
     const cluster = await startProcessCluster(["--engine=echo", "--workers=2", "--router-mode=kv"]);
     try {
