@@ -89,6 +89,17 @@ test("docs: the steps of walk.md are the steps of the pipeline, in order", () =>
   assert.deepEqual(marked, steps);
 });
 
+test("docs: walk.md names the spans that the product makes, and no others", () => {
+  const page = readFileSync(join(ROOT, "docs/walk.md"), "utf8");
+  const named = new Set(
+    [...page.matchAll(/spans? `([\w-]+)`/g), ...page.matchAll(/and `(handle_payload)`/g)].map((match) => match[1]!),
+  );
+  const files = ["frontend/pipeline", "frontend/generation-run", "frontend/choice-trace", "worker/serve-generate"];
+  const text = files.map((file) => readFileSync(join(ROOT, `src/${file}.ts`), "utf8")).join("\n");
+  const made = new Set([...text.matchAll(/\.(?:span|child)\("([\w-]+)"/g)].map((match) => match[1]!));
+  assert.deepEqual([...named].toSorted(), [...made].toSorted());
+});
+
 test("docs: every link between pages of this repository leads somewhere", () => {
   const pages = [
     "README.md",

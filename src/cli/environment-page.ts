@@ -47,6 +47,23 @@ const OTHER_VARIABLES: readonly (readonly [string, string])[] = [
   ["PIP_CERT", "CA bundle for the package index."],
   ["NODE_EXTRA_CA_CERTS", "CA certificates that Node trusts beside its own."],
   ["HTTPS_PROXY", "Proxy for pulls, with `HTTP_PROXY` and `NO_PROXY`."],
+  [
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "Where traces go, over OTLP/HTTP (protobuf): `/v1/traces` is added; `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is taken as it is. Setting one turns traces on. `OTEL_EXPORTER_OTLP_HEADERS`, `_TIMEOUT`, `_COMPRESSION`, `_CERTIFICATE` work as OpenTelemetry says.",
+  ],
+  [
+    "OTEL_EXPORTER_OTLP_PROTOCOL",
+    "`http/protobuf`; others are refused. `OTEL_EXPORTER_OTLP_TRACES_PROTOCOL` goes before it.",
+  ],
+  [
+    "OTEL_EXPORT_ENABLED",
+    "true: traces go to `http://localhost:4318` when no endpoint is set; false: none go anywhere. `OTEL_SDK_DISABLED=true` too.",
+  ],
+  [
+    "OTEL_TRACES_SAMPLE_RATIO",
+    "Share of the traces that begin here, 0 to 1 (default 1); for requests with a `traceparent` the caller decides.",
+  ],
+  ["OTEL_SERVICE_NAME", "Name of the process in traces; default `dynamo-frontend`, `dynamo-router`, `dynamo-worker`."],
   ["XDG_CACHE_HOME", "Where the model folder is when `DYN_MODEL_DIR` is not set."],
   ["DYN_SUPERVISED", "Set by `dynamo local` for its children: Ctrl-C is the parent's business. Not for users."],
 ];

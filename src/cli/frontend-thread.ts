@@ -18,6 +18,6 @@ const logger = createLogger({
   format: values["logging-console-format"],
   fields: { role: "frontend", pid: process.pid, thread: index },
 });
-const planes = await buildPlanes(values, logger);
+const planes = await buildPlanes(values, logger, { role: "frontend" });
 await serveFrontendThread(frontendConfig(values), planes, parentPort!, seat);
 await planes.close();

@@ -44,23 +44,21 @@ function threadModule(): URL {
   return new URL(`./frontend-thread${extname(import.meta.filename)}`, import.meta.url);
 }
 
-/** Several threads have what they share in common through the planes and the index; the rest cannot be combined yet. */
+/** Threads share through the planes, the index and what they tell each other of their bookings; what needs more is refused. */
 function checkThreads(values: OptionValues): void {
   if (values["frontend-threads"] === 1) return;
   const problems: string[] = [];
   for (const name of ["discovery-backend", "request-plane", "event-plane"] as const) {
     if (values[name] === "memory") problems.push(`--${name}: memory is for one frontend thread alone`);
   }
-  if (values["router-session-affinity-ttl-secs"] !== undefined) {
-    problems.push("--router-session-affinity-ttl-secs: sessions are kept by one frontend thread alone");
-  }
   if (values["router-service"]) {
     problems.push("--router-service: a router service is asked by one frontend thread alone");
   }
   const usesOverlap = ["kv", "stay-until-saturated"].includes(values["router-mode"]);
-  if (usesOverlap && (!values["router-kv-events"] || values["router-predicted-ttl-secs"] !== undefined)) {
+  const usesDecisions = !values["router-kv-events"] || values["router-predicted-ttl-secs"] !== undefined;
+  if (usesOverlap && usesDecisions && !values["router-assume-kv-reuse"]) {
     problems.push(
-      "--frontend-threads: routing by own decisions (--no-router-kv-events, --router-predicted-ttl-secs) is for one thread alone",
+      "--no-router-assume-kv-reuse: with --no-router-kv-events or --router-predicted-ttl-secs for one frontend thread alone, as threads then do not tell each other which blocks they sent where",
     );
   }
   if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));

@@ -80,7 +80,9 @@ class LocalCluster {
     const threads = this.#values.threads || Math.max(1, Math.floor(availableParallelism() / this.#values.workers));
     const workerFlags = [`--threads=${threads}`, `--model-name=${this.#modelName}`];
     if (model !== undefined) workerFlags.push(`--model=${model.path}`);
-    this.#frontend = this.#child("frontend", "frontend", [], env);
+    // Not the frontend's own default.
+    const frontendFlags = [`--router-mode=${this.#values["router-mode"]}`];
+    this.#frontend = this.#child("frontend", "frontend", frontendFlags, env);
     this.#workers = Array.from({ length: this.#values.workers }, (_, index) =>
       this.#child("worker", `worker-${index}`, workerFlags, env),
     );

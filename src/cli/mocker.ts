@@ -71,7 +71,11 @@ async function startWorkers(
         await sleep(milliseconds(values["stagger-delay"]), undefined, { signal });
       }
       let planes = first;
-      if (workers.length > 0) ownPlanes.push((planes = await buildPlanes(values, first.logger)) as BuiltPlanes);
+      if (workers.length > 0) {
+        const made = await buildPlanes(values, first.logger, { shared: first.tracing });
+        ownPlanes.push(made);
+        planes = made;
+      }
       workers.push(await startWorker(config, planes, signal, { tokenizer }));
     }
   } catch (thrown) {

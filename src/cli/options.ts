@@ -500,7 +500,7 @@ export const OPTIONS = {
     type: "choice",
     choices: ["round-robin", "random", "power-of-two", "least-loaded", "kv", "stay-until-saturated", "direct"],
     default: "round-robin",
-    defaultText: "round-robin; replay: kv",
+    defaultText: "round-robin; local and replay: kv",
     env: "DYN_ROUTER_MODE",
     group: "Routing",
     commands: ROUTERS_AND_REPLAY,
@@ -951,9 +951,15 @@ export function optionsOf(command: CommandName): OptionName[] {
 
 /** As `command` takes it: a few options mean a little more to one command than to the others. */
 export function specOf(name: OptionName, command?: CommandName): OptionSpec {
-  const variants: Partial<Record<OptionName, OptionSpec>> = command === "replay" ? REPLAY_VARIANTS : {};
+  const variants: Partial<Record<OptionName, OptionSpec>> =
+    command === "replay" ? REPLAY_VARIANTS : command === "local" ? LOCAL_VARIANTS : {};
   return variants[name] ?? OPTIONS[name];
 }
+
+/** One's own cluster routes by cached prefix; the roles one by one keep Dynamo's default. */
+const LOCAL_VARIANTS: Partial<Record<OptionName, OptionSpec>> = {
+  "router-mode": { ...OPTIONS["router-mode"], default: "kv" },
+};
 
 /**
  * Flags of 0.9.1 (the release most write-ups describe) that were renamed since. Accepted, with one line that tells the

@@ -1,5 +1,10 @@
-import { Metrics, type Logger } from "../observability/index.ts";
-import { discoveryPublisherDirectory, openLastingLease, type Planes } from "../runtime/component/index.ts";
+import { Metrics, readTraceSettings, type Logger, type Tracing } from "../observability/index.ts";
+import {
+  discoveryPublisherDirectory,
+  newInstanceId,
+  openLastingLease,
+  type Planes,
+} from "../runtime/component/index.ts";
 import type { Discovery, Lease } from "../runtime/discovery/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
 import type { RequestPlane } from "../runtime/request-plane/index.ts";
@@ -15,9 +20,15 @@ export interface BuiltPlanes extends Planes {
   close(): Promise<void>;
 }
 
-export async function buildPlanes(values: OptionValues, logger: Logger): Promise<BuiltPlanes> {
+/** Traces go where those of other planes of the process go, or somewhere of their own: `role` names it. */
+export async function buildPlanes(
+  values: OptionValues,
+  logger: Logger,
+  traces: { readonly role: string } | { readonly shared: Tracing | undefined },
+): Promise<BuiltPlanes> {
   const clock = systemClock;
   const metrics = new Metrics();
+  const ownTracing = "role" in traces ? await buildTracing(traces.role, clock, logger, metrics) : undefined;
   const discovery = await buildDiscovery(values, clock, logger);
   const request = await buildRequestPlane(values, clock, logger, metrics);
   const events = await buildEventPlane(values, discovery, clock, logger);
@@ -29,12 +40,28 @@ export async function buildPlanes(values: OptionValues, logger: Logger): Promise
     random: systemRandom,
     logger,
     metrics,
+    tracing: "role" in traces ? ownTracing : traces.shared,
     async close() {
+      await ownTracing?.close();
       await events.close();
       await request.close();
       await discovery.close();
     },
   };
+}
+
+/** The SDK is loaded only when traces are exported. */
+async function buildTracing(
+  role: string,
+  clock: Clock,
+  logger: Logger,
+  metrics: Metrics,
+): Promise<Tracing | undefined> {
+  const settings = readTraceSettings(process.env, role);
+  if (settings === undefined) return undefined;
+  const { startTracing } = await import("../observability/otel-tracing.ts");
+  logger.info({ url: settings.url, ratio: settings.sampleRatio }, "traces are exported");
+  return startTracing({ ...settings, clock, logger, metrics, instanceId: newInstanceId() });
 }
 
 export async function buildDiscovery(values: OptionValues, clock: Clock, logger: Logger): Promise<Discovery> {

@@ -44,7 +44,7 @@ export async function runRole(run: RoleRun): Promise<number> {
   const leave = listenForLeave();
   let planes;
   try {
-    planes = await buildPlanes(values, logger);
+    planes = await buildPlanes(values, logger, { role: run.role });
     const role = await run.start(planes, leave.now);
     const facts = run.facts(role);
     process.send?.({ type: "ready", facts } satisfies ReadyMessage);

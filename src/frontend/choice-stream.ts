@@ -10,6 +10,7 @@ import {
 import { isWorkerFault, type RouteRequest, type RoutingDecision, type WaitingRoute } from "../router/index.ts";
 import type { StreamEnd } from "../runtime/request-plane/index.ts";
 import { Attempt, type AttemptOwner } from "./attempt.ts";
+import { ChoiceTrace } from "./choice-trace.ts";
 import type { GenerationRun } from "./generation-run.ts";
 import { LogprobCollector } from "./logprob-collector.ts";
 import { Detokenizer, StopMatcher } from "./postprocess/index.ts";
@@ -59,6 +60,8 @@ export class ChoiceStream implements AttemptOwner {
   #waiting: WaitingRoute | undefined;
   #attempt: Attempt | undefined;
   readonly #sibling: ChoiceStream | undefined;
+  /** undefined: no traces are exported. */
+  readonly #trace: ChoiceTrace | undefined;
   #refusals = 0;
   #hasEngineFailed = false;
   /** Why the last attempt ended, and when: -1 = no migration under way. */
@@ -94,6 +97,7 @@ export class ChoiceStream implements AttemptOwner {
     this.#detokenizer = new Detokenizer(tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
     this.#sibling = sibling;
+    this.#trace = run.span === undefined ? undefined : new ChoiceTrace(run.span);
     this.#promptRoute = {
       ...hints.route,
       requestId: request.requestId,
@@ -101,6 +105,7 @@ export class ChoiceStream implements AttemptOwner {
       cacheNamespace: request.cacheNamespace,
       deadlineMs: run.deadlineMs,
       excluded: this.#excluded,
+      ...(run.span?.isRecording === true ? { explain: true } : {}),
     };
     this.#logprobs = request.output.topLogprobs >= 0 ? new LogprobCollector(tokenizer) : undefined;
   }
@@ -119,6 +124,7 @@ export class ChoiceStream implements AttemptOwner {
     const { model, planes, stages } = this.#run;
     const startMs = planes.clock.monotonicMs();
     stages.enter("route");
+    this.#trace?.routing(startMs);
     const request = this.#requestNow();
     try {
       // Step 4: route.
@@ -160,6 +166,7 @@ export class ChoiceStream implements AttemptOwner {
       // Cancelled between the router's decision and this turn of the loop.
       if (this.#ended) {
         decision.release({ outcome: "cancelled" });
+        this.#trace?.ended("cancelled", 0, this.#run.planes.clock.monotonicMs());
         this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
       } else this.#send(request, decision, startMs);
     } catch (thrown) {
@@ -172,13 +179,16 @@ export class ChoiceStream implements AttemptOwner {
     this.#run.stages.leave("route", this.#run.planes.clock.monotonicMs() - startMs);
     if (this.#ended) return;
     const error = toDynamoError(thrown);
+    this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
     // Nobody is left to go on with it: what is told is why it had to go.
     this.#end(error.reason === "no-workers" ? (this.#lastFailure ?? error) : error, "route-failed");
   }
 
   #send(request: PreprocessedRequest, decision: RoutingDecision, startMs: number): void {
-    const { model, planes, stages, requestId, traceparent, deadlineMs } = this.#run;
-    stages.leave("route", planes.clock.monotonicMs() - startMs);
+    const { model, planes, stages, requestId, deadlineMs } = this.#run;
+    const routedMs = planes.clock.monotonicMs();
+    stages.leave("route", routedMs - startMs);
+    const traceparent = this.#trace?.routed(decision, routedMs) ?? this.#run.traceparent;
     this.instanceId = decision.instanceId;
     const attempt = new Attempt(this, decision, model.progress);
     this.#attempt = attempt;
@@ -268,6 +278,7 @@ export class ChoiceStream implements AttemptOwner {
       return;
     }
     decision.firstToken(OUTPUT.cachedTokens);
+    this.#trace?.firstToken(OUTPUT.cachedTokens, this.#run.planes.clock.monotonicMs());
     if (this.#migratingSinceMs >= 0) this.#migrated("success");
     if (this.#hasFirst) return;
     this.#hasFirst = true;
@@ -372,6 +383,7 @@ export class ChoiceStream implements AttemptOwner {
       return;
     }
     attempt.abandon(error.reason, error);
+    this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
     this.#attempt = undefined;
     this.#excluded.add(decision.instanceId);
     this.#lastFailure = error;
@@ -432,5 +444,6 @@ export class ChoiceStream implements AttemptOwner {
     this.#ended = true;
     if (this.#migratingSinceMs >= 0) this.#migrated("failure");
     this.#attempt?.leave(outcome);
+    this.#trace?.ended(outcome, this.#count, this.#run.planes.clock.monotonicMs());
   }
 }

@@ -165,12 +165,12 @@ function modelObject(model: ReturnType<ModelRegistry["list"]>[number]): Record<s
 }
 
 function modelList(models: ModelRegistry): Record<string, unknown> {
-  return { object: "list", data: models.list().map(modelObject) };
+  return { object: "list", data: models.listed().map(modelObject) };
 }
 
 function sendModel(exchange: Exchange, models: ModelRegistry): void {
   const name = decodeURIComponent(exchange.path.slice("/v1/models/".length));
-  const model = models.list().find((candidate) => candidate.name === name);
+  const model = models.listed().find((candidate) => candidate.name === name);
   if (model === undefined)
     exchange.sendError(new DynamoError("model-not-found", `The model \`${name}\` does not exist`, { param: "model" }));
   else exchange.json(200, modelObject(model));

@@ -1,4 +1,5 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
+import type { Span } from "../observability/index.ts";
 import type { PreprocessedRequest } from "../protocol/index.ts";
 import type { GenerationOptions, Usage } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
@@ -34,7 +35,10 @@ export interface RunContext {
   readonly planes: Planes;
   readonly stages: StageMetrics;
   readonly requestId: string;
+  /** For the worker, when this process makes no spans of its own. */
   readonly traceparent: string;
+  /** Of the whole request; the run ends it. */
+  readonly span: Span | undefined;
   readonly arrivalMs: number;
   /** When the body was parsed, checked and let in. */
   readonly admittedMs: number;
@@ -50,6 +54,7 @@ export class GenerationRun {
   readonly writer: ResponseWriter;
   readonly requestId: string;
   readonly traceparent: string;
+  readonly span: Span | undefined;
   readonly deadlineMs: number;
   readonly #context: RunContext;
   readonly #plan: GenerationPlan;
@@ -68,6 +73,7 @@ export class GenerationRun {
     this.writer = context.writer;
     this.requestId = context.requestId;
     this.traceparent = context.traceparent;
+    this.span = context.span;
     this.deadlineMs = context.deadlineMs;
     this.#dispatchedMs = context.planes.clock.monotonicMs();
     const { n, stop } = plan.options;
@@ -191,11 +197,13 @@ export class GenerationRun {
       status,
       errorType: error?.class ?? "",
     });
+    this.#endSpan(error, endMs);
     const level = error === undefined || error.class === "cancelled" ? "info" : "warn";
     if (!planes.logger.isLevelEnabled(level)) return;
     planes.logger[level](
       {
         x_request_id: this.requestId,
+        ...(this.span === undefined ? {} : { trace_id: this.span.traceId }),
         model: name,
         status,
         ...(error === undefined
@@ -219,6 +227,21 @@ export class GenerationRun {
       },
       "request ended",
     );
+  }
+
+  #endSpan(error: DynamoError | undefined, endMs: number): void {
+    const { span } = this;
+    if (span === undefined) return;
+    if (this.#firstTokenMs >= 0) span.child("sse", { startMs: this.#firstTokenMs }).end(endMs);
+    span.set({
+      "dynamo.model": this.model.name,
+      "dynamo.prompt_tokens": this.#plan.prompts.reduce((sum, prompt) => sum + prompt.request.tokenIds.length, 0),
+      "dynamo.completion_tokens": this.#completionTokens(),
+      "dynamo.cached_tokens": this.#choices[0]!.cachedTokens,
+      "dynamo.detokenize_ms": round(this.#choices.reduce((sum, choice) => sum + choice.detokenizeMs, 0)),
+    });
+    if (error !== undefined) span.fail(error.reason);
+    span.end(endMs);
   }
 }
 

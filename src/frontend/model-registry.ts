@@ -73,6 +73,7 @@ export class ModelRegistry {
   readonly #namespace: string;
   readonly #routers: ModelRouters;
   readonly #service: RouterServiceClient | undefined;
+  readonly #thread: ThreadLink | undefined;
   readonly #logger: Logger;
   readonly #migration: MigrationConfig;
   readonly #stallLimitMs: number;
@@ -115,6 +116,7 @@ export class ModelRegistry {
     if (thread !== undefined && service !== undefined) {
       throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
     }
+    this.#thread = thread;
     this.#routers = new ModelRouters(planes, { ...routing, shared: thread });
     if (service !== undefined) {
       this.#service = new RouterServiceClient(planes, { namespace: options.namespace, ...service });
@@ -158,6 +160,12 @@ export class ModelRegistry {
   /** Models that can be answered right now. */
   list(): ServedModel[] {
     return [...this.#models.values()].filter((model) => model.router.workers.length > 0);
+  }
+
+  /** Those of them that clients may be told of: with several threads, what each thread can answer. */
+  listed(): ServedModel[] {
+    const thread = this.#thread;
+    return thread === undefined ? this.list() : this.list().filter(({ name }) => thread.isListed(name));
   }
 
   /** With those that have no worker now. */
@@ -229,7 +237,7 @@ export class ModelRegistry {
         { instance: instanceId, model: record.joined.name, left: record.joined.router.workers.length },
         "worker left",
       );
-      record.joined.metrics.setReady(record.joined.router.workers.length > 0);
+      this.#setReady(record.joined);
       delete record.joined;
     }
     if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
@@ -304,11 +312,17 @@ export class ModelRegistry {
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
-    model.metrics.setReady(true);
+    this.#setReady(model);
     this.#logger.info(
       { instance: instanceId, model: model.name, workers: model.router.workers.length },
       "worker joined",
     );
+  }
+
+  #setReady({ name, router, metrics }: ServedModel): void {
+    const isReady = router.workers.length > 0;
+    metrics.setReady(isReady);
+    this.#thread?.setServed(name, isReady);
   }
 
   async #load(instance: Instance, card: ModelCard): Promise<ServedModel> {

@@ -1,5 +1,5 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
-import type { Metrics } from "../observability/index.ts";
+import { parseTraceparent, type Metrics, type Span } from "../observability/index.ts";
 import type { PreprocessedRequest } from "../protocol/index.ts";
 import type { ChatRequest, CompletionRequest, GenerationOptions } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
@@ -145,6 +145,16 @@ export class Pipeline {
     let permit: Permit | undefined;
     let type: RequestType = "unary";
     let served: ServedModel | undefined;
+    const traceparent = traceparentOf(exchange);
+    const span = this.#planes.tracing?.span("http-request", traceparent, {
+      kind: "server",
+      startMs: exchange.arrivalMs,
+      attributes: {
+        "http.request.method": "POST",
+        "http.route": exchange.path,
+        "dynamo.request_id": exchange.requestId,
+      },
+    });
     try {
       if (this.#draining) throw new DynamoError("draining", "the server is shutting down");
       const request = read(exchange.body);
@@ -157,12 +167,15 @@ export class Pipeline {
       permit = this.#gate.tryEnter() ?? (await this.#gate.enter((leave) => (exchange.onGone = leave)));
       const admittedMs = this.#planes.clock.monotonicMs();
       this.#stages.enter("preprocess");
+      span?.child("validate", { startMs: exchange.arrivalMs }).end(admittedMs);
       let prompts: readonly PlannedPrompt[];
       try {
         // Step 3: template + tokenize.
         prompts = await request.plan(served, hints);
       } finally {
-        this.#stages.leave("preprocess", this.#planes.clock.monotonicMs() - admittedMs);
+        const readyMs = this.#planes.clock.monotonicMs();
+        this.#stages.leave("preprocess", readyMs - admittedMs);
+        span?.child("preprocess", { startMs: admittedMs }).end(readyMs);
       }
       if (exchange.gone) throw new DynamoError("client-gone", "the client left before its request was sent on");
       const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts, hints };
@@ -177,14 +190,24 @@ export class Pipeline {
           ? {}
           : { nvext: () => nvextJson(model.remote ?? model.router, exchange.requestId, hints.extraFields) }),
       });
-      this.#run(exchange, plan, permit, admittedMs, writer);
+      this.#run(exchange, plan, permit, admittedMs, writer, { span, traceparent });
     } catch (thrown) {
       if (permit !== undefined) this.#release(permit);
-      this.#refuse(exchange, toDynamoError(thrown), endpoint, type, served);
+      const error = toDynamoError(thrown);
+      span?.fail(error.reason);
+      span?.end(this.#planes.clock.monotonicMs());
+      this.#refuse(exchange, error, endpoint, type, served);
     }
   }
 
-  #run(exchange: Exchange, plan: GenerationPlan, permit: Permit, admittedMs: number, writer: ResponseWriter): void {
+  #run(
+    exchange: Exchange,
+    plan: GenerationPlan,
+    permit: Permit,
+    admittedMs: number,
+    writer: ResponseWriter,
+    trace: { readonly span: Span | undefined; readonly traceparent: string },
+  ): void {
     const held: Permit = {
       release: () => {
         this.#runs.delete(run);
@@ -195,7 +218,7 @@ export class Pipeline {
       planes: this.#planes,
       stages: this.#stages,
       requestId: exchange.requestId,
-      traceparent: exchange.header("traceparent") ?? "",
+      ...trace,
       arrivalMs: exchange.arrivalMs,
       admittedMs,
       deadlineMs: exchange.arrivalMs + this.#config.limits.requestTimeoutMs,
@@ -330,6 +353,12 @@ interface FamilyRequest {
   readonly nvext: Nvext | undefined;
   plan(model: ServedModel, hints: RoutingHints): Promise<readonly PlannedPrompt[]>;
   writer(details: AnswerDetails): ResponseWriter;
+}
+
+/** The client's trace context, handed on as it is when no spans are made here; what W3C calls invalid is left out. */
+function traceparentOf(exchange: Exchange): string {
+  const header = exchange.header("traceparent");
+  return header === undefined || parseTraceparent(header) === undefined ? "" : header;
 }
 
 function countAdmissionRejection(metrics: Metrics, model: string): void {

@@ -352,6 +352,12 @@ export const METRICS = {
     labels: [],
     help: "Bookings that a router service freed because their frontend was gone or out of time.",
   },
+  // Traces.
+  dynamo_trace_spans_total: {
+    type: "counter",
+    labels: ["outcome"],
+    help: "Spans by what became of them: exported, failed with their export, or dropped as too many waited.",
+  },
   // Worker.
   dynamo_component_requests_total: { type: "counter", labels: COMPONENT, help: "Requests the worker ended." },
   dynamo_component_request_duration_seconds: {

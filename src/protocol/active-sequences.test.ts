@@ -34,8 +34,10 @@ const add = fc.nat(3).chain((blockCount) =>
     PLAIN,
   ),
 );
+const session = fc.string({ minLength: 1, maxLength: 40, unit: "grapheme" });
 const event = fc.oneof(
   add,
+  fc.tuple(add, session).map(([plain, sessionId]) => ({ ...plain, sessionId })),
   fc.record({ type: fc.constantFrom("prefill-completed" as const, "free" as const), requestId }, PLAIN),
 );
 const message: fc.Arbitrary<ActiveSequenceMessage> = fc.oneof(

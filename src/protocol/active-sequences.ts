@@ -18,6 +18,8 @@ export type ActiveSequenceEvent =
       readonly blockCount: number;
       readonly prefillTokens: number;
       readonly expectedOutputTokens: number;
+      /** While session affinity is on: the session that this worker has from the end of the prefill on. */
+      readonly sessionId?: string;
     }
   | { readonly type: "prefill-completed"; readonly requestId: string }
   | { readonly type: "free"; readonly requestId: string };
@@ -33,11 +35,12 @@ export const ACTIVE_SEQUENCES_MAX_EVENTS = 256;
 /** A sender ends a message at this size: a prompt of a million tokens is half of it. */
 export const ACTIVE_SEQUENCES_CUT_BYTES = 1024 * 1024;
 
-const VERSION = 1;
+const VERSION = 2;
 const MESSAGES = ["events", "snapshot", "please"] as const;
 const EVENTS = ["add", "prefill-completed", "free"] as const;
 const MAX_MODEL_BYTES = 1_024;
 const MAX_REQUEST_ID_BYTES = 512;
+const MAX_SESSION_ID_BYTES = 512;
 /** As in a KV event: a million tokens in blocks of 16. */
 const MAX_BLOCKS = 65_536;
 const INSTANCE_ID = /^[0-9a-f]{16}$/;
@@ -47,7 +50,8 @@ const writer = new ByteWriter(16 * 1024);
 /** Not less than the bytes that the event takes in a message. */
 export function activeSequenceBytes(event: ActiveSequenceEvent): number {
   const hashes = event.type === "add" ? (event.sequenceHashes?.length ?? 0) : 0;
-  return 64 + 4 * hashes + 3 * event.requestId.length;
+  const session = event.type === "add" ? (event.sessionId?.length ?? 0) : 0;
+  return 68 + 4 * hashes + 3 * (event.requestId.length + session);
 }
 
 /** Encodes into a shared slab: valid until the next call. */
@@ -70,6 +74,7 @@ export function encodeActiveSequences(message: ActiveSequenceMessage): Buffer {
     writer.u32(event.blockCount);
     writer.u32(event.prefillTokens);
     writer.u32(event.expectedOutputTokens);
+    writer.text(event.sessionId ?? "");
     writer.u8(event.sequenceHashes === undefined ? 0 : 1);
     if (event.sequenceHashes === undefined) continue;
     writer.u32(event.sequenceHashes.length / 2);
@@ -123,10 +128,21 @@ function eventOf(reader: ByteReader): ActiveSequenceEvent {
   const blockCount = reader.u32();
   const prefillTokens = reader.u32();
   const expectedOutputTokens = reader.u32();
+  const sessionId = reader.text(MAX_SESSION_ID_BYTES);
   const hashed = reader.u8() === 1 ? reader.u32() : undefined;
   if (blockCount > MAX_BLOCKS || (hashed ?? 0) > MAX_BLOCKS)
     throw new Error(`blocks are over the limit of ${MAX_BLOCKS}`);
   if (hashed !== undefined && hashed < blockCount) throw new Error(`${hashed} hashes for ${blockCount} blocks`);
   const sequenceHashes = hashed === undefined ? undefined : reader.u32s(2 * hashed);
-  return { type, requestId, instanceId, dpRank, sequenceHashes, blockCount, prefillTokens, expectedOutputTokens };
+  return {
+    type,
+    requestId,
+    instanceId,
+    dpRank,
+    sequenceHashes,
+    blockCount,
+    prefillTokens,
+    expectedOutputTokens,
+    ...(sessionId === "" ? {} : { sessionId }),
+  };
 }

@@ -1,5 +1,6 @@
 import type { Clock } from "../std/index.ts";
 import type { DecisionRecord } from "./explain/decision-log.ts";
+import type { DecisionExplanation } from "./explain/render.ts";
 import type { RouterMetrics } from "./router-metrics.ts";
 import type { BookingEvent, RequestEnd, RoutingDecision } from "./route-request.ts";
 import type { Booking } from "./scheduling/active-sequences.ts";
@@ -13,6 +14,7 @@ export interface DecisionOwner {
   prefillDone(decision: BookedDecision): void;
   addOutput(booking: Booking, tokens: number): void;
   free(decision: BookedDecision): void;
+  explainRecord(record: DecisionRecord): DecisionExplanation;
 }
 
 /** One request on one worker, from the decision to its release; the router's side of it. */
@@ -100,6 +102,10 @@ export class BookedDecision implements RoutingDecision {
     const nowMs = this.#owner.clock.monotonicMs();
     if (!isFirst) this.#owner.metrics.interTokenLatency.observe((nowMs - this.#lastTokenMs) / 1_000 / count, count);
     this.#lastTokenMs = nowMs;
+  }
+
+  explain(): DecisionExplanation {
+    return this.#owner.explainRecord(this.record);
   }
 
   release(end?: RequestEnd): void {

@@ -1,6 +1,7 @@
 import type { ActiveSequenceEvent } from "../protocol/index.ts";
 import type { BlockHashes } from "../tokens/index.ts";
 import type { RouterConfig } from "./config.ts";
+import type { DecisionExplanation } from "./explain/render.ts";
 import type { PreferredTaint } from "./worker-set.ts";
 
 /**
@@ -82,6 +83,8 @@ export interface RoutingDecision {
   firstToken(cachedTokens: number): void;
   /** Generated tokens, as they come. */
   addTokens(count: number): void;
+  /** As for operators, with what is known of the request by now; undefined when a remote router was not asked for it. */
+  explain(): DecisionExplanation | undefined;
   /** Must be called exactly when the request left the worker, however it ended. Further calls do nothing. */
   release(end?: RequestEnd): void;
 }

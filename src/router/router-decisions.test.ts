@@ -373,4 +373,40 @@ describe("router: replicas", () => {
     );
     assert.equal(mine.applyRemoteBooking("theirs", { type: "free", requestId: "r1" }), "unknown-request");
   });
+
+  test("a session that another router bound stays with its worker here, for its time to live", () => {
+    const config = { sessionAffinityTtlMs: 1_000 };
+    const { router: mine, clock } = aRouter({ workers: ["a", "b", "c"], mode: "random", config });
+    const { router: theirs } = aRouter({ workers: ["a", "b", "c"], mode: "random", config });
+    theirs.onBooking = (event) => void mine.applyRemoteBooking("theirs", event);
+    const request = { tokenIds: aPrompt([1]), sessionId: "s" };
+    const decision = theirs.route({ ...request, requestId: "first" });
+    decision.firstToken(0);
+    const here = (): string => mine.preview(request).reason;
+    for (let i = 0; i < 8; i++) {
+      assert.equal(mine.preview(request).worker.instance_id, decision.instanceId);
+      assert.equal(here(), "the session's worker");
+    }
+    decision.release();
+    clock.advance(999);
+    assert.equal(here(), "the session's worker");
+    clock.advance(1);
+    assert.notEqual(here(), "the session's worker");
+  });
+
+  test("what another router decided counts as cached here, while it routes by decisions", () => {
+    const config = { kvEvents: false, ttlMs: 1_000 };
+    const { router: mine, clock } = aRouter({ workers: ["a", "b"], config });
+    const { router: theirs } = aRouter({ workers: ["a", "b"], config });
+    theirs.onBooking = (event) => void mine.applyRemoteBooking("theirs", event);
+    const request = { tokenIds: aPrompt([1, 2, 3]) };
+    const decision = theirs.route({ ...request, requestId: "first" });
+    decision.release();
+    const overlaps = (): Record<string, number> =>
+      Object.fromEntries(mine.preview(request).candidates.map((one) => [one.instance_id, one.overlap_blocks.device]));
+    const other = decision.instanceId === "a" ? "b" : "a";
+    assert.deepEqual(overlaps(), { [decision.instanceId]: 3, [other]: 0 });
+    clock.advance(1_000);
+    assert.deepEqual(overlaps(), { a: 0, b: 0 });
+  });
 });

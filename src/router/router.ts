@@ -122,10 +122,6 @@ export class Router implements DecisionOwner {
     this.#policy = options.policy;
     this.#blockSizeTokens = options.blockSizeTokens ?? 16;
     this.#sequences = new ActiveSequences(this.#blockSizeTokens);
-    this.#remote = new RemoteBookings(
-      this.#sequences,
-      (instanceId, dpRank) => this.#byId.get(instanceId)?.ranks[dpRank],
-    );
     this.#log = options.log ?? new DecisionLog();
     this.#thresholds = this.#config.busyThresholds;
     this.metrics = new RouterMetrics(options.metrics, options.model, options.policy.name);
@@ -138,6 +134,12 @@ export class Router implements DecisionOwner {
     }
     if (sessionAffinityTtlMs !== undefined)
       this.#sessions = new SessionAffinity({ clock, ttlMs: sessionAffinityTtlMs });
+    this.#remote = new RemoteBookings({
+      sequences: this.#sequences,
+      sessions: this.#sessions,
+      decisions: this.#approximate,
+      rankOf: (instanceId, dpRank) => this.#byId.get(instanceId)?.ranks[dpRank],
+    });
     this.#queue = new RouteQueue<QueuedRoute, RoutingDecision>({
       clock,
       policy: this.#config.queuePolicy,
@@ -253,7 +255,11 @@ export class Router implements DecisionOwner {
 
   /** The decisions for a request, its retries and its samples, oldest first; empty when they are too long ago. */
   explain(requestId: string): DecisionExplanation[] {
-    return this.#log.find(requestId).map((record) => renderDecision(record, this.#log.columnsOf(record)));
+    return this.#log.find(requestId).map((record) => this.explainRecord(record));
+  }
+
+  explainRecord(record: DecisionRecord): DecisionExplanation {
+    return renderDecision(record, this.#log.columnsOf(record));
   }
 
   /** The requests that wait are refused with `error`. */
@@ -565,6 +571,7 @@ export class Router implements DecisionOwner {
     const rank = eligible.ranks[record.chosen]!;
     const assumeKvReuse = request.overrides?.assumeKvReuse ?? this.#config.assumeKvReuse;
     const requestId = request.requestId ?? `r${this.#requestCount++}`;
+    const sessionId = this.#sessions === undefined ? undefined : request.sessionId;
     const booked = {
       sequenceHashes: assumeKvReuse ? hashes?.sequenceHashes : undefined,
       blockCount: this.#config.trackActiveBlocks ? prompt.blocks : 0,
@@ -579,8 +586,15 @@ export class Router implements DecisionOwner {
       candidateCount: eligible.ranks.length,
       booking: this.#sequences.add(rank.slot, booked),
       record,
-      announcement: { type: "add", requestId, instanceId: rank.instanceId, dpRank: rank.dpRank, ...booked },
-      sessionId: this.#sessions === undefined ? undefined : request.sessionId,
+      announcement: {
+        type: "add",
+        requestId,
+        instanceId: rank.instanceId,
+        dpRank: rank.dpRank,
+        ...booked,
+        ...(sessionId === undefined ? {} : { sessionId }),
+      },
+      sessionId,
       startMs,
     });
     this.#live.add(decision);

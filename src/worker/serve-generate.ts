@@ -1,7 +1,7 @@
 import type { Engine } from "../engines/index.ts";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
-import type { Logger } from "../observability/index.ts";
-import { decodeRequest, forEachStepEntry } from "../protocol/index.ts";
+import type { Logger, Span, Tracing } from "../observability/index.ts";
+import { EngineOutput, decodeEngineOutput, decodeRequest, forEachStepEntry } from "../protocol/index.ts";
 import type {
   EndpointHandler,
   RequestPlaneServer,
@@ -20,6 +20,8 @@ interface ActiveStream {
   readonly stream: ServerStream;
   readonly startMs: number;
   sawOutput: boolean;
+  /** `handle_payload`, as in Dynamo; undefined when no traces are exported. */
+  readonly span: Span | undefined;
 }
 
 export interface GenerateServiceOptions {
@@ -28,6 +30,7 @@ export interface GenerateServiceOptions {
   readonly metrics: WorkerMetrics;
   readonly clock: Clock;
   readonly logger: Logger;
+  readonly tracing?: Tracing | undefined;
   /** Streams taken at once, running and waiting; above it `worker-full`. */
   readonly maxStreams: number;
 }
@@ -56,7 +59,13 @@ export class GenerateService {
     }
     const request = decodeRequest(payload);
     const id = this.#takeId();
-    this.#active.set(id, { stream, startMs: clock.monotonicMs(), sawOutput: false });
+    const startMs = clock.monotonicMs();
+    const span = this.#options.tracing?.span("handle_payload", stream.traceparent, {
+      kind: "server",
+      startMs,
+      attributes: { "dynamo.request_id": stream.requestId, "dynamo.prompt_tokens": request.tokenIds.length },
+    });
+    this.#active.set(id, { stream, startMs, sawOutput: false, span });
     metrics.inflight.add(1);
     logger.debug({ x_request_id: stream.requestId, prompt_tokens: request.tokenIds.length }, "request accepted");
     engine.submit(id, request);
@@ -88,6 +97,7 @@ export class GenerateService {
         metrics.duration.observe((clock.monotonicMs() - active.startMs) / 1_000);
         active.stream.end();
       }
+      if (active.span !== undefined) traceEntry(active.span, step, start, end, clock.monotonicMs());
     });
     this.#options.server.flush();
   }
@@ -95,7 +105,11 @@ export class GenerateService {
   /** The engine died without ending its streams: end them here. */
   failAll(thrown: unknown): void {
     const error = toDynamoError(thrown, "engine-stopped");
-    for (const { stream } of this.#active.values()) stream.end(error);
+    for (const { stream, span } of this.#active.values()) {
+      stream.end(error);
+      span?.fail(error.reason);
+      span?.end(this.#options.clock.monotonicMs());
+    }
     this.#options.metrics.inflight.add(-this.#active.size);
     this.#active.clear();
     this.#options.server.flush();
@@ -107,4 +121,22 @@ export class GenerateService {
     this.#nextId = (id % 0x7fffffff) + 1;
     return id;
   }
+}
+
+const OUTPUT = new EngineOutput();
+
+function traceEntry(span: Span, step: Uint8Array, start: number, end: number, nowMs: number): void {
+  decodeEngineOutput(step, start, end, OUTPUT);
+  if (OUTPUT.hasFirst) {
+    span.event("first_output", nowMs);
+    span.set({
+      "dynamo.cached_tokens": OUTPUT.cachedTokens,
+      "dynamo.engine.queue_ms": OUTPUT.queueMs,
+      "dynamo.engine.prefill_ms": OUTPUT.prefillMs,
+    });
+  }
+  if (OUTPUT.finish === undefined) return;
+  span.set({ "dynamo.outcome": OUTPUT.finish, "dynamo.engine.decode_ms": OUTPUT.decodeMs });
+  if (OUTPUT.error !== undefined) span.fail(OUTPUT.error.reason);
+  span.end(nowMs);
 }

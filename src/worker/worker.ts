@@ -105,6 +105,7 @@ async function start(
     metrics,
     clock,
     logger,
+    tracing: planes.tracing,
     maxStreams: config.engine.maxSequences * ranksOf(config.engine) + config.maxQueuedRequests,
   });
   const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });

@@ -20,8 +20,15 @@ interface Reply {
   readonly text: string;
 }
 
-function call(cluster: ProcessCluster, path: string, body?: object, requestId?: string): Promise<Reply> {
+function call(
+  cluster: ProcessCluster,
+  path: string,
+  body?: object,
+  requestId?: string,
+  extraHeaders: Readonly<Record<string, string>> = {},
+): Promise<Reply> {
   const headers = {
+    ...extraHeaders,
     connection: "close",
     "content-type": "application/json",
     ...(requestId === undefined ? {} : { "x-request-id": requestId }),
@@ -69,6 +76,8 @@ describe("two frontend threads", { timeout: 120_000 }, () => {
   before(async () => {
     const flags = ["--engine=echo", "--workers=2", "--router-mode=kv", "--frontend-threads=2", "--echo-step-ms=4"];
     cluster = await startProcessCluster([...flags, "--logging-console-format=jsonl"], { DYN_LOG: "info" });
+    // Whoever saw the model listed once, as this helper did, finds it on every thread.
+    for (let i = 0; i < 12; i++) assert.match((await call(cluster, "/v1/models")).text, /"id":"echo"/);
     await until(
       async () => (await metricOf(cluster, /^dynamo_router_kv_ranks_recovering/)) === 0,
       "ranks to be restored",
@@ -176,14 +185,107 @@ describe("two frontend threads", { timeout: 120_000 }, () => {
   });
 });
 
+describe("two frontend threads without KV events, with sessions", { timeout: 120_000 }, () => {
+  let cluster: ProcessCluster;
+
+  before(async () => {
+    const routing = ["--router-mode=kv", "--no-router-kv-events", "--router-session-affinity-ttl-secs=30"];
+    const flags = [
+      "--engine=echo",
+      "--workers=3",
+      "--frontend-threads=2",
+      "--logging-console-format=jsonl",
+      ...routing,
+    ];
+    cluster = await startProcessCluster(flags, { DYN_LOG: "info" });
+    await until(async () => {
+      const health = await json<{ instances: { problem?: string }[] }>(call(cluster, "/health"));
+      return health.instances.filter(({ problem }) => problem === undefined).length === 3;
+    }, "three workers");
+  });
+  after(() => cluster.stop("SIGKILL"));
+
+  interface Told {
+    readonly worker: string;
+    readonly reason: string;
+    readonly overlapBlocks: number;
+  }
+
+  async function ask(id: string, prompt: string, session?: string): Promise<Told> {
+    const headers: Record<string, string> = session === undefined ? {} : { "x-dynamo-session-id": session };
+    const body = { model: "echo", prompt, max_tokens: 1 };
+    const { status, text } = await call(cluster, "/v1/completions", body, id, headers);
+    assert.equal(status, 200, text);
+    const explained = call(cluster, `/v1/route/explain/${id}`);
+    const { worker, reason, candidates } = (await json<{ decisions: DecisionExplanation[] }>(explained)).decisions[0]!;
+    const chosen = candidates.find((one) => one.instance_id === worker.instance_id)!;
+    return { worker: worker.instance_id, reason, overlapBlocks: chosen.overlap_blocks.device };
+  }
+
+  /** Each of `count` asks on a thread of the kernel's choice; both were chosen. */
+  async function onBothThreads(name: string, count: number, one: (id: string) => Promise<void>): Promise<void> {
+    const ids = Array.from({ length: count }, (_, i) => `${name}-${i}`);
+    for (const id of ids) await one(id);
+    await until(() => ids.every((id) => threads(cluster).has(id)), "the log lines");
+    const served = threads(cluster);
+    assert.deepEqual(new Set(ids.map((id) => served.get(id))), new Set([0, 1]), "both threads served");
+  }
+
+  test("a session stays with its worker on whichever thread its requests come in", async () => {
+    const first = await ask("session-first", "turn one of a talk", "talk");
+    // Other sessions are spread, so that staying is no accident.
+    const others = new Set<string>();
+    for (let i = 0; i < 8; i++) others.add((await ask(`other-${i}`, `another talk ${i}`, `other-${i}`)).worker);
+    assert.ok(others.size > 1, "sessions share one worker");
+    await onBothThreads("session", 16, async (id) => {
+      const { worker, reason } = await ask(id, `${id} is a turn that shares nothing`, "talk");
+      assert.equal(worker, first.worker);
+      assert.equal(reason, "the session's worker");
+    });
+  });
+
+  test("what one thread sent to a worker counts as cached there on both", async () => {
+    const first = await ask("decided", PROMPT);
+    await onBothThreads("again", 16, async (id) => {
+      const told = await ask(id, PROMPT);
+      assert.equal(told.worker, first.worker);
+      assert.ok(told.overlapBlocks > 10, `${id} saw ${told.overlapBlocks} blocks`);
+    });
+  });
+});
+
+test("predicted decisions beside KV events are shared by the threads too", { timeout: 60_000 }, async () => {
+  // No event can tell of a block before its request's prefill, which takes 600 ms here.
+  const routing = ["--router-mode=kv", "--router-predicted-ttl-secs=30"];
+  const flags = ["--engine=echo", "--workers=2", "--frontend-threads=2", "--echo-step-ms=600", ...routing];
+  const cluster = await startProcessCluster(flags);
+  try {
+    const slow = call(cluster, "/v1/completions", { model: "echo", prompt: PROMPT, max_tokens: 1 }, "slow");
+    const best = async (): Promise<number> => {
+      const preview = call(cluster, "/v1/route", { model: "echo", prompt: PROMPT });
+      const { decisions } = await json<{ decisions: DecisionExplanation[] }>(preview);
+      return Math.max(...decisions[0]!.candidates.map((one) => one.overlap_blocks.device));
+    };
+    await until(async () => (await best()) > 10, "a thread to know");
+    const seen: number[] = [];
+    for (let i = 0; i < 16; i++) seen.push(await best());
+    assert.ok(Math.min(...seen.slice(2)) > 10, `both threads know: ${seen.join()}`);
+    assert.equal((await slow).status, 200);
+  } finally {
+    await cluster.stop("SIGTERM");
+  }
+});
+
 test("what one thread alone can do is refused with several", async () => {
   const command = join(import.meta.dirname, "..", "..", "bin", "dynamo.mjs");
-  const flags = ["--frontend-threads=2", "--event-plane=memory", "--router-session-affinity-ttl-secs=5"];
+  const decisions = ["--router-mode=kv", "--no-router-kv-events", "--no-router-assume-kv-reuse"];
+  const flags = ["--frontend-threads=2", "--event-plane=memory", "--router-service", ...decisions];
   const child = spawn(process.execPath, [command, "frontend", ...flags], { stdio: ["ignore", "ignore", "pipe"] });
   let text = "";
   child.stderr.on("data", (chunk: Buffer) => (text += chunk.toString()));
   const [code] = (await once(child, "exit")) as [number | null];
   assert.equal(code, 2, text);
   assert.match(text, /--event-plane: memory is for one frontend thread alone/);
-  assert.match(text, /--router-session-affinity-ttl-secs: sessions are kept by one frontend thread alone/);
+  assert.match(text, /--router-service: a router service is asked by one frontend thread alone/);
+  assert.match(text, /--no-router-assume-kv-reuse: .* one frontend thread alone/);
 });

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import type OpenAI from "openai";
 import type { DecisionExplanation } from "../../src/router/index.ts";
+import { mockerConfig } from "../../src/engines/mocker/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
 import {
   ECHO,
@@ -16,6 +17,8 @@ import { startProcessCluster } from "../helpers/process-cluster.ts";
 const SMALL = { ...ECHO, contextLength: 512, maxSequences: 2 };
 const KV = { routerMode: "kv" } as const;
 const MODEL = process.env["DYN_TEST_MODEL"];
+/** Each takes a good part of a second; the whole run of 1,000 is for who changes the engine's cache or the index. */
+const REAL_REQUESTS = Number(process.env["DYN_TEST_REAL_REQUESTS"] ?? 16);
 
 async function withCluster(
   options: InProcessOptions,
@@ -78,6 +81,17 @@ function promptOf(i: number): string {
   return `conversation ${i % 11}: ${"and then she said ".repeat(2 + ((i * 7) % 17))}`;
 }
 
+/** A path down a tree of texts: each level is about two blocks, or some letters more, and has one of four words. */
+function branchOf(random: SeededRandom): string {
+  const words = ["north", "south", "east", "west"];
+  let text = "";
+  for (let depth = 1 + (random.nextU32() % 6); depth > 0; depth--) {
+    const word = words[random.nextU32() % words.length]!;
+    text += `${word} of the ${word}ern river and `.repeat(1 + word.length / 5);
+  }
+  return text;
+}
+
 describe("KV events of a whole cluster", () => {
   test("what the router predicts is what the engine reuses, request by request, also while blocks are evicted", async () => {
     await withCluster({ workers: 3, worker: { engine: SMALL }, frontend: KV }, async (cluster) => {
@@ -92,6 +106,37 @@ describe("KV events of a whole cluster", () => {
       assert.ok(reused > 50, `${reused} requests reused something`);
       const removed = /^dynamo_component_kv_cache_events_applied\{status="ok",event_type="removed"\}/;
       assert.ok((await metric(cluster.baseUrl, removed)) > 0, "the caches were full, so blocks were evicted");
+    });
+  });
+
+  test("mock engines with two ranks each: 1,000 explanations agree with what the engines reused", async () => {
+    const engine = mockerConfig({
+      blockSizeTokens: 16,
+      contextLength: 1_024,
+      totalBlocks: 96,
+      maxSequences: 8,
+      maxBatchedTokens: 512,
+      speedupRatio: 0,
+      dataParallelSize: 2,
+    });
+    await withCluster({ workers: 3, worker: { engine, modelName: "echo" }, frontend: KV }, async (cluster) => {
+      await whole(cluster.baseUrl, 3);
+      const random = new SeededRandom(11);
+      const ranks = new Set<string>();
+      let [reused, partly] = [0, 0];
+      for (let i = 0; i < 1_000; i++) {
+        const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", branchOf(random), `q${i}`);
+        assert.equal(decision.predicted.cached_tokens, cachedTokens, `request ${i}: ${JSON.stringify(decision)}`);
+        assert.equal(decision.actual!.cached_tokens, cachedTokens);
+        assert.deepEqual(decision.degradations, i === 0 ? ["kv: index empty, choosing by load"] : []);
+        ranks.add(`${decision.worker.instance_id}/${decision.worker.dp_rank}`);
+        if (cachedTokens > 0) reused++;
+        if (cachedTokens > 0 && decision.prompt.tokens - cachedTokens > 16) partly++;
+      }
+      assert.ok(ranks.size > 2, `${ranks.size} ranks were used`);
+      assert.ok(reused > 300 && partly > 100, `${reused} requests reused something, ${partly} a part`);
+      const removed = /^dynamo_component_kv_cache_events_applied\{status="ok",event_type="removed"\}/;
+      assert.ok((await metric(cluster.baseUrl, removed)) > 100, "the caches were full, so blocks were evicted");
     });
   });
 
@@ -226,6 +271,51 @@ describe("KV events of a whole cluster", () => {
     });
   });
 
+  test("with eight frontends the hit rate stays within 5 points of one", async () => {
+    const engine = mockerConfig({
+      blockSizeTokens: 16,
+      contextLength: 4_096,
+      totalBlocks: 600,
+      maxSequences: 16,
+      maxBatchedTokens: 2_048,
+      speedupRatio: 0,
+    });
+    const frontend = { ...KV, routerReplicaSync: true };
+    /** Share of the prompt tokens that came from a cache, of the same conversations, `width` turns at a time. */
+    const hitRate = async (frontends: number, width: number): Promise<number> => {
+      let [cached, total] = [0, 0];
+      await withCluster({ workers: 4, worker: { engine, modelName: "echo" }, frontend }, async (cluster) => {
+        const urls = [cluster.baseUrl];
+        while (urls.length < frontends) urls.push((await cluster.addFrontend()).baseUrl);
+        for (const url of urls) await whole(url, 4);
+        // 24 conversations over 6 documents; their blocks fill the caches more than once.
+        const texts = Array.from(
+          { length: 24 },
+          (_, i) => `document ${i % 6}: ${"so it is written ".repeat(60)} ${i}: `,
+        );
+        const random = new SeededRandom(5);
+        let turn = 0;
+        const talk = async (): Promise<void> => {
+          while (turn < 360) {
+            const i = turn++;
+            const who = random.nextU32() % texts.length;
+            texts[who] += `turn ${i} asks for more of it; `;
+            const body = { model: "echo", prompt: texts[who], max_tokens: 2 };
+            const answer = await post(urls[i % urls.length]!, "/v1/completions", body);
+            const { usage } = (await answer.json()) as OpenAI.Completion;
+            cached += usage!.prompt_tokens_details!.cached_tokens!;
+            total += usage!.prompt_tokens;
+          }
+        };
+        await Promise.all(Array.from({ length: width }, talk));
+      });
+      return cached / total;
+    };
+    const [one, eight] = [await hitRate(1, 4), await hitRate(8, 4)];
+    assert.ok(one > 0.5 && one < 0.99, `one frontend: ${one}`);
+    assert.ok(eight > one - 0.05, `one frontend: ${one}, eight: ${eight}`);
+  });
+
   test("the same between processes, over files, TCP and ZMQ", async () => {
     const cluster = await startProcessCluster(["--engine=echo", "--workers=2", "--router-mode=kv"]);
     try {
@@ -258,13 +348,14 @@ describe("KV events of a whole cluster", () => {
       } as const;
       await withCluster({ workers: 2, worker: { engine, modelName: "echo" }, frontend: KV }, async (cluster) => {
         await whole(cluster.baseUrl, 2);
+        const random = new SeededRandom(12);
         let reused = 0;
-        for (let i = 0; i < 16; i++) {
-          const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", promptOf(i), `q${i}`);
+        for (let i = 0; i < REAL_REQUESTS; i++) {
+          const { decision, cachedTokens } = await complete(cluster.baseUrl, "echo", branchOf(random), `q${i}`);
           assert.equal(decision.predicted.cached_tokens, cachedTokens, `request ${i}: ${JSON.stringify(decision)}`);
           if (cachedTokens > 0) reused++;
         }
-        assert.ok(reused > 4, `${reused} requests reused something`);
+        assert.ok(reused > REAL_REQUESTS / 4, `${reused} requests reused something`);
       });
     },
   );

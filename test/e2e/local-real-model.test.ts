@@ -68,7 +68,7 @@ describe(
       };
       const texts: string[] = [];
       let cached = 0;
-      // Two workers in turn: the third and fourth requests meet a worker that has seen the prompt.
+      // Routed by cached prefix unless told otherwise: they go where the first one went.
       for (let i = 0; i < 4; i++) {
         const answer = await client.chat.completions.create(body);
         texts.push(answer.choices[0]!.message.content!);
@@ -76,6 +76,7 @@ describe(
       }
       assert.equal(new Set(texts).size, 1, texts.join("\n---\n"));
       assert.ok(cached >= 16, `cached tokens: ${cached}`);
+      assert.match(cluster.output(), /router \(kv\)/);
       let streamed = "";
       for await (const chunk of await client.chat.completions.create({ ...body, stream: true })) {
         streamed += chunk.choices[0]?.delta.content ?? "";

@@ -315,17 +315,34 @@ async function explainLocally(cluster: InProcessCluster, id: string): Promise<De
   return decisions;
 }
 
+interface Commands {
+  /** Starts `dynamo` with these arguments; gives what it says when it is ready. */
+  start(...argv: string[]): Promise<{ readonly child: ChildProcess; readonly facts: Record<string, unknown> }>;
+}
+
+/** Commands of one cluster, all gone afterwards. */
+async function withCommands(use: (commands: Commands) => Promise<void>): Promise<void> {
+  const folder = await mkdtemp(join(tmpdir(), "router-service-"));
+  const children: ChildProcess[] = [];
+  const start: Commands["start"] = async (...argv) => {
+    const child = spawn(process.execPath, [join(import.meta.dirname, "../../bin/dynamo.mjs"), ...argv, `--file-kv=${folder}`], { stdio: ["ignore", "ignore", "inherit", "ipc"], env: { ...process.env, DYN_LOG: "error" } }); // prettier-ignore
+    children.push(child);
+    const [ready] = (await once(child, "message", { signal: AbortSignal.timeout(30_000) })) as [{ facts: Record<string, unknown> }]; // prettier-ignore
+    return { child, facts: ready.facts };
+  };
+  try {
+    await use({ start });
+  } finally {
+    const exits = children.filter((child) => child.exitCode === null && child.signalCode === null).map((child) => once(child, "exit")); // prettier-ignore
+    for (const child of children) child.kill("SIGKILL");
+    await Promise.all(exits);
+    await rm(folder, { recursive: true });
+  }
+}
+
 describe("router service, in real processes", () => {
   test("frontend, router and workers as commands: routed by kv; a killed frontend's booking is freed; a killed router is survived", async () => {
-    const folder = await mkdtemp(join(tmpdir(), "router-service-"));
-    const children: ChildProcess[] = [];
-    const start = async (...argv: string[]): Promise<{ child: ChildProcess; facts: Record<string, unknown> }> => {
-      const child = spawn(process.execPath, [join(import.meta.dirname, "../../bin/dynamo.mjs"), ...argv, `--file-kv=${folder}`], { stdio: ["ignore", "ignore", "inherit", "ipc"], env: { ...process.env, DYN_LOG: "error" } }); // prettier-ignore
-      children.push(child);
-      const [ready] = (await once(child, "message", { signal: AbortSignal.timeout(30_000) })) as [{ facts: Record<string, unknown> }]; // prettier-ignore
-      return { child, facts: ready.facts };
-    };
-    try {
+    await withCommands(async ({ start }) => {
       const router = await start("router", "--router-mode=kv", "--system-port=0");
       const health = `http://127.0.0.1:${String(router.facts["systemPort"])}/health`;
       const bookings = async (): Promise<number> => ((await (await fetch(health)).json()) as { bookings: number }).bookings; // prettier-ignore
@@ -357,11 +374,83 @@ describe("router service, in real processes", () => {
       assert.equal(fallback!.policy, "round-robin");
       assert.match(fallback!.degradations[0]!, /^router service: /);
       assert.equal(await fallbacks(stays), 1);
-    } finally {
-      const exits = children.filter((child) => child.exitCode === null && child.signalCode === null).map((child) => once(child, "exit")); // prettier-ignore
-      for (const child of children) child.kill("SIGKILL");
-      await Promise.all(exits);
-      await rm(folder, { recursive: true });
-    }
+    });
+  });
+
+  test("two routers stand by for each other: both know the load and the blocks; when one is killed the other goes on", async () => {
+    await withCommands(async ({ start }) => {
+      const routers = await Promise.all(
+        [0, 1].map(async () => {
+          const { child, facts } = await start(
+            "router",
+            "--router-mode=kv",
+            "--router-replica-sync",
+            "--system-port=0",
+          );
+          return { child, health: `http://127.0.0.1:${String(facts["systemPort"])}/health` };
+        }),
+      );
+      interface State {
+        readonly bookings: number;
+        readonly models: { workers: { instance_id: string; ranks: { active_requests: number }[] }[] }[];
+      }
+      const stateOf = async (health: string): Promise<State> => (await (await fetch(health)).json()) as State;
+      const loads = async (health: string): Promise<string> =>
+        JSON.stringify(
+          (await stateOf(health)).models[0]?.workers.map((one) => [one.instance_id, one.ranks[0]!.active_requests]),
+        );
+      await start("mocker", "--num-workers=3", "--model-name=echo", "--decode-speedup-ratio=0.2");
+      const { facts } = await start("frontend", "--router-service", "--http-port=0");
+      const url = `http://127.0.0.1:${String(facts["port"])}`;
+      for (const { health } of routers) {
+        await until(async () => (await stateOf(health)).models[0]?.workers.length === 3, "the routers to know all workers"); // prettier-ignore
+      }
+      await until(async () => ((await (await fetch(`${url}/v1/models`)).json()) as { data: unknown[] }).data.length === 1, "the model"); // prettier-ignore
+
+      // A prompt of several blocks (of 64) is cached on one worker, and long requests run.
+      const prompt = "the long beginning of a story that is told again; ".repeat(8);
+      await complete(url, "cold", { prompt });
+      const [cold] = await explain(url, "cold");
+      assert.deepEqual(
+        [cold!.policy, cold!.degradations.filter((one) => one.startsWith("router service"))],
+        ["kv", []],
+      );
+      const leave = new AbortController();
+      const running = ["x", "y", "z"].map((mark) =>
+        fetch(`${url}/v1/completions`, {
+          method: "POST",
+          signal: leave.signal,
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "echo", prompt: `${mark} goes on and on`, max_tokens: 20_000, stream: true }),
+        }),
+      );
+      for (const answer of running) assert.equal((await answer).status, 200);
+      const [one, two] = routers as [(typeof routers)[0], (typeof routers)[0]];
+      const isSame = async (): Promise<boolean> => {
+        const [a, b] = [await loads(one.health), await loads(two.health)];
+        return a === b && (a.match(/,1\]/g)?.length ?? 0) === 3;
+      };
+      await until(isSame, "both to see one request on each worker");
+
+      const booked = await Promise.all(routers.map(async ({ health }) => (await stateOf(health)).bookings));
+      const serving = booked[0]! > 0 ? one : two;
+      const standby = serving === one ? two : one;
+      serving.child.kill("SIGKILL");
+      await once(serving.child, "exit");
+      // The first request after may meet the dead one, and is placed by the frontend itself; then the other answers.
+      let warm: DecisionExplanation | undefined;
+      for (let i = 0; warm?.policy !== "kv"; i++) {
+        assert.ok(i < 100, "the standby is not asked");
+        await complete(url, `after-${i}`, { prompt });
+        [warm] = await explain(url, `after-${i}`);
+      }
+      assert.deepEqual(warm.degradations, []);
+      assert.equal(warm.worker.instance_id, cold!.worker.instance_id, "it knows who has the blocks");
+      assert.ok(warm.predicted.cached_tokens > 0 && warm.predicted.cached_tokens === warm.actual!.cached_tokens);
+      // The requests of the dead router's bookings run on, and end.
+      leave.abort();
+      await Promise.allSettled(running.map(async (answer) => (await answer).text()));
+      await until(async () => !/,[1-9]/.test(await loads(standby.health)), "the standby to see no load");
+    });
   });
 });

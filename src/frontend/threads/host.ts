@@ -18,7 +18,7 @@ import type { ThreadSeat } from "./serve-thread.ts";
  * fails the role, as a crash would fail a process of one thread.
  *
  * Cost of a request that takes one thread: none here; the host sleeps but for KV events. Sessions and own decisions
- * without events stay with their thread: `cli/` refuses to combine them.
+ * without events are each thread's own, told to the others with its bookings.
  */
 export interface FrontendThreadsOptions {
   readonly threadCount: number;
@@ -82,6 +82,8 @@ class FrontendThreads {
   readonly #fail: (error: DynamoError) => void;
   readonly #members: readonly Member[];
   readonly #collecting = new Map<number, Collecting>();
+  /** By model, the threads that serve it. Bounded by what each of them serves. */
+  readonly #serving = new Map<string, Set<Member>>();
   #questionCount = 0;
   #leaving = false;
 
@@ -184,6 +186,9 @@ class FrontendThreads {
       case "failed":
         this.#onBroken(member, errorFromWire(message.reason, message.message, message.diagnostic ?? ""));
         return;
+      case "served":
+        this.#onServed(member, message.model, message.isServed);
+        return;
       case "ask":
         this.#ask(member, message.id, message.question).catch((cause: unknown) => {
           this.#planes.logger.error(
@@ -198,6 +203,18 @@ class FrontendThreads {
         if (collecting !== undefined) this.#collect(message.id, collecting, member, message.answer);
       }
     }
+  }
+
+  /** A model is listed from when its last thread serves it until its first one does not. */
+  #onServed(member: Member, model: string, isServed: boolean): void {
+    const serving = this.#serving.get(model) ?? new Set();
+    const wasListed = serving.size === this.#members.length;
+    if (isServed) serving.add(member);
+    else serving.delete(member);
+    if (serving.size > 0) this.#serving.set(model, serving);
+    else this.#serving.delete(model);
+    const isListed = serving.size === this.#members.length;
+    if (isListed !== wasListed) this.#tellAll({ type: "listed", model, isListed });
   }
 
   /** Passes a question on to all others; the host itself has its metrics to add. */

@@ -17,6 +17,8 @@ export type HostMessage =
       readonly instanceId: string;
       readonly ranks: readonly number[];
     }
+  /** Whether all threads serve the model, so that any of them may list it. */
+  | { readonly type: "listed"; readonly model: string; readonly isListed: boolean }
   | { readonly type: "question"; readonly id: number; readonly question: Question }
   /** To who asked: of all others, host included. */
   | { readonly type: "answers"; readonly id: number; readonly answers: readonly Answer[] | undefined }
@@ -32,6 +34,8 @@ export type ThreadMessage =
       readonly message: string;
       readonly diagnostic: string | undefined;
     }
+  /** The first worker of a model joined this thread's router, or the last one left. */
+  | { readonly type: "served"; readonly model: string; readonly isServed: boolean }
   | { readonly type: "ask"; readonly id: number; readonly question: Question }
   | { readonly type: "answer"; readonly id: number; readonly answer: Answer };
 

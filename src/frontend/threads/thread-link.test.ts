@@ -130,6 +130,13 @@ test(
       ).thresholds.map((one) => one.active_prefill_tokens_threshold);
     while ((await thresholds()).length === 0);
     assert.deepEqual(await thresholds(), [77]);
+    assert.deepEqual(await host.next("served"), { type: "served", model: "echo", isServed: true });
+    // Other threads may not have it yet.
+    const listed = async (): Promise<number> =>
+      ((await (await fetch(new URL("/v1/models", url))).json()) as { data: unknown[] }).data.length;
+    assert.equal(await listed(), 0);
+    host.tell({ type: "listed", model: "echo", isListed: true });
+    while ((await listed()) === 0);
     const body = JSON.stringify({ model: "echo", active_prefill_tokens_threshold: 5 });
     const set = fetch(url, { method: "POST", headers: { "content-type": "application/json" }, body });
     const { id, question } = await host.next("ask");
@@ -137,8 +144,10 @@ test(
     host.tell({ type: "answers", id, answers: [{ type: "done" }] });
     assert.equal((await set).status, 200);
     assert.deepEqual(await thresholds(), [5]);
-    await frontend.stop();
     await worker.stop();
+    assert.deepEqual(await host.next("served"), { type: "served", model: "echo", isServed: false });
+    assert.equal(await listed(), 0);
+    await frontend.stop();
     await link.close();
     for (const { events, request, discovery } of made)
       for (const plane of [events, request, discovery]) await plane.close();

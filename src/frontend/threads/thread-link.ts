@@ -48,6 +48,8 @@ export class ThreadLink {
   readonly #logger: Logger;
   readonly #listen = Promise.withResolvers<number | undefined>();
   readonly #indexes = new Map<string, SharedModelIndex>();
+  readonly #served = new Set<string>();
+  readonly #listed = new Set<string>();
   readonly #asked = new Map<number, Asked>();
   #questionCount = 0;
 
@@ -64,6 +66,19 @@ export class ThreadLink {
     let index = this.#indexes.get(model);
     if (index === undefined) this.#indexes.set(model, (index = new SharedModelIndex()));
     return index;
+  }
+
+  /** Whether this thread can answer for the model now. */
+  setServed(model: string, isServed: boolean): void {
+    if (this.#served.has(model) === isServed) return;
+    if (isServed) this.#served.add(model);
+    else this.#served.delete(model);
+    this.tell({ type: "served", model, isServed });
+  }
+
+  /** Every thread can: whoever reads of the model here may ask for it on any connection. */
+  isListed(model: string): boolean {
+    return this.#listed.has(model);
   }
 
   /** What all others say, host included. Throws `request-deadline` when one does not answer, `too-many-requests`. */
@@ -99,6 +114,10 @@ export class ThreadLink {
         return;
       case "kv-ranks":
         this.kvIndex(message.model).index.setWriterRanks(message.instanceId, message.ranks);
+        return;
+      case "listed":
+        if (message.isListed) this.#listed.add(message.model);
+        else this.#listed.delete(message.model);
         return;
       case "question":
         void this.#onQuestion(message.id, message.question);

@@ -1,5 +1,5 @@
 import type { Server } from "node:http";
-import type { Logger, Metrics } from "../../observability/index.ts";
+import type { Logger, Metrics, Tracing } from "../../observability/index.ts";
 import type { Clock, Random } from "../../std/index.ts";
 import type { Discovery } from "../discovery/index.ts";
 import type { EventPlane } from "../event-plane/index.ts";
@@ -16,6 +16,8 @@ export interface Planes {
   readonly random: Random;
   readonly logger: Logger;
   readonly metrics: Metrics;
+  /** undefined: no traces are exported. */
+  readonly tracing?: Tracing | undefined;
 }
 
 /** Gives a server its connections, by its `connection` event. */

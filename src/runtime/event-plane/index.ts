@@ -1,4 +1,11 @@
 export * from "./base.ts";
+export {
+  openEngineLink,
+  type EngineLink,
+  type EngineLinkHandler,
+  type EngineLinkOptions,
+  type ReplayHandler,
+} from "./engine-link.ts";
 export { MapDirectory } from "./map-directory.ts";
 export {
   MemoryEventBus,

@@ -1,4 +1,4 @@
-import { DynamoError } from "../../errors/index.ts";
+import { DynamoError } from "../errors/index.ts";
 import { MsgpackCursor } from "./msgpack-cursor.ts";
 
 /**

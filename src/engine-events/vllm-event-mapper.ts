@@ -1,5 +1,5 @@
-import type { KvEvent, KvStored, StorageTier } from "../../protocol/index.ts";
-import { blockHashSeed, hashBlocks, tryHashFromHex, xxh3_64, type HashPair } from "../../tokens/index.ts";
+import type { KvEvent, KvStored, StorageTier } from "../protocol/index.ts";
+import { blockHashSeed, hashBlocks, tryHashFromHex, xxh3_64, type HashPair } from "../tokens/index.ts";
 import type { KvGroup, VllmBatch, VllmEvent, VllmRemoved, VllmStored } from "./vllm-events.ts";
 
 /**

@@ -3,15 +3,16 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, it } from "node:test";
 import fc from "fast-check";
-import { DynamoError } from "../../errors/index.ts";
-import type { KvEvent, KvStored } from "../../protocol/index.ts";
-import { blockHashSeed, hashBlocks, tryHashFromHex } from "../../tokens/index.ts";
-import { FlatKvIndex, OverlapScores } from "../indexer/index.ts";
+import { DynamoError } from "../errors/index.ts";
+import type { KvEvent, KvStored } from "../protocol/index.ts";
+import { blockHashSeed, hashBlocks, tryHashFromHex } from "../tokens/index.ts";
+import { FlatKvIndex, OverlapScores } from "../router/indexer/index.ts";
+import { pack, type Value } from "./msgpack-writer.fixture.ts";
 import { MsgpackCursor, MsgpackError } from "./msgpack-cursor.ts";
 import { VllmEventMapper } from "./vllm-event-mapper.ts";
 import { decodeVllmBatch, decodeVllmMessage, type VllmEvent, type VllmStored } from "./vllm-events.ts";
 
-const FIXTURE = join(import.meta.dirname, "../../../test/fixtures/vllm-kv-events.json");
+const FIXTURE = join(import.meta.dirname, "../../test/fixtures/vllm-kv-events.json");
 const { samples } = JSON.parse(readFileSync(FIXTURE, "utf8")) as {
   samples: { encoding: string; hashes: string; messages: string[][] }[];
 };
@@ -19,39 +20,6 @@ const isMalformed = (error: unknown): boolean => error instanceof DynamoError &&
 
 function framesOf(message: readonly string[]): Buffer[] {
   return message.map((hex) => Buffer.from(hex, "hex"));
-}
-
-/** A small msgpack writer of the test's own. */
-type Value =
-  null | boolean | number | bigint | string | Uint8Array | readonly Value[] | { readonly [key: string]: Value };
-function pack(value: Value): Buffer {
-  const head = (tag: number, length: number): Buffer => {
-    const bytes = Buffer.alloc(5);
-    bytes[0] = tag;
-    bytes.writeUInt32BE(length, 1);
-    return bytes;
-  };
-  if (value === null) return Buffer.of(0xc0);
-  if (typeof value === "boolean") return Buffer.of(value ? 0xc3 : 0xc2);
-  if (typeof value === "number") {
-    const bytes = Buffer.alloc(9);
-    if (Number.isSafeInteger(value)) return pack(BigInt(value));
-    bytes[0] = 0xcb;
-    bytes.writeDoubleBE(value, 1);
-    return bytes;
-  }
-  if (typeof value === "bigint") {
-    const bytes = Buffer.alloc(9);
-    bytes[0] = value < 0n ? 0xd3 : 0xcf;
-    if (value < 0n) bytes.writeBigInt64BE(value, 1);
-    else bytes.writeBigUInt64BE(value, 1);
-    return bytes;
-  }
-  if (typeof value === "string") return Buffer.concat([head(0xdb, Buffer.byteLength(value)), Buffer.from(value)]);
-  if (value instanceof Uint8Array) return Buffer.concat([head(0xc6, value.length), value]);
-  if (Array.isArray(value)) return Buffer.concat([head(0xdd, value.length), ...(value as Value[]).map(pack)]);
-  const entries = Object.entries(value as Record<string, Value>);
-  return Buffer.concat([head(0xdf, entries.length), ...entries.flatMap(([key, one]) => [pack(key), pack(one)])]);
 }
 
 function batchOf(...events: Value[]): Buffer {

@@ -1,0 +1,3 @@
+export { VllmEventMapper, type LeftOut, type VllmEventMapperOptions } from "./vllm-event-mapper.ts";
+export { VllmEventSource, type ResetReason, type VllmEventSourceOptions } from "./vllm-event-source.ts";
+export { decodeVllmBatch, decodeVllmMessage, type VllmBatch, type VllmEvent, type VllmMessage } from "./vllm-events.ts";
