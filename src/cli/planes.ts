@@ -79,7 +79,8 @@ export async function buildEventPlane(
   if (values["event-plane"] === "memory") return new MemoryEventPlane({ bus: new MemoryEventBus(), clock });
   // Publishers of this process share one lease, opened by the first of them: a frontend never opens one.
   let lease: Promise<Lease> | undefined;
-  const openLease = (): Promise<Lease> => (lease ??= openLastingLease(discovery, { clock, logger }));
+  const openLease = (): Promise<Lease> =>
+    (lease ??= openLastingLease(discovery, { clock, logger, random: systemRandom }));
   const advertisedHost = values["zmq-advertise-host"];
   return new ZmqEventPlane({
     directory: discoveryPublisherDirectory(discovery, openLease, values.namespace),

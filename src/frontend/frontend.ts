@@ -180,6 +180,7 @@ function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteCon
   const instances = models.instances();
   const serving = instances.filter(({ problem }) => problem === undefined);
   const discovery = planes.discovery.health();
+  const events = planes.events.health?.() ?? { healthy: true };
   exchange.json(isDraining() ? 503 : 200, {
     status: isDraining() ? "draining" : serving.length > 0 ? "healthy" : "unhealthy",
     endpoints: [...new Set(serving.map(({ instance }) => formatDynAddress(instance)))],
@@ -192,6 +193,7 @@ function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteCon
       ...(problem === undefined ? {} : { problem }),
     })),
     discovery: discovery.healthy ? "ok" : `degraded: ${discovery.detail ?? "unknown"}`,
+    events: events.healthy ? "ok" : `degraded: ${events.detail ?? "unknown"}`,
   });
 }
 

@@ -120,6 +120,11 @@ export class FileView {
     return this.#table;
   }
 
+  /** As of the last refresh. */
+  get isUnreadable(): boolean {
+    return this.#unreadable !== undefined;
+  }
+
   /** What is wrong with the store as this process sees it. */
   get trouble(): string | undefined {
     if (this.#unreadable !== undefined) return this.#unreadable;
