@@ -52,11 +52,13 @@ async function buildRequestPlane(
   const { MemoryNetwork, MemoryRequestPlane, TcpRequestPlane } = await import("../runtime/request-plane/index.ts");
   if (values["request-plane"] === "memory") return new MemoryRequestPlane({ network: new MemoryNetwork(), clock });
   const advertiseHost = values["tcp-rpc-advertise-host"];
+  const advertisePort = values["tcp-rpc-advertise-port"];
   const clusterSecret = values["cluster-secret"];
   return new TcpRequestPlane({
     host: values["tcp-rpc-host"],
     port: values["tcp-rpc-port"],
     ...(advertiseHost === undefined ? {} : { advertiseHost }),
+    ...(advertisePort === undefined ? {} : { advertisePort }),
     ...(clusterSecret === undefined ? {} : { clusterSecret }),
     heartbeatMs: milliseconds(values["worker-heartbeat-timeout-secs"]) / HEARTBEAT_MISSES,
     heartbeatMisses: HEARTBEAT_MISSES,
