@@ -148,7 +148,7 @@ export class ModelRegistry {
   async loaded(timeoutMs: number): Promise<void> {
     const timeout = Promise.withResolvers<void>();
     const timer = this.#planes.clock.setTimer(timeoutMs, () => timeout.resolve());
-    await Promise.race([Promise.allSettled([...this.#loading.values()]), timeout.promise]);
+    await Promise.race([Promise.allSettled(this.#loading.values()), timeout.promise]);
     timer.cancel();
   }
 
