@@ -195,23 +195,41 @@ function servingOf({ instances }: Health): string[] {
   return instances.flatMap((instance) => (instance.problem === undefined ? [instance.instance_id] : []));
 }
 
+/** A deadline that keeps the process alive until it comes: the timers of `AbortSignal.timeout` do not, nor do idle sockets. */
+async function within<Value>(timeoutMs: number, run: (signal: AbortSignal) => Promise<Value>): Promise<Value> {
+  const abort = new AbortController();
+  const timer = setTimeout(() => abort.abort(new Error(`no answer within ${timeoutMs} ms`)), timeoutMs);
+  try {
+    return await run(abort.signal);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** Undefined when the frontend does not answer within two seconds. */
 export async function getJson<Value>(port: number, path: string, body?: unknown): Promise<Value | undefined> {
   try {
-    const answer = await fetch(`http://127.0.0.1:${port}${path}`, {
-      signal: AbortSignal.timeout(2_000),
-      ...(body === undefined
-        ? {}
-        : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) }),
-    });
-    return (await answer.json()) as Value;
+    return (await postJson(port, path, body, 2_000)) as Value;
   } catch {
     return undefined;
   }
 }
 
-export async function getText(port: number, path: string): Promise<string> {
-  return (await fetch(`http://127.0.0.1:${port}${path}`, { signal: AbortSignal.timeout(5_000) })).text();
+/** A GET without a body. Throws when there is no JSON answer in time. */
+export function postJson(port: number, path: string, body: unknown, timeoutMs: number): Promise<unknown> {
+  return within(timeoutMs, async (signal) => {
+    const answer = await fetch(`http://127.0.0.1:${port}${path}`, {
+      signal,
+      ...(body === undefined
+        ? {}
+        : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) }),
+    });
+    return answer.json();
+  });
+}
+
+export function getText(port: number, path: string): Promise<string> {
+  return within(5_000, async (signal) => (await fetch(`http://127.0.0.1:${port}${path}`, { signal })).text());
 }
 
 /** A small file system in memory; the reason why not, where that is not allowed. */

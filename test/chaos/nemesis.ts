@@ -52,6 +52,7 @@ export class Nemesis {
   readonly #busyWorkers = new Set<number>();
   readonly #busyFrontends = new Set<number>();
   #isDiscoveryBusy = false;
+  #isDiscoveryEmptied = false;
   /** Each fault once, in random order, before any comes again. */
   #deck: Fault[] = [];
 
@@ -97,10 +98,12 @@ export class Nemesis {
     );
     const pick = random.nextFloat();
     if (fault.startsWith("discovery") || fault === "disk-full") {
-      if (this.#isDiscoveryBusy) return false;
+      // A frontend that starts on an emptied store cannot know of any worker.
+      if (this.#isDiscoveryBusy || (fault === "discovery-removed" && this.#busyFrontends.size > 0)) return false;
       this.#begin(fault, "discovery", () => this.#breakDiscovery(fault, outageMs));
       return true;
     }
+    if (this.#isDiscoveryEmptied && (fault === "frontend-kill" || fault === "frontend-drain")) return false;
     const isWorker = !fault.startsWith("frontend");
     const busy = isWorker ? this.#busyWorkers : this.#busyFrontends;
     const all = isWorker ? cluster.workers : cluster.frontends;
@@ -190,9 +193,11 @@ export class Nemesis {
     this.#isDiscoveryBusy = true;
     try {
       if (fault === "discovery-removed") {
+        this.#isDiscoveryEmptied = true;
         cluster.removeDiscovery();
         // The holders write it again at their next renewal.
-        await sleep(3_000);
+        await sleep(4_000);
+        this.#isDiscoveryEmptied = false;
       } else if (fault === "discovery-hidden") {
         cluster.hideDiscovery();
         await sleep(outageMs);

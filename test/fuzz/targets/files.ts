@@ -25,7 +25,7 @@ const INVALID = ["model-file-invalid"] as const;
 /** What a tokenizer does to a text may be refused too. */
 const TEXT = "Hello <|im_start|> wörld 12345 \u{1f600} \ud800 def f(x):\n\treturn x";
 
-function folder(): { readonly path: string; close(): void } {
+function folder(): { readonly path: string; readonly close: () => void } {
   const path = mkdtempSync(join(tmpdir(), "dynamo-fuzz-"));
   return { path, close: () => rmSync(path, { recursive: true, force: true }) };
 }
@@ -41,7 +41,7 @@ async function useTokenizer(artifact: TokenizerArtifact): Promise<void> {
 function gguf(): AnyTarget {
   const { path, close } = folder();
   const file = join(path, "model.gguf");
-  const vocabulary = ["<unk>", "<s>", "</s>", ..."abcdefgh ", "ab", "cd"];
+  const vocabulary = ["<unk>", "<s>", "</s>", ..."a b c d e f g h".split(" "), " ", "ab", "cd"];
   const model = (kind: string): Buffer =>
     ggufBytes({
       metadata: [

@@ -227,7 +227,7 @@ async function requestPlaneClient(): Promise<AnyTarget> {
       // Ends, with whatever; a stream that never ends is caught by its deadline, and that is a failure of the connection's end.
       const error = await call(plane, `tcp://127.0.0.1:${address.port}`, Buffer.from("?"));
       await plane.close();
-      assert.notEqual(error?.reason, "internal", error?.diagnostic);
+      assert.notEqual(error?.reason, "internal", error?.diagnostic ?? "");
     },
     async close() {
       await new Promise((resolve) => server.close(resolve));
@@ -279,7 +279,7 @@ async function workerRequests(): Promise<AnyTarget> {
 
 const CHAT = { model: "echo", messages: [{ role: "user", content: "hi" }], max_tokens: 2 };
 const GOOD = `POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: ${JSON.stringify(CHAT).length}\r\n\r\n${JSON.stringify(CHAT)}`; // prettier-ignore
-const CHUNKED = `POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n11\r\n{"model":"echo",\"\r\nd\r\nprompt":"abc"}\r\n0\r\n\r\n`; // prettier-ignore
+const CHUNKED = `POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n11\r\n{"model":"echo","\r\nd\r\nprompt":"abc"}\r\n0\r\n\r\n`; // prettier-ignore
 const HTTP_CORPUS = [
   GOOD,
   CHUNKED,
