@@ -207,7 +207,8 @@ const LEAVE_EXTRA_MS = 3_000;
 
 /** The options go as flags; what one process has and several cannot share (a fixed port) is taken out. */
 function childEnvironment(env: NodeJS.ProcessEnv, clusterSecret: string): NodeJS.ProcessEnv {
-  const { DYN_CONFIG: _config, DYN_SYSTEM_PORT: _status, DYN_TCP_RPC_PORT: _port, ...rest } = env;
+  const { DYN_CONFIG: _config, DYN_SYSTEM_PORT: _status, DYN_TCP_RPC_PORT: _port, ...others } = env;
+  const { DYN_TCP_RPC_ADVERTISE_PORT: _advertised, ...rest } = others;
   return { ...rest, DYN_CLUSTER_SECRET: clusterSecret };
 }
 

@@ -99,7 +99,7 @@ function checkPlanes({ values }: ResolvedOptions): void {
   for (const name of ["discovery-backend", "request-plane", "event-plane"] as const) {
     if (values[name] === "memory") problems.push(`--${name}: memory is for one worker alone`);
   }
-  for (const name of ["tcp-rpc-port", "system-port"] as const) {
+  for (const name of ["tcp-rpc-port", "tcp-rpc-advertise-port", "system-port"] as const) {
     if ((values[name] ?? 0) !== 0) problems.push(`--${name}: expected 0 with several workers, got ${values[name]}`);
   }
   if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));

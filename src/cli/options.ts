@@ -827,6 +827,17 @@ export const OPTIONS = {
     commands: ["router", "worker", "mocker"],
     help: "Address that frontends connect to, when it is not the one to listen on.",
   },
+  "tcp-rpc-advertise-port": {
+    type: "integer",
+    default: undefined,
+    defaultText: "--tcp-rpc-port",
+    min: 1,
+    max: 65_535,
+    env: "DYN_TCP_RPC_ADVERTISE_PORT",
+    group: "Planes",
+    commands: ["router", "worker", "mocker"],
+    help: "Port that frontends connect to, when it is not the one to listen on: behind a proxy or a port mapping.",
+  },
   "event-plane": {
     type: "choice",
     choices: ["zmq", "memory"],

@@ -79,11 +79,13 @@ async function buildRequestPlane(
   const { MemoryNetwork, MemoryRequestPlane, TcpRequestPlane } = await import("../runtime/request-plane/index.ts");
   if (values["request-plane"] === "memory") return new MemoryRequestPlane({ network: new MemoryNetwork(), clock });
   const advertiseHost = values["tcp-rpc-advertise-host"];
+  const advertisePort = values["tcp-rpc-advertise-port"];
   const clusterSecret = values["cluster-secret"];
   return new TcpRequestPlane({
     host: values["tcp-rpc-host"],
     port: values["tcp-rpc-port"],
     ...(advertiseHost === undefined ? {} : { advertiseHost }),
+    ...(advertisePort === undefined ? {} : { advertisePort }),
     ...(clusterSecret === undefined ? {} : { clusterSecret }),
     heartbeatMs: milliseconds(values["worker-heartbeat-timeout-secs"]) / HEARTBEAT_MISSES,
     heartbeatMisses: HEARTBEAT_MISSES,
@@ -106,7 +108,8 @@ export async function buildEventPlane(
   if (values["event-plane"] === "memory") return new MemoryEventPlane({ bus: new MemoryEventBus(), clock });
   // Publishers of this process share one lease, opened by the first of them: a frontend never opens one.
   let lease: Promise<Lease> | undefined;
-  const openLease = (): Promise<Lease> => (lease ??= openLastingLease(discovery, { clock, logger }));
+  const openLease = (): Promise<Lease> =>
+    (lease ??= openLastingLease(discovery, { clock, logger, random: systemRandom }));
   const advertisedHost = values["zmq-advertise-host"];
   return new ZmqEventPlane({
     directory: discoveryPublisherDirectory(discovery, openLease, values.namespace),

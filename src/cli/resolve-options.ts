@@ -188,8 +188,12 @@ async function readConfigFile(
   let content: unknown;
   try {
     const { readFileSync } = await import("node:fs");
-    const { parse } = await import("yaml");
-    content = parse(readFileSync(path, "utf8"), { maxAliasCount: 16 });
+    const { parseDocument } = await import("yaml");
+    // What the library would only warn of (an unknown tag, an odd alias) is a mistake here.
+    const document = parseDocument(readFileSync(path, "utf8"), { logLevel: "silent" });
+    const problem = document.errors[0] ?? document.warnings[0];
+    if (problem !== undefined) throw problem;
+    content = document.toJS({ maxAliasCount: 16 });
   } catch (error) {
     mistakes.push(`--config: ${path}: ${(error as Error).message.split("\n")[0]}`);
     return given;

@@ -24,9 +24,12 @@ export interface RunningFrontendLoop extends RunningFrontend {
   readonly pipeline: Pipeline;
 }
 
+/** How long a start waits for the models of the workers that are there: a fetch of a tokenizer takes a tenth of a second. */
+const FIRST_MODELS_MS = 5_000;
+
 /**
- * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Serves as soon as it listens;
- * a model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`. `thread` is given
+ * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Listens once it knows the
+ * models of those; another model appears when its first worker has joined. Throws `address-in-use`, `discovery-unavailable`. `thread` is given
  * when it is one of several threads that serve the port together (threads/host.ts).
  */
 export async function startFrontend(
@@ -63,10 +66,12 @@ export async function startFrontend(
       metrics: planes.metrics,
       network: planes.http,
     });
+    // Cleanups run last deferred first: the server, whose requests need the models, closes before they do.
+    lifecycle.defer("model registry", () => models.close());
+    await models.start();
+    await models.loaded(FIRST_MODELS_MS);
     const { port } = await server.listen();
     lifecycle.defer("http server", () => server.close({ graceMs: 1_000 }));
-    await models.start();
-    lifecycle.defer("model registry", () => models.close());
     // Under virtual time the loop has no delay of its own.
     if (planes.clock === systemClock) lifecycle.defer("event loop monitor", watchEventLoop(planes));
     lifecycle.onDrain(async () => {
@@ -181,6 +186,7 @@ function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteCon
   const instances = models.instances();
   const serving = instances.filter(({ problem }) => problem === undefined);
   const discovery = planes.discovery.health();
+  const events = planes.events.health?.() ?? { healthy: true };
   exchange.json(isDraining() ? 503 : 200, {
     status: isDraining() ? "draining" : serving.length > 0 ? "healthy" : "unhealthy",
     endpoints: [...new Set(serving.map(({ instance }) => formatDynAddress(instance)))],
@@ -193,6 +199,7 @@ function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteCon
       ...(problem === undefined ? {} : { problem }),
     })),
     discovery: discovery.healthy ? "ok" : `degraded: ${discovery.detail ?? "unknown"}`,
+    events: events.healthy ? "ok" : `degraded: ${events.detail ?? "unknown"}`,
   });
 }
 

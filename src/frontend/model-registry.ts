@@ -152,6 +152,17 @@ export class ModelRegistry {
     );
   }
 
+  /**
+   * Resolves when the models of the workers that are known now are loaded, or cannot be; or after `timeoutMs`. A frontend
+   * that is started anew beside others must not say of their models that there are none.
+   */
+  async loaded(timeoutMs: number): Promise<void> {
+    const timeout = Promise.withResolvers<void>();
+    const timer = this.#planes.clock.setTimer(timeoutMs, () => timeout.resolve());
+    await Promise.race([Promise.allSettled(this.#loading.values()), timeout.promise]);
+    timer.cancel();
+  }
+
   /** A model that has a worker. */
   find(name: string): ServedModel | undefined {
     return this.#models.get(name);

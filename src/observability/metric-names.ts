@@ -396,6 +396,12 @@ export const METRICS = {
     labels: COMPONENT,
     help: "KV blocks and events of the engine that routers are not told of.",
   },
+  // Planes.
+  dynamo_plane_degraded: {
+    type: "gauge",
+    labels: ["plane"],
+    help: "1 while the process goes on with what it last knew of that plane, which is out of reach.",
+  },
   // Request plane.
   dynamo_request_plane_inflight: { type: "gauge", labels: [], help: "Streams this process has open to others." },
   dynamo_transport_tcp_bytes_sent_total: { type: "counter", labels: ["side"], help: "Request-plane bytes written." },

@@ -33,7 +33,7 @@ const someSampling = fc.record(
 const aRequest: fc.Arbitrary<PreprocessedRequest> = aRecord({
   requestId: fc.string({ unit: "binary" }),
   model: fc.string({ unit: "grapheme" }),
-  tokenIds: fc.uint32Array({ maxLength: 300 }).map((tokens) => Uint32Array.from(tokens)),
+  tokenIds: fc.uint32Array({ minLength: 1, maxLength: 300 }).map((tokens) => Uint32Array.from(tokens)),
   sampling: someSampling,
   stop: aRecord({
     maxTokens: aU32,
@@ -49,6 +49,37 @@ const aRequest: fc.Arbitrary<PreprocessedRequest> = aRecord({
 function isMalformedFrame(error: unknown): boolean {
   return error instanceof DynamoError && error.reason === "malformed-frame";
 }
+
+void test("request: a field of a wrong type is refused at the door, not by the engine behind it", () => {
+  const good = {
+    requestId: "r",
+    model: "m",
+    sampling: GREEDY,
+    stop: { maxTokens: 1, minTokens: 0, stopTokenIds: [2], ignoreEos: false },
+    output: { topLogprobs: -1, promptLogprobs: false },
+    priority: 0,
+    cacheNamespace: "",
+  };
+  const decode = (meta: object, tokens = 1): PreprocessedRequest =>
+    decodeRequest(encodeRequest({ ...(meta as PreprocessedRequest), tokenIds: new Uint32Array(tokens) }));
+  assert.equal(decode(good).model, "m");
+  assert.throws(() => decode(good, 0), isMalformedFrame);
+  const bad: object[] = [
+    { ...good, stop: { ...good.stop, stopTokenIds: undefined } },
+    { ...good, stop: { ...good.stop, stopTokenIds: [1.5] } },
+    { ...good, stop: { ...good.stop, maxTokens: "5" } },
+    { ...good, stop: { ...good.stop, maxTokens: -1 } },
+    { ...good, sampling: { ...GREEDY, logitBias: { 5: 1 } } },
+    { ...good, sampling: { ...GREEDY, logitBias: [[5]] } },
+    { ...good, sampling: { ...GREEDY, temperature: null } },
+    { ...good, sampling: { ...GREEDY, seed: 2 ** 32 } },
+    { ...good, output: { topLogprobs: 1e9, promptLogprobs: false } },
+    { ...good, dpRank: -1 },
+    { ...good, requestId: 5 },
+    { ...good, cacheNamespace: ["odd"] },
+  ];
+  for (const meta of bad) assert.throws(() => decode(meta), isMalformedFrame, JSON.stringify(meta));
+});
 
 void test("request: comes back as it was sent", () => {
   fc.assert(
@@ -81,7 +112,7 @@ void test("request: cut anywhere it is refused, or has fewer tokens (frames carr
       const tokensStart = bytes.length - 4 * request.tokenIds.length;
       for (let length = 0; length < bytes.length; length++) {
         const cut = bytes.subarray(0, length);
-        if (length >= tokensStart && (length - tokensStart) % 4 === 0) {
+        if (length > tokensStart && (length - tokensStart) % 4 === 0) {
           const expected = request.tokenIds.subarray(0, (length - tokensStart) / 4);
           assert.deepEqual(decodeRequest(cut).tokenIds, expected);
         } else {
@@ -134,6 +165,8 @@ void test("request: hostile lengths and foreign JSON are refused", () => {
   ]) {
     assert.throws(() => decodeRequest(withJson(json)), isMalformedFrame, json);
   }
-  decodeRequest(withJson('{"sampling":{},"stop":{},"output":{},"__proto__":{"polluted":1}}'));
+  const { tokenIds: _, ...meta } = decodeRequest(encodeRequest(fc.sample(aRequest, 1)[0]!));
+  const polluted = withJson(`${JSON.stringify(meta).slice(0, -1)},"__proto__":{"polluted":1}}`);
+  decodeRequest(Buffer.concat([polluted, Buffer.alloc(4)]));
   assert.equal(({} as { polluted?: number }).polluted, undefined);
 });

@@ -94,16 +94,19 @@ export function encodeRequest(request: PreprocessedRequest): Buffer {
   return writer.view();
 }
 
-/** Decodes a copy. Throws `malformed-frame`. The sender validated the content; only the shape is checked here. */
+/**
+ * Decodes a copy. Throws `malformed-frame`. Frontends validate what clients say; here every field is checked for its type and
+ * for what an engine's arithmetic needs, because a request that throws inside an engine would take the worker down, and
+ * migration would carry it to the next one.
+ */
 export function decodeRequest(bytes: Uint8Array): PreprocessedRequest {
   try {
     const reader = new ByteReader(bytes);
     const meta = JSON.parse(reader.text(META_MAX_BYTES)) as Omit<PreprocessedRequest, "tokenIds">;
-    if (![meta, meta?.sampling, meta?.stop, meta?.output].every((part) => typeof part === "object" && part !== null)) {
-      throw new Error("the JSON part is not a request");
-    }
+    checkMeta(meta);
     if (reader.remaining % 4 !== 0) throw new Error("the token part is not a multiple of 4 bytes");
     const tokenIds = reader.u32s(reader.remaining / 4);
+    if (tokenIds.length === 0) throw new Error("a request without tokens");
     const { resumedTokens = 0 } = meta;
     if (
       !Number.isInteger(resumedTokens) ||
@@ -116,4 +119,54 @@ export function decodeRequest(bytes: Uint8Array): PreprocessedRequest {
   } catch (cause) {
     throw new DynamoError("malformed-frame", "the request could not be decoded", { diagnostic: String(cause), cause });
   }
+}
+
+const U32_MAX = 0xffff_ffff;
+const SAMPLING_NUMBERS = ["temperature", "topP", "minP", "presencePenalty", "frequencyPenalty", "repetitionPenalty"];
+
+/** Throws for any field that is not what its type says; `meta` is what somebody sent. */
+function checkMeta(meta: Omit<PreprocessedRequest, "tokenIds">): void {
+  const { sampling, stop, output } = meta ?? {};
+  for (const part of [meta, sampling, stop, output]) {
+    if (typeof part !== "object" || part === null) throw new Error("the JSON part is not a request");
+  }
+  for (const [name, value] of Object.entries({
+    requestId: meta.requestId,
+    model: meta.model,
+    cacheNamespace: meta.cacheNamespace,
+  })) {
+    if (typeof value !== "string") throw new Error(`${name} is not a text`);
+  }
+  if (typeof meta.priority !== "number") throw new Error("priority is not a number");
+  for (const name of SAMPLING_NUMBERS) {
+    if (typeof sampling[name as keyof SamplingOptions] !== "number") throw new Error(`${name} is not a number`);
+  }
+  checkWhole("topK", sampling.topK, 0);
+  if (sampling.seed !== undefined) checkWhole("seed", sampling.seed, 0);
+  if (meta.dpRank !== undefined) checkWhole("dpRank", meta.dpRank, 0);
+  checkWhole("maxTokens", stop.maxTokens, 0);
+  checkWhole("minTokens", stop.minTokens, 0);
+  checkWhole("topLogprobs", output.topLogprobs, -1, 20);
+  checkList("stopTokenIds", stop.stopTokenIds);
+  for (const id of stop.stopTokenIds) checkWhole("stopTokenIds", id, 0);
+  if (typeof stop.ignoreEos !== "boolean") throw new Error("ignoreEos is not true or false");
+  if (typeof output.promptLogprobs !== "boolean") throw new Error("promptLogprobs is not true or false");
+  if (sampling.logitBias === undefined) return;
+  checkList("logitBias", sampling.logitBias);
+  for (const pair of sampling.logitBias) {
+    checkList("logitBias", pair);
+    checkWhole("logitBias", pair[0], 0);
+    if (typeof pair[1] !== "number") throw new Error("logitBias has a bias that is no number");
+  }
+}
+
+/** JSON has no NaN and no infinity, but 1e400 reads as one. */
+function checkWhole(name: string, value: unknown, min: number, max = U32_MAX): void {
+  if (!Number.isInteger(value) || (value as number) < min || (value as number) > max) {
+    throw new Error(`${name} is not a whole number from ${min} to ${max}`);
+  }
+}
+
+function checkList(name: string, value: unknown): void {
+  if (!Array.isArray(value)) throw new Error(`${name} is not a list`);
 }

@@ -74,7 +74,7 @@ async function start(
         });
   if (systemServer !== undefined) lifecycle.defer("system server", () => systemServer.close());
 
-  const lease = await openLastingLease(discovery, { clock, logger });
+  const lease = await openLastingLease(discovery, { clock, logger, random: planes.random });
   lifecycle.defer("lease", () => lease.close());
   await registerInstance(lease, {
     namespace,

@@ -1,6 +1,6 @@
 import { DynamoError } from "../errors/index.ts";
 import type { ModelCard } from "../protocol/index.ts";
-import type { Instance, Planes } from "../runtime/component/index.ts";
+import { PlaneHealth, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
 import { KvEventFeed, ReplicaSync } from "./events/index.ts";
@@ -53,10 +53,12 @@ export class ModelRouters {
   readonly #kvFeed: KvEventFeed | undefined;
   readonly #replicaSync: ReplicaSync | undefined;
   readonly #shared: SharedRouting | undefined;
+  readonly #planeHealth: PlaneHealth;
 
   /** Throws `invalid-config` for a router mode that nobody registered. */
   constructor(planes: Planes, { routerMode, router, replicaSync, shared }: ModelRoutersOptions) {
     this.#planes = planes;
+    this.#planeHealth = new PlaneHealth(planes);
     const policy = findPolicy(routerMode);
     if (policy === undefined) throw new DynamoError("invalid-config", `there is no router mode ${routerMode}`);
     this.#policy = policy;
@@ -98,6 +100,7 @@ export class ModelRouters {
       ...(index === undefined ? {} : { index }),
     });
     router.indexHealth = kvIndex === undefined ? shared : this.#kvFeed?.health(kvIndex);
+    router.planeHealth = this.#planeHealth;
     this.#replicaSync?.attach(card.name, router);
     if (shared !== undefined) {
       const starved = metrics.counter("dynamo_kvindexer_starved_lookups_total").labels(card.name);

@@ -1,5 +1,6 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { Metrics } from "../observability/index.ts";
+import type { PlaneHealth } from "../runtime/component/index.ts";
 import type { LoadSnapshot } from "../protocol/index.ts";
 import type { Clock, Random } from "../std/index.ts";
 import { blockHashSeed, hashBlocks, type BlockHashes } from "../tokens/index.ts";
@@ -115,6 +116,8 @@ export class Router implements DecisionOwner {
   onBooking: ((event: BookingEvent) => void) | undefined = undefined;
   /** Set by whoever feeds the index: what is to be said of it in explanations while it may know too little. */
   indexHealth: IndexHealth | undefined = undefined;
+  /** The same of the planes that tell of workers and of their load. */
+  planeHealth: PlaneHealth | undefined = undefined;
 
   constructor(options: RouterOptions) {
     this.#options = options;
@@ -496,7 +499,13 @@ export class Router implements DecisionOwner {
     }
   }
 
-  #degradations(isLooked: boolean, { degradation: known }: RouteRequest): readonly string[] {
+  #degradations(isLooked: boolean, request: RouteRequest): readonly string[] {
+    const ofPlanes = this.planeHealth?.degradations ?? NO_DEGRADATION;
+    const own = this.#routingDegradations(isLooked, request);
+    return ofPlanes.length === 0 ? own : [...own, ...ofPlanes];
+  }
+
+  #routingDegradations(isLooked: boolean, { degradation: known }: RouteRequest): readonly string[] {
     if (known !== undefined) return [known];
     if (this.#policy.usesOverlap !== true) return NO_DEGRADATION;
     if (!isLooked) return NO_INDEX;

@@ -12,6 +12,7 @@ import {
   type ModelCard,
 } from "../protocol/index.ts";
 import {
+  PlaneHealth,
   RoleLifecycle,
   formatEndpoint,
   newInstanceId,
@@ -95,6 +96,7 @@ async function start(
     config.modelName,
   ]);
 
+  const planeHealth = new PlaneHealth(planes);
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
   const engine = await (parts.makeEngine ?? loadEngine)(config.engine, { logger, clock });
@@ -165,6 +167,7 @@ async function start(
             instance_id: instanceId,
             model: config.modelName,
             load: engine.load(),
+            degraded: planeHealth.degradations,
           }),
         });
   if (systemServer !== undefined) lifecycle.defer("system server", () => systemServer.close());
@@ -173,7 +176,7 @@ async function start(
   lifecycle.defer("load publisher", () => loadReports.close());
   lifecycle.defer("load timer", publishLoad(loadReports, engine, instanceId, clock, metrics));
 
-  const lease = await openLastingLease(discovery, { clock, logger });
+  const lease = await openLastingLease(discovery, { clock, logger, random: planes.random });
   lifecycle.defer("lease", () => lease.close());
   const instance: Instance = {
     namespace: config.namespace,

@@ -90,3 +90,11 @@ test("a tokenizer that the library refuses is a damaged model file", async () =>
   const broken = { ...artifact.tokenizerJson, normalizer: { type: "NoSuchThing" } };
   await assert.rejects(loadTokenizer({ ...artifact, tokenizerJson: broken }), { reason: "model-file-invalid" });
 });
+
+test("a step that the library trips over only at work is a damaged model file too, not a failure of ours", async () => {
+  const artifact = sentencePieceArtifact();
+  const split = { type: "Split", pattern: { Regex: "\\s+" }, behavior: 1 };
+  const broken = { ...artifact.tokenizerJson, pre_tokenizer: split };
+  const tokenizer = await loadTokenizer({ ...artifact, tokenizerJson: broken } as unknown as TokenizerArtifact);
+  assert.throws(() => tokenizer.encode("a b", { addSpecialTokens: false }), { reason: "model-file-invalid" });
+});

@@ -66,9 +66,18 @@ export class LibraryTokenizer implements Tokenizer {
 
   encode(text: string, options: EncodeOptions): Uint32Array {
     checkTextUnits(text);
-    const { ids } = this.#library.encode(text.toWellFormed(), { add_special_tokens: false });
+    const ids = this.#encode(text.toWellFormed());
     if (!options.addSpecialTokens) return Uint32Array.from(ids);
     return Uint32Array.from([...this.#prefix, ...ids, ...this.#suffix]);
+  }
+
+  /** The library takes a file's steps as they come and trips over a wrong one only here. */
+  #encode(text: string): readonly number[] {
+    try {
+      return this.#library.encode(text, { add_special_tokens: false }).ids;
+    } catch (thrown) {
+      throw toDynamoError(thrown, "model-file-invalid");
+    }
   }
 
   encodeSliced(text: string, options: EncodeOptions): Promise<Uint32Array> {

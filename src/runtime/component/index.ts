@@ -17,6 +17,7 @@ export {
 } from "./instance.ts";
 export { openLastingLease } from "./lasting-lease.ts";
 export { cardKey, registerCard, watchCards, type CardChange } from "./model-card-record.ts";
+export { PlaneHealth } from "./plane-health.ts";
 export * from "./planes.ts";
 export { discoveryPublisherDirectory } from "./publisher-directory.ts";
 export type { InstanceRef } from "./record-key.ts";

@@ -1,27 +1,38 @@
 import { toDynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
 import type { Discovery, JsonValue, Lease } from "../discovery/index.ts";
-import type { Clock, TimerHandle } from "../../std/index.ts";
+import type { Clock, Random, TimerHandle } from "../../std/index.ts";
 
-const RETRY_MS = 1_000;
+/** The wait before a try is a random part of this, which doubles from the first to the last. */
+const FIRST_BACK_OFF_MS = 1_000;
+const MAX_BACK_OFF_MS = 8_000;
 
 /**
  * A lease that comes back: when it is lost (its process was frozen for longer than the TTL, its store could not be
- * written) it is opened anew with all its keys, tried again each second until it is closed. So a role that lost its place
+ * written) it is opened anew with all its keys, tried again until it is closed. So a role that lost its place
  * in discovery goes on serving whoever still knows it, and everybody finds it again without a restart. Throws what the
  * first `openLease` throws.
+ *
+ * Each wait is a random part of a growing back-off: when a store comes back after minutes, the processes of a cluster
+ * return spread over seconds. The last known set of the watchers bridges that: a lease is silent only while they can look.
  */
-export async function openLastingLease(
-  discovery: Discovery,
-  options: { readonly clock: Clock; readonly logger: Logger },
-): Promise<Lease> {
-  return new Lasting(discovery, options, await discovery.openLease());
+export async function openLastingLease(discovery: Discovery, options: LastingLeaseOptions): Promise<Lease> {
+  return new Lasting(discovery, options, await discovery.openLease(leaseOptions(options)));
+}
+
+export interface LastingLeaseOptions {
+  readonly clock: Clock;
+  readonly logger: Logger;
+  readonly random: Random;
+  /** @default the store's */
+  readonly ttlMs?: number;
 }
 
 class Lasting implements Lease {
   /** Never settles: nobody has to do anything about it. */
   readonly lost = new Promise<void>(() => undefined);
   readonly #discovery: Discovery;
+  readonly #options: LastingLeaseOptions;
   readonly #clock: Clock;
   readonly #logger: Logger;
   readonly #keys = new Map<string, JsonValue>();
@@ -29,10 +40,12 @@ class Lasting implements Lease {
   #lease: Lease | undefined;
   #id: string;
   #retry: TimerHandle | undefined;
+  #tries = 0;
   #isClosed = false;
 
-  constructor(discovery: Discovery, options: { readonly clock: Clock; readonly logger: Logger }, lease: Lease) {
+  constructor(discovery: Discovery, options: LastingLeaseOptions, lease: Lease) {
     this.#discovery = discovery;
+    this.#options = options;
     this.#clock = options.clock;
     this.#logger = options.logger;
     this.#id = lease.id;
@@ -70,6 +83,7 @@ class Lasting implements Lease {
   #hold(lease: Lease): void {
     this.#lease = lease;
     this.#id = lease.id;
+    this.#tries = 0;
     void lease.lost.then(() => {
       if (this.#isClosed || this.#lease !== lease) return;
       this.#lease = undefined;
@@ -82,7 +96,7 @@ class Lasting implements Lease {
   async #reopen(): Promise<void> {
     let lease: Lease | undefined;
     try {
-      lease = await this.#discovery.openLease();
+      lease = await this.#discovery.openLease(leaseOptions(this.#options));
       for (const [key, value] of this.#keys) await lease.put(key, value);
       if (!this.#isClosed) {
         this.#hold(lease);
@@ -94,6 +108,13 @@ class Lasting implements Lease {
       this.#logger.debug({ reason, diagnostic }, "not registered in discovery yet");
     }
     await lease?.close().catch(() => undefined);
-    if (!this.#isClosed) this.#retry = this.#clock.setTimer(RETRY_MS, () => void this.#reopen());
+    if (this.#isClosed) return;
+    const backOffMs = Math.min(MAX_BACK_OFF_MS, FIRST_BACK_OFF_MS * 2 ** this.#tries++);
+    const waitMs = this.#options.random.nextFloat() * backOffMs;
+    this.#retry = this.#clock.setTimer(waitMs, () => void this.#reopen());
   }
+}
+
+function leaseOptions({ ttlMs }: LastingLeaseOptions): { ttlMs?: number } {
+  return ttlMs === undefined ? {} : { ttlMs };
 }

@@ -56,6 +56,7 @@ export class FileLease implements Lease {
   readonly #steps = new SerialQueue();
   readonly #settleLost: () => void;
   #open = true;
+  #isLost = false;
   #renewedMs: number;
   #beatCount = 0;
   #leaseStamp: FileStamp | undefined;
@@ -82,6 +83,11 @@ export class FileLease implements Lease {
     lease.#scheduleRenewal();
     options.onChange();
     return lease;
+  }
+
+  /** It ended without `close`. */
+  get isLost(): boolean {
+    return this.#isLost;
   }
 
   /** Why the last renewal failed; undefined when it did not. */
@@ -197,6 +203,7 @@ export class FileLease implements Lease {
 
   #lose(why: string): void {
     if (!this.#open) return;
+    this.#isLost = true;
     this.#options.logger.error({ leaseId: this.id, why }, "discovery lease lost");
     this.#settleLost();
     // Not awaited: it queues behind the step that runs this.

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { mkdtemp, rm } from "node:fs/promises";
+import { mkdtemp, readFile, readdir, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, it } from "node:test";
@@ -41,6 +41,56 @@ describe("file view", () => {
       assert.equal(view.table.size, 3);
       assert.equal(view.trouble, undefined);
       assert.deepEqual(new Set(changed), new Set(["a", "b", "c", "d", "e"]));
+    } finally {
+      await writer.close();
+      await rm(root, { recursive: true });
+    }
+  });
+
+  it("keeps keys whose files vanish without a word, as in a recursive delete, until two heartbeats did not mend it", async () => {
+    const root = await mkdtemp(join(tmpdir(), "discovery-"));
+    const clock = new ManualClock();
+    const writer = new FileDiscovery({ root, clock });
+    try {
+      const folder = new StoreFolder(root);
+      const options = { folder, clock, logger: silentLogger, own: ownHolder() };
+      const gone: string[] = [];
+      const view = new FileView({
+        ...options,
+        onChanged: (key, stored) => {
+          if (stored === undefined) gone.push(key);
+        },
+      });
+      const lease = await writer.openLease();
+      await lease.put("a", 1);
+      await lease.put("b", 2);
+      await view.refresh({ relist: false, sweep: false });
+      await lease.delete("b");
+      await view.refresh({ relist: false, sweep: false });
+      assert.deepEqual(gone, ["b"], "what the log tells is believed at once");
+      const path = join(root, "leases", lease.id);
+      const [file] = (await readdir(path)).filter((name) => name !== "lease");
+      const content = await readFile(join(path, file!));
+      await rm(join(path, file!));
+      const look = async (): Promise<void> => {
+        clock.advance(1_000);
+        await view.refresh({ relist: true, sweep: false });
+      };
+      await look();
+      await look();
+      assert.deepEqual(gone, ["b"]);
+      // The holder's renewal writes it again.
+      await writeFile(join(path, file!), content);
+      await folder.beat(lease.id, 1);
+      await look();
+      await rm(join(path, file!));
+      await look();
+      await folder.beat(lease.id, 2);
+      await look();
+      assert.deepEqual(gone, ["b"]);
+      await folder.beat(lease.id, 3);
+      await look();
+      assert.deepEqual(gone, ["b", "a"], "twice renewed and not mended: it was meant");
     } finally {
       await writer.close();
       await rm(root, { recursive: true });

@@ -55,8 +55,12 @@ interface LeaseRecord {
   leftOutCount: number;
   /** Its folder is not there, without a tombstone: deleted by accident or about to be written again. */
   missing: boolean;
+  /** Key files that vanished while no log record spoke of this lease, with `beatMoves` when that was seen. */
+  readonly vanished: Map<string, number>;
   /** The heartbeat's count at the last look. */
   beat: number | undefined;
+  /** How often the heartbeat was seen to move. */
+  beatMoves: number;
   /** How long the heartbeat stood still while we looked. */
   silentMs: number;
   /** Its process is proven gone. */
@@ -80,8 +84,8 @@ interface FileViewOptions {
  * we looked (a stall of ours or an unreadable store is nobody's silence), or whose process is proven gone. No clock of
  * another process and no file time is ever compared.
  *
- * A key disappears when its file does, or its lease ended with a tombstone, or died. A folder that just vanished is not an end:
- * its holder has the rest of the TTL to write it again. While the store cannot be read, nothing changes.
+ * A key disappears when its file does and the log told so, or its lease ended with a tombstone, or died. A file or folder that just
+ * vanished is not an end: its holder writes it again. While the store cannot be read, nothing changes.
  *
  * Cost of an idle refresh: one `stat`, and one signal-0 per local process; once per second three directory reads, and
  * one for an eighth of the leases.
@@ -95,6 +99,8 @@ export class FileView {
   readonly #leftoverSeenMs = new Map<string, number>();
   #table: ReadonlyMap<string, StoredEntry> = new Map();
   readonly #changedIds = new Set<string>();
+  /** Those of them that the change log named. */
+  readonly #loggedIds = new Set<string>();
   /** Logged as unreadable. */
   readonly #unreadableIds = new Set<string>();
   #everything = true;
@@ -118,6 +124,11 @@ export class FileView {
   /** The live entries as of the last refresh. */
   get table(): ReadonlyMap<string, StoredEntry> {
     return this.#table;
+  }
+
+  /** As of the last refresh. */
+  get isUnreadable(): boolean {
+    return this.#unreadable !== undefined;
   }
 
   /** What is wrong with the store as this process sees it. */
@@ -172,6 +183,7 @@ export class FileView {
       );
       this.#changedIds.delete(id);
     }
+    this.#loggedIds.clear();
     this.#judge();
     this.#publish();
     if (sweep && lookAtBeats) await this.#sweep(nowMs);
@@ -183,10 +195,15 @@ export class FileView {
     const bytes = await folder.changeLogBytes();
     const before = this.#logBytes;
     this.#logBytes = bytes;
-    if (bytes === before || this.#everything) return;
+    if (bytes === before || before < 0) return;
     const ids = await folder.changedLeases(before, bytes);
     if (ids === undefined) this.#everything = true;
-    else for (const id of ids) this.#changedIds.add(id);
+    else {
+      for (const id of ids) {
+        this.#changedIds.add(id);
+        this.#loggedIds.add(id);
+      }
+    }
   }
 
   #beatLookMs(): number {
@@ -210,12 +227,15 @@ export class FileView {
     let index = 0;
     for (const lease of this.#leases.values()) {
       const beat = beats.get(lease.id);
-      if (beat !== undefined && beat !== lease.beat) lease.silentMs = 0;
-      else lease.silentMs += elapsedMs;
+      if (beat !== undefined && beat !== lease.beat) {
+        lease.silentMs = 0;
+        lease.beatMoves++;
+      } else lease.silentMs += elapsedMs;
       lease.beat = beat;
       const isTurn = index++ % FOLDERS_PER_RELIST === this.#relistAt;
       if (isTurn && lease.terms !== undefined) lease.gone ||= isGone(lease.terms.holder, own, true);
-      const doubtful = lease.missing || lease.terms === undefined || lease.unreadableCount > 0;
+      const doubtful =
+        lease.missing || lease.terms === undefined || lease.unreadableCount > 0 || lease.vanished.size > 0;
       if (everything || isTurn || doubtful || !presentIds.has(lease.id)) this.#changedIds.add(lease.id);
     }
     this.#relistAt = (this.#relistAt + 1) % FOLDERS_PER_RELIST;
@@ -253,7 +273,9 @@ export class FileView {
         unreadableCount: 0,
         leftOutCount: 0,
         missing: false,
+        vanished: new Map(),
         beat: undefined,
+        beatMoves: 0,
         silentMs: 0,
         gone: false,
         live: false,
@@ -286,7 +308,11 @@ export class FileView {
       if (parsed !== undefined) there.set(name, parsed);
     }
     // What went makes room before what came is read.
-    for (const name of lease.files.keys()) if (!there.has(name)) this.#forgetFile(lease, name);
+    const isTold = this.#loggedIds.has(lease.id);
+    for (const [name, file] of lease.files) {
+      if (there.has(name)) lease.vanished.delete(name);
+      else if (isTold || file === undefined || this.#isGoneForGood(lease, name)) this.#forgetFile(lease, name);
+    }
     lease.unreadableCount = 0;
     lease.leftOutCount = 0;
     for (const [name, parsed] of there) {
@@ -311,7 +337,18 @@ export class FileView {
     }
   }
 
+  /**
+   * Who removes a key says so in the log. A file that went without a word was deleted by somebody else, the folder perhaps
+   * with it: the holder writes it again at its next renewal, so it is gone when the heartbeat moved twice without that.
+   */
+  #isGoneForGood(lease: LeaseRecord, name: string): boolean {
+    const sinceMoves = lease.vanished.get(name);
+    if (sinceMoves === undefined) lease.vanished.set(name, lease.beatMoves);
+    return sinceMoves !== undefined && lease.beatMoves - sinceMoves >= 2;
+  }
+
   #forgetFile(lease: LeaseRecord, name: string): void {
+    lease.vanished.delete(name);
     const file = lease.files.get(name);
     if (file !== undefined) {
       this.#fileCount--;

@@ -1,6 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
-import { systemClock, type Clock, type TimerHandle } from "../../std/index.ts";
+import { systemClock, systemRandom, type Clock, type Random, type TimerHandle } from "../../std/index.ts";
 import type { Discovery, DiscoveryChange, DiscoveryEntry, DiscoveryHealth, Lease, Watch } from "./base.ts";
 import { ChangeFeed } from "./change-feed.ts";
 import { FileLease } from "./file-lease.ts";
@@ -25,19 +25,29 @@ export interface FileDiscoveryOptions {
   readonly logger?: Logger;
   /** Between two looks for changes. @default 100 */
   readonly pollMs?: number;
+  /** Spreads the first whole look of many watchers after the store was unreadable. */
+  readonly random?: Random;
 }
 
 const DEFAULT_POLL_MS = 100;
+/**
+ * While the store is unreadable, a watcher waits up to so many intervals until it looks again: when the store comes back, a
+ * cluster's watchers, which then read all of it, do so spread over a second.
+ */
+const MAX_UNREADABLE_POLLS = 10;
 
 export class FileDiscovery implements Discovery {
   readonly #folder: StoreFolder;
   readonly #clock: Clock;
   readonly #logger: Logger;
   readonly #pollMs: number;
+  readonly #random: Random;
   readonly #holder: Holder = ownHolder();
   readonly #view: FileView;
   readonly #leases = new Set<FileLease>();
   readonly #feeds = new Set<ChangeFeed>();
+  /** Until the next one is opened. */
+  #hasLostLease = false;
   #timer: TimerHandle | undefined;
   #polling: Promise<void> | undefined;
   #pollAgain = false;
@@ -49,6 +59,7 @@ export class FileDiscovery implements Discovery {
     this.#clock = options.clock ?? systemClock;
     this.#logger = options.logger ?? silentLogger;
     this.#pollMs = options.pollMs ?? DEFAULT_POLL_MS;
+    this.#random = options.random ?? systemRandom;
     this.#view = new FileView({
       folder: this.#folder,
       clock: this.#clock,
@@ -71,12 +82,16 @@ export class FileDiscovery implements Discovery {
       holder: this.#holder,
       ttlMs,
       onChange: () => this.#pollSoon(),
-      onEnd: (ended) => this.#leases.delete(ended),
+      onEnd: (ended) => {
+        this.#leases.delete(ended);
+        this.#hasLostLease ||= ended.isLost;
+      },
     });
     if (!this.#open) {
       await lease.close();
       this.#requireOpen();
     }
+    this.#hasLostLease = false;
     this.#leases.add(lease);
     return lease;
   }
@@ -114,6 +129,7 @@ export class FileDiscovery implements Discovery {
     if (!this.#open) return { healthy: false, detail: "closed" };
     let detail = this.#view.trouble;
     for (const lease of this.#leases) detail ??= lease.failure;
+    if (this.#hasLostLease) detail ??= "a lease was lost and is not opened again yet";
     return detail === undefined ? { healthy: true } : { healthy: false, detail };
   }
 
@@ -142,7 +158,11 @@ export class FileDiscovery implements Discovery {
 
   #schedulePoll(): void {
     this.#timer?.cancel();
-    if (this.#feeds.size > 0) this.#timer = this.#clock.setTimer(this.#pollMs, () => this.#pollSoon());
+    if (this.#feeds.size === 0) return;
+    const delayMs = this.#view.isUnreadable
+      ? this.#pollMs * (1 + this.#random.nextFloat() * (MAX_UNREADABLE_POLLS - 1))
+      : this.#pollMs;
+    this.#timer = this.#clock.setTimer(delayMs, () => this.#pollSoon());
   }
 
   /** Looks now, or once more after the look that runs. */

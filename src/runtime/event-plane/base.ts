@@ -40,7 +40,15 @@ export interface EventPlane {
    * sequence with whatever the ring still holds replayed first (`replay: true`) or without it. @default replay false
    */
   subscribe(topic: string, handler: EventHandler, options?: { readonly replay?: boolean }): Promise<EventSubscription>;
+  /** Whether publishers that should be there can be heard. @default always healthy: a back end that cannot break has none */
+  health?(): EventPlaneHealth;
   close(): Promise<void>;
+}
+
+export interface EventPlaneHealth {
+  readonly healthy: boolean;
+  /** Why not, for operators. */
+  readonly detail?: string;
 }
 
 /** Where publishers are announced; `runtime/component` builds one from discovery, tests from a plain map. */

@@ -37,6 +37,8 @@ export function socketOptions(zmq: Zmq, isIpv6: boolean) {
     maxMessageSize: MAX_PAYLOAD_BYTES,
     reconnectInterval: 100,
     reconnectMaxInterval: 2_000,
+    /** One that never answers counts as unreachable too. */
+    connectTimeout: 3_000,
     /** A peer whose machine vanished without a word is noticed; answered by the I/O thread, so a busy loop is no vanished peer. */
     heartbeatInterval: 5_000,
     heartbeatTimeout: 15_000,

@@ -229,6 +229,29 @@ test("zmq event plane: after a broken connection the library's new one brings ba
   assert.deepEqual(witness.gone, []);
 });
 
+test("zmq event plane: an unreachable publisher shows in health and once in the log, and its return too", async (t) => {
+  const clock = new ManualClock();
+  const { bare, plane, witness, lines } = await aSubscriber(t, { clock });
+  bare.beacon(EPOCH_A, 0);
+  assert.deepEqual(plane.health(), { healthy: true });
+  const { record } = bare;
+  bare.close();
+  await until(() => clock.pendingTimerCount === 1, "the broken connection was noticed");
+  assert.deepEqual(plane.health(), { healthy: true }, "a moment is no fault");
+  clock.advance(60_000);
+  assert.deepEqual(plane.health(), { healthy: false, detail: "1 of 1 publishing processes unreachable" });
+  assert.equal(lines.filter((line) => line.includes("last known")).length, 1, "one line");
+  const again = await BarePublisher.open(record);
+  t.after(() => again.close());
+  await until(() => plane.health().healthy, "the publisher to be reached again");
+  await until(() => again.subscriptionCount > 0, "subscribed again");
+  again.beacon(EPOCH_A, 1);
+  await until(() => again.requests.length === 1, "a replay is asked for");
+  again.answer(EPOCH_A, 1, 1, ["event 1"]);
+  await until(() => witness.sequences.length === 1, "what was missed came");
+  assert.equal(clock.pendingTimerCount, 0);
+});
+
 test("zmq event plane: another publisher under the same id and address is noticed by its epoch and followed from 1", async (t) => {
   const { bare, witness } = await aSubscriber(t);
   bare.beacon(EPOCH_A, 0);

@@ -27,6 +27,7 @@ export class ZmqLink {
   readonly #zmq: Zmq;
   readonly #replayAddress: string;
   readonly #context: SourceContext;
+  readonly #onStateChange: () => void;
   readonly #subscriber: Subscriber;
   #dealer: Dealer | undefined;
   /** By topic, then by publisher id. Sources of several subscriptions may want the same publisher. */
@@ -38,11 +39,20 @@ export class ZmqLink {
   #lastTopic: Buffer = EMPTY;
   #lastId: Buffer = EMPTY;
   #lastSources: Set<PublisherSource> | undefined;
+  /** On the monotonic clock; undefined unless the publishers' process was found unreachable. */
+  #downSinceMs: number | undefined;
   #isClosed = false;
   #hasLoggedMalformed = false;
 
   /** Throws when the library refuses the address. */
-  constructor(zmq: Zmq, record: PublisherRecord, queueEvents: number, context: SourceContext) {
+  constructor(
+    zmq: Zmq,
+    record: PublisherRecord,
+    queueEvents: number,
+    context: SourceContext,
+    onStateChange: () => void = () => undefined,
+  ) {
+    this.#onStateChange = onStateChange;
     this.#zmq = zmq;
     this.#replayAddress = record.replayAddress;
     this.#context = context;
@@ -56,7 +66,13 @@ export class ZmqLink {
       this.#subscriber.close();
       throw thrown;
     }
+    void this.#readState();
     void this.#readEvents();
+  }
+
+  /** Since when its events cannot come, by the monotonic clock. */
+  get downSinceMs(): number | undefined {
+    return this.#downSinceMs;
   }
 
   get isEmpty(): boolean {
@@ -140,6 +156,29 @@ export class ZmqLink {
     dealer.connect(this.#replayAddress);
     void this.#readAnswers(dealer);
     return dealer;
+  }
+
+  /** The library connects again by itself, at random parts of its back-off; here it is only told. */
+  async #readState(): Promise<void> {
+    for (;;) {
+      let type: string;
+      try {
+        type = (await this.#subscriber.events.receive()).type;
+      } catch {
+        return; // The socket is closed.
+      }
+      if (type === "handshake") this.#setDown(undefined);
+      else if (type === "disconnect" || type === "connect:retry") {
+        this.#setDown(this.#downSinceMs ?? this.#context.clock.monotonicMs());
+      }
+      if (type === "end") return;
+    }
+  }
+
+  #setDown(sinceMs: number | undefined): void {
+    if (this.#isClosed || sinceMs === this.#downSinceMs) return;
+    this.#downSinceMs = sinceMs;
+    this.#onStateChange();
   }
 
   async #readEvents(): Promise<void> {

@@ -1,9 +1,10 @@
 import { toDynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
-import { systemClock, type Clock } from "../../std/index.ts";
+import { systemClock, type Clock, type TimerHandle } from "../../std/index.ts";
 import type {
   EventHandler,
   EventPlane,
+  EventPlaneHealth,
   EventPublisher,
   EventSubscription,
   PublisherDirectory,
@@ -51,6 +52,8 @@ export class ZmqEventPlane implements EventPlane {
   #publishers: Promise<ZmqPublishers> | undefined;
   readonly #links = new Map<string, ZmqLink>();
   readonly #open = new Set<ZmqPublisher | ZmqSubscription>();
+  #downTimer: TimerHandle | undefined;
+  #isDegraded = false;
   #isClosed = false;
 
   constructor(options: ZmqEventPlaneOptions) {
@@ -119,8 +122,16 @@ export class ZmqEventPlane implements EventPlane {
     return subscription;
   }
 
+  /** Of the processes that the directory names; one that is not reached for a moment is no news. */
+  health(): EventPlaneHealth {
+    const downCount = this.#downCount();
+    if (downCount === 0) return { healthy: true };
+    return { healthy: false, detail: `${downCount} of ${this.#links.size} publishing processes unreachable` };
+  }
+
   async close(): Promise<void> {
     this.#isClosed = true;
+    this.#downTimer?.cancel();
     const results = await Promise.allSettled([...this.#open].map((opened) => opened.close()));
     for (const link of this.#links.values()) link.close();
     this.#links.clear();
@@ -147,7 +158,7 @@ export class ZmqEventPlane implements EventPlane {
     const key = linkKey(record);
     let link = this.#links.get(key);
     if (link === undefined) {
-      link = new ZmqLink(zmq, record, this.#queueEvents, this.#context);
+      link = new ZmqLink(zmq, record, this.#queueEvents, this.#context, () => this.#onLinkChange());
       this.#links.set(key, link);
     }
     return link;
@@ -159,8 +170,44 @@ export class ZmqEventPlane implements EventPlane {
     if (link === undefined || !link.isEmpty) return;
     this.#links.delete(key);
     link.close();
+    this.#onLinkChange();
+  }
+
+  #downCount(): number {
+    const untilMs = this.#context.clock.monotonicMs() - UNREACHABLE_AFTER_MS;
+    let count = 0;
+    for (const { downSinceMs } of this.#links.values()) {
+      if (downSinceMs !== undefined && downSinceMs <= untilMs) count++;
+    }
+    return count;
+  }
+
+  /** Says once that publishers are unreachable, and once that all are heard again. */
+  #onLinkChange(): void {
+    if (this.#isClosed) return;
+    const { logger, clock } = this.#context;
+    const { healthy, detail } = this.health();
+    if (healthy === this.#isDegraded) {
+      this.#isDegraded = !healthy;
+      if (healthy) logger.info("event plane: all publishing processes are reached again");
+      else logger.warn({ detail }, "event plane: going on with the last known load and blocks");
+    }
+    let isDown = false;
+    for (const link of this.#links.values()) isDown ||= link.downSinceMs !== undefined;
+    if (!isDown) {
+      this.#downTimer?.cancel();
+      this.#downTimer = undefined;
+      return;
+    }
+    this.#downTimer ??= clock.setTimer(UNREACHABLE_AFTER_MS, () => {
+      this.#downTimer = undefined;
+      this.#onLinkChange();
+    });
   }
 }
+
+/** A publisher that leaves takes its record with it, and a lost connection is back in a tenth of a second; longer is a fault. */
+const UNREACHABLE_AFTER_MS = 2_000;
 
 function linkKey(record: PublisherRecord): string {
   return `${record.address} ${record.replayAddress}`;

@@ -11,6 +11,7 @@ export interface TcpContext {
   readonly host: string;
   readonly port: number;
   readonly advertiseHost: string | undefined;
+  readonly advertisePort: number | undefined;
   readonly clusterSecret: string | undefined;
   readonly clock: Clock;
   /** The clock's turns. */

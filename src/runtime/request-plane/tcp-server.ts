@@ -75,7 +75,7 @@ export class TcpServer implements RequestPlaneServer {
   }
 
   async #listen(): Promise<void> {
-    const { host, port, advertiseHost } = this.#context;
+    const { host, port, advertiseHost, advertisePort } = this.#context;
     await new Promise<void>((resolve, reject) => {
       const onError = (error: NodeJS.ErrnoException): void => reject(listenError(error, host, port));
       this.#server.once("error", onError);
@@ -88,7 +88,7 @@ export class TcpServer implements RequestPlaneServer {
     });
     const bound = this.#server.address();
     if (bound === null || typeof bound === "string") throw new DynamoError("internal", "internal error");
-    this.#address = formatAddress(advertiseHost ?? reachableHost(bound.address), bound.port);
+    this.#address = formatAddress(advertiseHost ?? reachableHost(bound.address), advertisePort ?? bound.port);
   }
 
   #onSocket(socket: PlaneSocket): void {

@@ -19,6 +19,8 @@ export interface TcpRequestPlaneOptions {
   readonly port?: number;
   /** What others connect to. @default the bound address; for a wildcard the first address of this machine */
   readonly advertiseHost?: string;
+  /** When it is not the bound one: behind a proxy or a port mapping. @default the bound port */
+  readonly advertisePort?: number;
   /** Both sides must have the same one, or none. */
   readonly clusterSecret?: string;
   readonly clock?: Clock;
@@ -49,6 +51,7 @@ export class TcpRequestPlane implements RequestPlane {
       host: options.host ?? "127.0.0.1",
       port: options.port ?? 0,
       advertiseHost: options.advertiseHost,
+      advertisePort: options.advertisePort,
       clusterSecret: options.clusterSecret === "" ? undefined : options.clusterSecret,
       clock,
       schedule: (run) => clock.nextTurn(run),
