@@ -6,3 +6,4 @@ export * from "./timer-wheel.ts";
 export * from "./wasm-assembler.ts";
 export * from "./version.ts";
 export * from "./hash-index.ts";
+export * from "./secret-proof.ts";

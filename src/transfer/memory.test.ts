@@ -1,0 +1,12 @@
+import { MemoryNetwork, TransferAgent } from "./index.ts";
+import { openPeers, transferBattery } from "./transfer.battery.ts";
+
+transferBattery({
+  backend: "memory",
+  hasPeer: true,
+  anyRange: true,
+  open: (options) => {
+    const memory = new MemoryNetwork();
+    return openPeers(options, (name, clock) => TransferAgent.start({ name, clock, memory, tcp: false, shm: false }), false);
+  },
+});
