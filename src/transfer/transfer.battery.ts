@@ -218,7 +218,7 @@ export function transferBattery(world: World): void {
   }
 
   test(title("a transfer that is not through by its deadline fails with request-deadline"), async () => {
-    const clock = new ManualClock();
+    const clock = new ManualClock(Date.now());
     const pair = await world.open({ blockBytes: LARGE_BLOCK, blockCount: LARGE_COUNT, clock });
     try {
       await pair.fillRemote(noise(pair.local.byteLength, 5));

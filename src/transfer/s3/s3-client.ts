@@ -200,6 +200,10 @@ export class S3Client {
     }));
   }
 
+  get endpoint(): string {
+    return this.#endpoint.origin;
+  }
+
   /** No error when it is there already. */
   async createBucket(bucket: string, options: CallOptions): Promise<void> {
     await this.#call({ ...options, bucket, method: "PUT", accept: [409] });

@@ -1,3 +1,4 @@
+import assert from "node:assert/strict";
 import { closeSync, constants, fstatSync, ftruncateSync, openSync, unlinkSync } from "node:fs";
 import { createRequire } from "node:module";
 import type * as Koffi from "koffi";
@@ -142,8 +143,9 @@ export class MappedMemory {
     Atomics.store(this.#header, AT.live, 1);
   }
 
-  /** Owner: peers that mapped it see that it is over. */
+  /** Owner: peers that mapped it see that it is over. A peer's own mapping may be read-only, so it never comes here. */
   withdraw(): void {
+    assert.ok(this.#path !== undefined, "only its owner withdraws shared memory");
     if (!this.#freed) Atomics.store(this.#header, AT.live, 0);
   }
 
@@ -164,15 +166,15 @@ export class MappedMemory {
   /** Unmaps, and removes the file that `create` made. Idempotent. Nobody may be reading or writing it. */
   free(): void {
     if (this.#freed) return;
-    this.withdraw();
-    this.#freed = true;
     if (this.#path !== undefined) {
+      this.withdraw();
       try {
         unlinkSync(this.#path);
       } catch {
         // Somebody cleared the folder: gone is gone.
       }
     }
+    this.#freed = true;
     this.#buffer.transfer(0);
     openLibc().munmap(this.#base, this.#mappedBytes);
   }

@@ -352,13 +352,12 @@ const socketPath = (folder: string, incarnation: bigint): string => join(folder,
 const filePath = (folder: string, incarnation: bigint, number: number): string =>
   join(folder, `${hex(incarnation)}-${number}.mem`);
 
-/** Files of agents that were killed: nobody answers at their socket any more. */
+/** Files of agents that were killed: nobody answers at their socket, which is made before and removed after them. */
 async function removeLeftovers(folder: string): Promise<void> {
-  const names = readdirSync(folder);
-  for (const name of names.filter((file) => file.endsWith(".sock"))) {
-    if (await answers(join(folder, name))) continue;
-    const prefix = name.slice(0, -".sock".length);
-    for (const file of names.filter((other) => other.startsWith(prefix))) {
+  const names = readdirSync(folder).filter((name) => /^[0-9a-f]{16}(?:\.sock|-\d+\.mem)$/.test(name));
+  for (const prefix of new Set(names.map((name) => name.slice(0, 16)))) {
+    if (await answers(join(folder, `${prefix}.sock`))) continue;
+    for (const file of names.filter((name) => name.startsWith(prefix))) {
       try {
         unlinkSync(join(folder, file));
       } catch {
