@@ -29,4 +29,4 @@ async function open(options: OpenOptions, direct: boolean): Promise<Pair> {
   };
 }
 
-transferBattery({ backend: "file", hasPeer: false, anyRange: true, open: (options) => open(options, false) });
+transferBattery({ backend: "file", hasPeer: false, ownerChecks: true, anyRange: true, open: (options) => open(options, false) });

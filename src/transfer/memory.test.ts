@@ -4,6 +4,7 @@ import { openPeers, transferBattery } from "./transfer.battery.ts";
 transferBattery({
   backend: "memory",
   hasPeer: true,
+  ownerChecks: true,
   anyRange: true,
   open: (options) => {
     const memory = new MemoryNetwork();

@@ -34,7 +34,7 @@ const MAGIC = 0x4d585444;
 export const METADATA_VERSION = 1;
 /** Back ends a later version may add: skipped, not refused. */
 const MAX_BACKENDS = 32;
-const MAX_BACKEND_BYTES = 64 * 1024;
+const MAX_BACKEND_BYTES = 2 * 1024 * 1024;
 
 export function encodeMetadata(
   agent: { readonly name: string; readonly incarnation: bigint; readonly hostId: string },

@@ -23,6 +23,8 @@ export interface World {
   readonly backend: BackendName;
   /** The remote side is an agent of its own: it gets messages, has access rights, can go away. */
   readonly hasPeer: boolean;
+  /** The owner of memory decides about each access. NIXL's UCX does not ask it: only the initiator checks there. */
+  readonly ownerChecks: boolean;
   /** Any range may be written, not only whole blocks from their start. */
   readonly anyRange: boolean;
   open(options: OpenOptions): Promise<Pair>;
@@ -246,8 +248,10 @@ export function transferBattery(world: World): void {
     await pair.fillRemote(noise(pair.local.byteLength, 7));
     const table = pair.agent.prepare(pair.peer, blocksOf(pair), { backend: world.backend });
     await pair.owner.deregister(pair.remoteRegion);
-    const outcome = async (): Promise<void> => pair.agent.read(table, all(1), all(1)).done;
-    await assert.rejects(outcome, (thrown) => assertReason(thrown, "transfer-stale"));
+    if (world.ownerChecks) {
+      const outcome = async (): Promise<void> => pair.agent.read(table, all(1), all(1)).done;
+      await assert.rejects(outcome, (thrown) => assertReason(thrown, "transfer-stale"));
+    }
     await pair.agent.deregister(pair.local);
     assert.throws(
       () => pair.agent.read(table, all(1), all(1)),
@@ -395,12 +399,14 @@ function peerTests(world: World, pairTest: PairTest, title: (text: string) => st
     );
   }
 
-  pairTest("messages without a transfer arrive in order; nobody takes them: their sender is told", async (pair) => {
+  pairTest("messages without a transfer wait for whoever polls, in order, each once", async (pair) => {
     for (let i = 0; i < 100; i++) await pair.agent.notify(pair.peer, Buffer.from(String(i)));
-    assert.deepEqual(
-      pair.owner.takeNotifications().map(({ message }) => Buffer.from(message).toString()),
-      Array.from({ length: 100 }, (_, i) => String(i)),
-    );
+    const got: string[] = [];
+    await until(() => {
+      got.push(...pair.owner.takeNotifications().map(({ message }) => Buffer.from(message).toString()));
+      return got.length >= 100;
+    }, "a hundred messages");
+    assert.deepEqual(got, Array.from({ length: 100 }, (_, i) => String(i)));
     assert.deepEqual(pair.owner.takeNotifications(), []);
   });
 

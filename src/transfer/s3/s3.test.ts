@@ -80,7 +80,7 @@ function aClient(options: Partial<S3Options> = {}): S3Client {
   return new S3Client({ ...server.options, ...options }, { clock: systemClock, random: new SeededRandom(1) });
 }
 
-transferBattery({ backend: "s3", hasPeer: false, anyRange: false, open: (options) => open(options) });
+transferBattery({ backend: "s3", hasPeer: false, ownerChecks: true, anyRange: false, open: (options) => open(options) });
 
 test("s3: part of an object is read by range, a write that leaves a hole is refused", async () => {
   const pair = await open({ blockBytes: 8_192, blockCount: 4 });
