@@ -19,7 +19,7 @@ import type {
 } from "./base.ts";
 import type { AgentContext, Peer, TransferBackend } from "./backend.ts";
 import { chooseBackend } from "./choose-backend.ts";
-import { DescriptorList, checkList, gatherPairs } from "./descriptor-list.ts";
+import { checkList, gatherPairs, type DescriptorList } from "./descriptor-list.ts";
 import { FileBackend } from "./file-backend.ts";
 import {
   DEFAULT_TIMEOUT_MS,
@@ -38,7 +38,7 @@ import { PreparedTable } from "./prepared-table.ts";
 import { RegionTable, type Region } from "./region.ts";
 import type { S3Options } from "./s3/s3-backend.ts";
 import type { MappedMemory } from "./shm/mapped-memory.ts";
-import type { ShmOptions } from "./shm/shm-backend.ts";
+import type { ShmBackend, ShmOptions } from "./shm/shm-backend.ts";
 import { TcpBackend, type TcpOptions } from "./tcp/tcp-backend.ts";
 import { TransferJob, type JobOwner } from "./transfer-job.ts";
 
@@ -84,6 +84,7 @@ export class TransferAgent implements JobOwner {
   readonly #stopping = new Map<TransferJob, TimerHandle>();
   readonly #statistics: PairStatistics;
   readonly #context: AgentContext;
+  #shm: ShmBackend | undefined = undefined;
   #notifications: Notification[] = [];
   #listener: ((notification: Notification) => void) | undefined = undefined;
   #closed = false;
@@ -102,7 +103,10 @@ export class TransferAgent implements JobOwner {
 
   private constructor(options: TransferAgentOptions) {
     if (options.name === "" || Buffer.byteLength(options.name) > MAX_NAME_BYTES) {
-      throw new DynamoError("invalid-config", `name: expected 1 to ${MAX_NAME_BYTES} bytes, got ${options.name.length}`);
+      throw new DynamoError(
+        "invalid-config",
+        `name: expected 1 to ${MAX_NAME_BYTES} bytes, got ${options.name.length}`,
+      );
     }
     this.name = options.name;
     this.incarnation = randomId64();
@@ -142,7 +146,8 @@ export class TransferAgent implements JobOwner {
   async #openShm(options: ShmOptions | undefined): Promise<void> {
     try {
       const { ShmBackend } = await import("./shm/shm-backend.ts");
-      this.#backends.set("shm", await ShmBackend.open(this.#context, options ?? {}));
+      this.#shm = await ShmBackend.open(this.#context, options ?? {});
+      this.#backends.set("shm", this.#shm);
     } catch (thrown) {
       if (options !== undefined) throw thrown;
       this.#logger.info({ why: (thrown as Error).message }, "transfers: no shared memory between processes here");
@@ -156,8 +161,9 @@ export class TransferAgent implements JobOwner {
    * a socket where `shm` is there. It goes with `deregister`: its `bytes` have length 0 from then on.
    */
   async allocate(byteLength: number, options: RegisterOptions = {}): Promise<Region> {
-    const shm = this.#backends.get("shm") as import("./shm/shm-backend.ts").ShmBackend | undefined;
-    if (shm === undefined) return this.register({ kind: "host", bytes: new Uint8Array(new SharedArrayBuffer(byteLength)) }, options);
+    const shm = this.#shm;
+    if (shm === undefined)
+      return this.register({ kind: "host", bytes: new Uint8Array(new SharedArrayBuffer(byteLength)) }, options);
     const mapped = shm.allocate(byteLength);
     const memory: Memory = { kind: "host", bytes: mapped.bytes };
     try {
@@ -219,7 +225,11 @@ export class TransferAgent implements JobOwner {
       const part = backend.publish();
       if (part !== undefined) parts.set(backend.name, part);
     }
-    return encodeMetadata({ name: this.name, incarnation: this.incarnation, hostId: this.#hostId }, parts, this.#regions.all());
+    return encodeMetadata(
+      { name: this.name, incarnation: this.incarnation, hostId: this.#hostId },
+      parts,
+      this.#regions.all(),
+    );
   }
 
   /** Loads a peer's metadata, in place of what was known of that name. Throws `malformed-frame`, `protocol-version`. */
@@ -252,7 +262,13 @@ export class TransferAgent implements JobOwner {
 
   /** This agent as its own peer: for transfers between its memory, files and objects. */
   get self(): Peer {
-    const metadata = { name: this.name, incarnation: this.incarnation, hostId: this.#hostId, backends: new Map(), regions: new Map() };
+    const metadata = {
+      name: this.name,
+      incarnation: this.incarnation,
+      hostId: this.#hostId,
+      backends: new Map(),
+      regions: new Map(),
+    };
     return { name: this.name, isSelf: true, metadata };
   }
 
@@ -300,21 +316,36 @@ export class TransferAgent implements JobOwner {
 
   #onSlowPath(peer: Peer, { backend, reason }: BackendChoice): void {
     if (this.#slowPath === "refuse") {
-      throw new DynamoError("transfer-no-path", `only the slower back end ${backend} moves this memory, and slow paths are refused`, {
-        diagnostic: reason,
-      });
+      throw new DynamoError(
+        "transfer-no-path",
+        `only the slower back end ${backend} moves this memory, and slow paths are refused`,
+        {
+          diagnostic: reason,
+        },
+      );
     }
     this.#metrics?.counter("dynamo_transfer_slow_paths_total").labels(backend).add();
-    if (this.#slowPath === "warn") this.#logger.warn({ peer: peer.name, backend, reason }, "transfers take a slow path");
+    if (this.#slowPath === "warn")
+      this.#logger.warn({ peer: peer.name, backend, reason }, "transfers take a slow path");
   }
 
   /** Reads from the peer: block `remoteIndices[i]` of the table comes to `localIndices[i]`. See `transfer`. */
-  read(table: PreparedTable, localIndices: Uint32Array, remoteIndices: Uint32Array, options: TransferOptions = {}): Transfer {
+  read(
+    table: PreparedTable,
+    localIndices: Uint32Array,
+    remoteIndices: Uint32Array,
+    options: TransferOptions = {},
+  ): Transfer {
     return this.transfer("read", table, localIndices, remoteIndices, options);
   }
 
   /** Writes to the peer: block `localIndices[i]` of the table goes to `remoteIndices[i]`. See `transfer`. */
-  write(table: PreparedTable, localIndices: Uint32Array, remoteIndices: Uint32Array, options: TransferOptions = {}): Transfer {
+  write(
+    table: PreparedTable,
+    localIndices: Uint32Array,
+    remoteIndices: Uint32Array,
+    options: TransferOptions = {},
+  ): Transfer {
     return this.transfer("write", table, localIndices, remoteIndices, options);
   }
 
@@ -365,7 +396,11 @@ export class TransferAgent implements JobOwner {
     // The back end has this long; afterwards the transfer ends whatever it does.
     this.#wheel.cancel(job.timer);
     const force = this.#clock.setTimer(STOP_GRACE_MS, () => {
-      if (!job.ended) this.#logger.error({ backend: job.backend, peer: job.peer.name }, "a transfer did not let go of its memory in time");
+      if (!job.ended)
+        this.#logger.error(
+          { backend: job.backend, peer: job.peer.name },
+          "a transfer did not let go of its memory in time",
+        );
       job.abandon();
     });
     this.#stopping.set(job, force);
@@ -419,8 +454,15 @@ export class TransferAgent implements JobOwner {
 
   #notifier(peer: Peer): TransferBackend {
     const memory = this.#backends.get("memory")!;
-    const none = { peer, localKind: "host", remoteKind: "host", localRegions: [], remoteRegionIds: [], alignment: 4096 } as const;
-    if (memory.whyNot(none) === undefined) return memory;
+    const none = {
+      peer,
+      localKind: "host",
+      remoteKind: "host",
+      localRegions: [],
+      remoteRegionIds: [],
+      alignment: 4096,
+    } as const;
+    if (memory.obstacle(none) === undefined) return memory;
     for (const name of ["tcp", "shm", "nixl"] as const) {
       const backend = this.#backends.get(name);
       if (backend !== undefined && peer.metadata.backends.has(name)) return backend;
@@ -497,7 +539,10 @@ function checkTimeout(timeoutMs: number): void {
 
 function checkMessage(message: Uint8Array): void {
   if (message.length > MAX_MESSAGE_BYTES) {
-    throw new DynamoError("transfer-out-of-bounds", `message: expected at most ${MAX_MESSAGE_BYTES} bytes, got ${message.length}`);
+    throw new DynamoError(
+      "transfer-out-of-bounds",
+      `message: expected at most ${MAX_MESSAGE_BYTES} bytes, got ${message.length}`,
+    );
   }
 }
 
@@ -515,7 +560,7 @@ function distinct(ids: Uint32Array): number[] {
 /** The largest power of two up to 4,096 that divides every offset and length. */
 function alignmentOf(list: DescriptorList): number {
   let bits = 0;
-  for (let i = 0; i < list.count; i++) bits |= (list.offsets[i]! % 4096) | list.lengths[i]! % 4096;
+  for (let i = 0; i < list.count; i++) bits |= (list.offsets[i]! % 4096) | (list.lengths[i]! % 4096);
   bits &= 4095;
   return bits === 0 ? 4096 : bits & -bits;
 }

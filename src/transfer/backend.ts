@@ -44,6 +44,20 @@ export interface PairQuestion {
   readonly alignment: number;
 }
 
+/** One sentence. Avoidable: memory registered otherwise could use it, so taking a slower back end is a slow path. */
+export interface Obstacle {
+  readonly why: string;
+  readonly isAvoidable: boolean;
+}
+
+export function unfit(why: string): Obstacle {
+  return { why, isAvoidable: false };
+}
+
+export function avoidable(why: string): Obstacle {
+  return { why, isAvoidable: true };
+}
+
 export interface TransferBackend {
   readonly name: BackendName;
   /** Typical figures until something was measured. */
@@ -53,8 +67,8 @@ export interface TransferBackend {
   register(region: Region): Promise<void>;
   /** The region is unpinned already. */
   deregister(region: Region): Promise<void>;
-  /** Why this pair cannot use it, or undefined when it can. May probe (open a file), not wait. */
-  whyNot(question: PairQuestion): string | undefined;
+  /** What keeps this pair from using it, or undefined when nothing does. Does not wait. */
+  obstacle(question: PairQuestion): Obstacle | undefined;
   /**
    * Starts a batch; never throws, ends it through `job.end`. Not inside this call, so that callers see `in-progress` first.
    * A message of the job is delivered by the back end, after the bytes.
@@ -68,4 +82,3 @@ export interface TransferBackend {
   forget(peer: Peer): void;
   close(): Promise<void>;
 }
-

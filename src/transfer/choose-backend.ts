@@ -3,8 +3,7 @@ import type { BackendChoice, BackendName } from "./base.ts";
 import type { PairQuestion, TransferBackend } from "./backend.ts";
 
 /**
- * Which back end moves a table's blocks: the first of this order that both agents have and whose `whyNot` has nothing to
- * say. Between processes of one host mapped memory wins, then our own TCP, then NIXL, which between hosts goes first: there
+ * Which back end moves a table's blocks: the first of this order that both agents have and that meets no obstacle. Between processes of one host mapped memory wins, then our own TCP, then NIXL, which between hosts goes first: there
  * it knows InfiniBand and NVLink. Storage comes last, as nothing else moves to it.
  */
 const SAME_HOST: readonly BackendName[] = ["memory", "shm", "tcp", "nixl", "file", "s3"];
@@ -39,13 +38,13 @@ export function chooseBackend({ backends, question, isSameHost, wanted }: Choose
       if (isPeerBackend(name)) passedOver.push(`${name}: the peer does not have it`);
       continue;
     }
-    const why = handler.whyNot(question);
-    if (why === undefined) {
+    const obstacle = handler.obstacle(question);
+    if (obstacle === undefined) {
       const because = passedOver.length === 0 ? "the fastest that both agents have" : passedOver.join("; ");
       return { handler, backend: name, reason: because, isSlowPath };
     }
-    passedOver.push(`${name}: ${why}`);
-    if (!peer.isSelf && isPeerBackend(name)) isSlowPath = true;
+    passedOver.push(`${name}: ${obstacle.why}`);
+    if (obstacle.isAvoidable) isSlowPath = true;
   }
   const what = `${question.localKind} memory here, ${question.remoteKind} memory of ${peer.name}`;
   throw new DynamoError("transfer-no-path", `no back end moves between ${what}`, {

@@ -25,7 +25,7 @@ interface Running extends CopyOrder {
 export class CopyQueue {
   readonly #running: Running[] = [];
   #next = 0;
-  #scheduled: NodeJS.Immediate | undefined = undefined;
+  #isScheduled = false;
 
   add(order: CopyOrder): void {
     this.#running.push({ ...order, index: 0, inside: 0 });
@@ -43,8 +43,10 @@ export class CopyQueue {
   }
 
   #schedule(): void {
-    this.#scheduled ??= setImmediate(() => {
-      this.#scheduled = undefined;
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
+    setImmediate(() => {
+      this.#isScheduled = false;
       this.#slice();
       if (this.#running.length > 0) this.#schedule();
     });

@@ -6,9 +6,12 @@ import type { CostEstimate } from "./base.ts";
  * end's typical figures and believes them like a few dozen measurements. Never negative. Transfers that overlap share the
  * medium and look slower: that is what the next one will see as well.
  */
-const FORGETTING = 0.98;
+/** The last few dozen transfers count. A medium that became slower is believed late: errors are relative to what was measured. */
+const FORGETTING = 0.95;
 /** Variance of the first guess: large, so that a dozen transfers outweigh it. */
 const FIRST_VARIANCE = 10;
+/** Of the three together. */
+const MOST_VARIANCE = 3 * FIRST_VARIANCE;
 
 export interface TypicalCost {
   readonly setupMs: number;
@@ -35,8 +38,10 @@ export class CostModel {
     const norm = Math.max(elapsedMs, 1e-3);
     for (let i = 0; i < 3; i++) x[i]! /= norm;
     const p = this.#covariance;
+    // What no transfer tells of must not be forgotten without end.
+    const forgetting = p[0]! + p[4]! + p[8]! < MOST_VARIANCE ? FORGETTING : 1;
     const gain = [0, 0, 0];
-    let denominator = FORGETTING;
+    let denominator = forgetting;
     for (let i = 0; i < 3; i++) {
       gain[i] = p[3 * i]! * x[0]! + p[3 * i + 1]! * x[1]! + p[3 * i + 2]! * x[2]!;
       denominator += gain[i]! * x[i]!;
@@ -49,7 +54,7 @@ export class CostModel {
     }
     for (let i = 0; i < 3; i++) {
       for (let j = i; j < 3; j++) {
-        const value = Math.min((p[3 * i + j]! - (gain[i]! * gain[j]!) / denominator) / FORGETTING, FIRST_VARIANCE);
+        const value = (p[3 * i + j]! - (gain[i]! * gain[j]!) / denominator) / forgetting;
         p[3 * i + j] = value;
         p[3 * j + i] = value;
       }

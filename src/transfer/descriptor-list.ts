@@ -40,11 +40,7 @@ export class DescriptorList {
     const count = options.blockCount ?? Math.max(0, fits);
     const offsets = new Float64Array(count);
     for (let i = 0; i < count; i++) offsets[i] = offset + i * strideBytes;
-    return new DescriptorList(
-      new Uint32Array(count).fill(region.id),
-      offsets,
-      new Uint32Array(count).fill(blockBytes),
-    );
+    return new DescriptorList(new Uint32Array(count).fill(region.id), offsets, new Uint32Array(count).fill(blockBytes));
   }
 
   /** Its bytes in all. */
@@ -58,7 +54,10 @@ export class DescriptorList {
 /** Refuses a list that reaches outside what `lengthOf` says a region has; -1 means there is no such region. */
 export function checkList(list: DescriptorList, lengthOf: (regionId: number) => number, name: string): void {
   if (list.count === 0 || list.count > MAX_TABLE_DESCRIPTORS) {
-    throw new DynamoError("transfer-out-of-bounds", `${name}: expected 1 to ${MAX_TABLE_DESCRIPTORS} descriptors, got ${list.count}`);
+    throw new DynamoError(
+      "transfer-out-of-bounds",
+      `${name}: expected 1 to ${MAX_TABLE_DESCRIPTORS} descriptors, got ${list.count}`,
+    );
   }
   let knownId = -1;
   let knownLength = 0;
@@ -67,7 +66,8 @@ export function checkList(list: DescriptorList, lengthOf: (regionId: number) => 
     if (id !== knownId) {
       knownId = id;
       knownLength = lengthOf(id);
-      if (knownLength < 0) throw new DynamoError("transfer-out-of-bounds", `${name}[${i}]: the memory is not registered`);
+      if (knownLength < 0)
+        throw new DynamoError("transfer-out-of-bounds", `${name}[${i}]: the memory is not registered`);
     }
     const offset = list.offsets[i]!;
     const length = list.lengths[i]!;
@@ -98,7 +98,10 @@ export function gatherPairs(
 ): DescriptorPairs {
   const count = localIndices.length;
   if (count === 0 || count !== remoteIndices.length) {
-    throw new DynamoError("transfer-out-of-bounds", `indices: expected as many local as remote ones, at least one; got ${count} and ${remoteIndices.length}`);
+    throw new DynamoError(
+      "transfer-out-of-bounds",
+      `indices: expected as many local as remote ones, at least one; got ${count} and ${remoteIndices.length}`,
+    );
   }
   const localRegions = new Uint32Array(count);
   const remoteRegions = new Uint32Array(count);
@@ -144,7 +147,10 @@ export function gatherPairs(
   }
   const used = last + 1;
   if (used > MAX_TRANSFER_DESCRIPTORS) {
-    throw new DynamoError("transfer-full", `one transfer moves at most ${MAX_TRANSFER_DESCRIPTORS} separate pieces, got ${used}: split it`);
+    throw new DynamoError(
+      "transfer-full",
+      `one transfer moves at most ${MAX_TRANSFER_DESCRIPTORS} separate pieces, got ${used}: split it`,
+    );
   }
   const mergedLengths = lengths.subarray(0, used);
   return {

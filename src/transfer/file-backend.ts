@@ -1,7 +1,14 @@
 import { close, constants, fdatasync, ftruncate, fstat, open, readv, writev } from "node:fs";
 import { promisify } from "node:util";
 import { DynamoError } from "../errors/index.ts";
-import type { AgentContext, PairQuestion, TransferBackend } from "./backend.ts";
+import {
+  avoidable,
+  unfit,
+  type Obstacle,
+  type AgentContext,
+  type PairQuestion,
+  type TransferBackend,
+} from "./backend.ts";
 import type { FileMemory } from "./base.ts";
 import type { Region } from "./region.ts";
 import type { TransferJob } from "./transfer-job.ts";
@@ -57,7 +64,9 @@ export class FileBackend implements TransferBackend {
   async register(region: Region): Promise<void> {
     const { memory } = region;
     if (memory.kind !== "file") return;
-    const { O_RDWR, O_CREAT, O_DIRECT = 0 } = constants;
+    const { O_RDWR, O_CREAT } = constants;
+    // Only Linux has it, whatever the types say.
+    const O_DIRECT = (constants.O_DIRECT as number | undefined) ?? 0;
     if (memory.direct === true && O_DIRECT === 0) {
       throw new DynamoError("unsupported-operation", `${memory.path}: this platform has no O_DIRECT`);
     }
@@ -85,15 +94,19 @@ export class FileBackend implements TransferBackend {
     await promisify(close)(file.fd);
   }
 
-  whyNot(question: PairQuestion): string | undefined {
+  obstacle(question: PairQuestion): Obstacle | undefined {
     const { peer, localKind, remoteKind, remoteRegionIds, localRegions, alignment } = question;
-    if (!peer.isSelf || localKind !== "host" || remoteKind !== "file") return "moves between this agent's host and file memory only";
+    if (!peer.isSelf || localKind !== "host" || remoteKind !== "file")
+      return unfit("moves between this agent's host and file memory only");
     const isDirect = remoteRegionIds.some((id) => this.#files.get(id)?.memory.direct === true);
     if (!isDirect) return undefined;
     if (alignment < DIRECT_ALIGNMENT) {
-      return `O_DIRECT needs offsets and lengths in multiples of ${DIRECT_ALIGNMENT}, these are multiples of ${alignment}: round the slots up`;
+      return unfit(
+        `O_DIRECT needs offsets and lengths in multiples of ${DIRECT_ALIGNMENT}, these are multiples of ${alignment}: round the slots up`,
+      );
     }
-    if (localRegions.some((region) => region.address === undefined)) return "O_DIRECT needs memory from agent.allocate";
+    if (localRegions.some((region) => region.address === undefined))
+      return avoidable("O_DIRECT needs memory from agent.allocate");
     return undefined;
   }
 
@@ -117,13 +130,19 @@ export class FileBackend implements TransferBackend {
     for (let i = 0; i < remote.count; i++) {
       const file = this.#files.get(remote.regionIds[i]!);
       const memory = this.#context.regions.find(local.regionIds[i]!);
-      if (file === undefined || memory === undefined) throw new DynamoError("transfer-stale", "the file memory was deregistered");
+      if (file === undefined || memory === undefined)
+        throw new DynamoError("transfer-stale", "the file memory was deregistered");
       const start = local.offsets[i]!;
-      for (let inside = 0; inside < remote.lengths[i]!; ) {
+      for (let inside = 0; inside < remote.lengths[i]!;) {
         const byteCount = Math.min(RUN_BYTES, remote.lengths[i]! - inside);
         const position = remote.offsets[i]! + inside;
         const isNext = run !== undefined && run.file === file && run.position + run.byteCount === position;
-        if (run === undefined || !isNext || run.byteCount + byteCount > RUN_BYTES || run.buffers.length === RUN_PIECES) {
+        if (
+          run === undefined ||
+          !isNext ||
+          run.byteCount + byteCount > RUN_BYTES ||
+          run.buffers.length === RUN_PIECES
+        ) {
           run = { file, position, buffers: [], byteCount: 0 };
           runs.push(run);
         }
@@ -150,7 +169,10 @@ export class FileBackend implements TransferBackend {
     const onDone = (cause: NodeJS.ErrnoException | null, byteCount: number): void => {
       const isEnd = cause === null && byteCount === 0;
       if (cause !== null || isEnd) {
-        running.error ??= storageFailed(run.file.memory, cause ?? new Error("the file ends before its registered length"));
+        running.error ??= storageFailed(
+          run.file.memory,
+          cause ?? new Error("the file ends before its registered length"),
+        );
       } else if (byteCount < run.byteCount && job.stopError === undefined && running.error === undefined) {
         this.#run(job, running, rest(run, byteCount));
         return;
@@ -229,5 +251,8 @@ function rest(run: Run, doneBytes: number): Run {
 function storageFailed(memory: FileMemory, cause: Error): DynamoError {
   const code = (cause as NodeJS.ErrnoException).code;
   const what = code === "ENOSPC" ? "the disk is full" : "it could not be read or written";
-  return new DynamoError("storage-failed", `file memory: ${what}`, { diagnostic: `${memory.path}: ${cause.message}`, cause });
+  return new DynamoError("storage-failed", `file memory: ${what}`, {
+    diagnostic: `${memory.path}: ${cause.message}`,
+    cause,
+  });
 }

@@ -1,5 +1,12 @@
 import { DynamoError } from "../errors/index.ts";
-import type { AgentContext, PairQuestion, Peer, TransferBackend } from "./backend.ts";
+import {
+  unfit,
+  type Obstacle,
+  type AgentContext,
+  type PairQuestion,
+  type Peer,
+  type TransferBackend,
+} from "./backend.ts";
 import { CopyQueue } from "./copy-queue.ts";
 import type { TransferJob } from "./transfer-job.ts";
 
@@ -37,9 +44,9 @@ export class MemoryBackend implements TransferBackend {
     return Promise.resolve();
   }
 
-  whyNot({ peer, localKind, remoteKind }: PairQuestion): string | undefined {
-    if (localKind !== "host" || remoteKind !== "host") return "moves host memory only";
-    if (!this.#network.agents.has(peer.metadata.incarnation)) return "the peer is in another process";
+  obstacle({ peer, localKind, remoteKind }: PairQuestion): Obstacle | undefined {
+    if (localKind !== "host" || remoteKind !== "host") return unfit("moves host memory only");
+    if (!this.#network.agents.has(peer.metadata.incarnation)) return unfit("the peer is in another process");
     return undefined;
   }
 

@@ -8,6 +8,10 @@ transferBattery({
   anyRange: true,
   open: (options) => {
     const memory = new MemoryNetwork();
-    return openPeers(options, (name, clock) => TransferAgent.start({ name, clock, memory, tcp: false, shm: false }), false);
+    return openPeers(
+      options,
+      (name, clock) => TransferAgent.start({ name, clock, memory, tcp: false, shm: false }),
+      false,
+    );
   },
 });

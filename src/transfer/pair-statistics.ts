@@ -31,16 +31,31 @@ export class PairStatistics {
     this.#metrics = metrics;
   }
 
-  cost(peer: string, backend: { readonly name: BackendName; readonly typical: TypicalCost }, operation: Operation): CostModel {
+  cost(
+    peer: string,
+    backend: { readonly name: BackendName; readonly typical: TypicalCost },
+    operation: Operation,
+  ): CostModel {
     return this.#entry(peer, backend, operation).cost;
   }
 
-  #entry(peer: string, backend: { readonly name: BackendName; readonly typical: TypicalCost }, operation: Operation): Entry {
+  #entry(
+    peer: string,
+    backend: { readonly name: BackendName; readonly typical: TypicalCost },
+    operation: Operation,
+  ): Entry {
     const key = `${backend.name}\n${operation}\n${peer}`;
     let entry = this.#entries.get(key);
     if (entry === undefined) {
       const cost = new CostModel(backend.typical);
-      const zero = { transferCount: 0, byteCount: 0, descriptorCount: 0, seconds: 0, errorCount: 0, lastGigabytesPerSecond: 0 };
+      const zero = {
+        transferCount: 0,
+        byteCount: 0,
+        descriptorCount: 0,
+        seconds: 0,
+        errorCount: 0,
+        lastGigabytesPerSecond: 0,
+      };
       entry = { peer, backend: backend.name, operation, cost, ...zero };
       this.#entries.set(key, entry);
     }
@@ -52,7 +67,10 @@ export class PairStatistics {
     const metrics = this.#metrics;
     if (error !== undefined) {
       entry.errorCount++;
-      metrics?.counter("dynamo_transfer_num_failed_transfers_total").labels(job.backend, job.operation, error.reason).add();
+      metrics
+        ?.counter("dynamo_transfer_num_failed_transfers_total")
+        .labels(job.backend, job.operation, error.reason)
+        .add();
       return;
     }
     const elapsedMs = nowMs - job.postedMs;
@@ -63,9 +81,15 @@ export class PairStatistics {
     if (job.byteCount >= RATE_SAMPLE_BYTES) entry.lastGigabytesPerSecond = job.byteCount / 1e6 / elapsedMs;
     entry.cost.observe(job.descriptorCount, job.byteCount, elapsedMs);
     if (metrics === undefined) return;
-    metrics.histogram("dynamo_transfer_xfer_time_seconds").labels(job.backend, job.operation).observe(elapsedMs / 1_000);
+    metrics
+      .histogram("dynamo_transfer_xfer_time_seconds")
+      .labels(job.backend, job.operation)
+      .observe(elapsedMs / 1_000);
     metrics.counter("dynamo_transfer_bytes_transferred_total").labels(job.backend, job.operation).add(job.byteCount);
-    metrics.counter("dynamo_transfer_num_descriptors_total").labels(job.backend, job.operation).add(job.descriptorCount);
+    metrics
+      .counter("dynamo_transfer_num_descriptors_total")
+      .labels(job.backend, job.operation)
+      .add(job.descriptorCount);
   }
 
   forget(peer: string): void {

@@ -52,7 +52,8 @@ export class TransferJob implements Transfer, Expiring {
   #released = false;
   #state: TransferState = "in-progress";
   #error: DynamoError | undefined = undefined;
-  #settle: { promise: Promise<void>; resolve: () => void; reject: (error: DynamoError) => void } | undefined = undefined;
+  #settle: { promise: Promise<void>; resolve: () => void; reject: (error: DynamoError) => void } | undefined =
+    undefined;
 
   constructor(options: JobOptions) {
     this.#owner = options.owner;

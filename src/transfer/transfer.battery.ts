@@ -81,7 +81,10 @@ export function openDescriptorCount(): number {
   return readdirSync("/proc/self/fd").length;
 }
 
-function blocksOf({ local, remote }: Pair, blockBytes = BLOCK_BYTES): { local: DescriptorList; remote: DescriptorList } {
+function blocksOf(
+  { local, remote }: Pair,
+  blockBytes = BLOCK_BYTES,
+): { local: DescriptorList; remote: DescriptorList } {
   return { local: DescriptorList.blocks(local, { blockBytes }), remote: DescriptorList.blocks(remote, { blockBytes }) };
 }
 
@@ -113,26 +116,34 @@ export function transferBattery(world: World): void {
     const table = pair.agent.prepare(pair.peer, blocksOf(pair), { backend: world.backend });
     assert.equal(table.backend, world.backend);
     const somePairs = fc
-      .tuple(fc.shuffledSubarray([...all(BLOCK_COUNT)], { minLength: 1 }), fc.shuffledSubarray([...all(BLOCK_COUNT)], { minLength: 1 }))
+      .tuple(
+        fc.shuffledSubarray([...all(BLOCK_COUNT)], { minLength: 1 }),
+        fc.shuffledSubarray([...all(BLOCK_COUNT)], { minLength: 1 }),
+      )
       .map(([a, b]) => [a.slice(0, b.length), b.slice(0, a.length)] as const);
     await fc.assert(
-      fc.asyncProperty(somePairs, fc.constantFrom<Operation>("read", "write"), fc.nat(), async ([here, there], operation, seed) => {
-        const localBytes = noise(pair.local.byteLength, seed);
-        const remoteBytes = noise(pair.local.byteLength, seed + 1);
-        pair.local.bytes.set(localBytes);
-        await pair.fillRemote(remoteBytes);
-        const transfer = pair.agent.transfer(operation, table, Uint32Array.from(here), Uint32Array.from(there));
-        assert.equal(transfer.byteCount, here.length * BLOCK_BYTES);
-        await transfer.done;
-        assert.equal(transfer.state, "done");
-        const [from, to] = operation === "read" ? [remoteBytes, localBytes] : [localBytes, remoteBytes];
-        here.forEach((block, i) => {
-          const [source, target] = operation === "read" ? [there[i]!, block] : [block, there[i]!];
-          from.copy(to, target * BLOCK_BYTES, source * BLOCK_BYTES, (source + 1) * BLOCK_BYTES);
-        });
-        assert.ok(pair.local.bytes.equals(localBytes), "local memory is as expected");
-        assert.ok((await pair.readRemote()).equals(remoteBytes), "remote memory is as expected");
-      }),
+      fc.asyncProperty(
+        somePairs,
+        fc.constantFrom<Operation>("read", "write"),
+        fc.nat(),
+        async ([here, there], operation, seed) => {
+          const localBytes = noise(pair.local.byteLength, seed);
+          const remoteBytes = noise(pair.local.byteLength, seed + 1);
+          pair.local.bytes.set(localBytes);
+          await pair.fillRemote(remoteBytes);
+          const transfer = pair.agent.transfer(operation, table, Uint32Array.from(here), Uint32Array.from(there));
+          assert.equal(transfer.byteCount, here.length * BLOCK_BYTES);
+          await transfer.done;
+          assert.equal(transfer.state, "done");
+          const [from, to] = operation === "read" ? [remoteBytes, localBytes] : [localBytes, remoteBytes];
+          here.forEach((block, i) => {
+            const [source, target] = operation === "read" ? [there[i]!, block] : [block, there[i]!];
+            from.copy(to, target * BLOCK_BYTES, source * BLOCK_BYTES, (source + 1) * BLOCK_BYTES);
+          });
+          assert.ok(pair.local.bytes.equals(localBytes), "local memory is as expected");
+          assert.ok((await pair.readRemote()).equals(remoteBytes), "remote memory is as expected");
+        },
+      ),
       { numRuns: 12 },
     );
   });
@@ -141,38 +152,46 @@ export function transferBattery(world: World): void {
     pairTest("ranges of any size at any offset come and go, and nothing else is touched", async (pair) => {
       const byteCount = pair.local.byteLength;
       await fc.assert(
-        fc.asyncProperty(somePieces(byteCount), fc.nat(), fc.constantFrom<Operation>("read", "write"), async (pieces, seed, operation) => {
-          // The same pieces, in another order and packed from the start, on the other side.
-          const order = pieces.map((_, i) => i);
-          new Shuffle(seed).apply(order);
-          let packed = 0;
-          const remoteOffsets = new Float64Array(pieces.length);
-          for (const i of order) {
-            remoteOffsets[i] = packed;
-            packed += pieces[i]!.length;
-          }
-          const lengths = Uint32Array.from(pieces, (piece) => piece.length);
-          const list = (region: { id: number }, offsets: Float64Array): DescriptorList =>
-            new DescriptorList(new Uint32Array(pieces.length).fill(region.id), offsets, lengths);
-          const lists = {
-            local: list(pair.local, Float64Array.from(pieces, (piece) => piece.offset)),
-            remote: list(pair.remote, remoteOffsets),
-          };
-          const localBytes = noise(byteCount, seed);
-          const remoteBytes = noise(byteCount, seed + 1);
-          pair.local.bytes.set(localBytes);
-          await pair.fillRemote(remoteBytes);
-          const table = pair.agent.prepare(pair.peer, lists, { backend: world.backend });
-          await pair.agent.transfer(operation, table, all(pieces.length), all(pieces.length)).done;
-          const before = { local: Buffer.from(localBytes), remote: Buffer.from(remoteBytes) };
-          pieces.forEach(({ offset, length }, i) => {
-            const there = remoteOffsets[i]!;
-            if (operation === "read") before.remote.copy(localBytes, offset, there, there + length);
-            else before.local.copy(remoteBytes, there, offset, offset + length);
-          });
-          assert.ok(pair.local.bytes.equals(localBytes), "local memory is as expected");
-          assert.ok((await pair.readRemote()).equals(remoteBytes), "remote memory is as expected");
-        }),
+        fc.asyncProperty(
+          somePieces(byteCount),
+          fc.nat(),
+          fc.constantFrom<Operation>("read", "write"),
+          async (pieces, seed, operation) => {
+            // The same pieces, in another order and packed from the start, on the other side.
+            const order = pieces.map((_, i) => i);
+            new Shuffle(seed).apply(order);
+            let packed = 0;
+            const remoteOffsets = new Float64Array(pieces.length);
+            for (const i of order) {
+              remoteOffsets[i] = packed;
+              packed += pieces[i]!.length;
+            }
+            const lengths = Uint32Array.from(pieces, (piece) => piece.length);
+            const list = (region: { id: number }, offsets: Float64Array): DescriptorList =>
+              new DescriptorList(new Uint32Array(pieces.length).fill(region.id), offsets, lengths);
+            const lists = {
+              local: list(
+                pair.local,
+                Float64Array.from(pieces, (piece) => piece.offset),
+              ),
+              remote: list(pair.remote, remoteOffsets),
+            };
+            const localBytes = noise(byteCount, seed);
+            const remoteBytes = noise(byteCount, seed + 1);
+            pair.local.bytes.set(localBytes);
+            await pair.fillRemote(remoteBytes);
+            const table = pair.agent.prepare(pair.peer, lists, { backend: world.backend });
+            await pair.agent.transfer(operation, table, all(pieces.length), all(pieces.length)).done;
+            const before = { local: Buffer.from(localBytes), remote: Buffer.from(remoteBytes) };
+            pieces.forEach(({ offset, length }, i) => {
+              const there = remoteOffsets[i]!;
+              if (operation === "read") before.remote.copy(localBytes, offset, there, there + length);
+              else before.local.copy(remoteBytes, there, offset, offset + length);
+            });
+            assert.ok(pair.local.bytes.equals(localBytes), "local memory is as expected");
+            assert.ok((await pair.readRemote()).equals(remoteBytes), "remote memory is as expected");
+          },
+        ),
         { numRuns: 12 },
       );
     });
@@ -183,12 +202,15 @@ export function transferBattery(world: World): void {
     await pair.fillRemote(bytes);
     const table = pair.agent.prepare(pair.peer, blocksOf(pair), { backend: world.backend });
     const transfers = [];
-    for (let i = 0; i < BLOCK_COUNT; i++) transfers.push(pair.agent.read(table, Uint32Array.of(BLOCK_COUNT - 1 - i), Uint32Array.of(i)));
+    for (let i = 0; i < BLOCK_COUNT; i++)
+      transfers.push(pair.agent.read(table, Uint32Array.of(BLOCK_COUNT - 1 - i), Uint32Array.of(i)));
     assert.equal(pair.agent.activeTransferCount, BLOCK_COUNT);
     await Promise.all(transfers.map((transfer) => transfer.done));
     for (let i = 0; i < BLOCK_COUNT; i++) {
       const at = (BLOCK_COUNT - 1 - i) * BLOCK_BYTES;
-      assert.ok(pair.local.bytes.subarray(at, at + BLOCK_BYTES).equals(bytes.subarray(i * BLOCK_BYTES, (i + 1) * BLOCK_BYTES)));
+      assert.ok(
+        pair.local.bytes.subarray(at, at + BLOCK_BYTES).equals(bytes.subarray(i * BLOCK_BYTES, (i + 1) * BLOCK_BYTES)),
+      );
     }
   });
 
@@ -212,7 +234,10 @@ export function transferBattery(world: World): void {
           const other = pair.agent.read(table, Uint32Array.of(0), Uint32Array.of(0));
           await other.done;
           const after = operation === "read" ? pair.local.bytes : await pair.readRemote();
-          assert.ok(after.subarray(LARGE_BLOCK).equals(seen.subarray(LARGE_BLOCK)), "nothing was written after the end");
+          assert.ok(
+            after.subarray(LARGE_BLOCK).equals(seen.subarray(LARGE_BLOCK)),
+            "nothing was written after the end",
+          );
         }
       },
       { blockBytes: LARGE_BLOCK, blockCount: LARGE_COUNT },
@@ -229,7 +254,11 @@ export function transferBattery(world: World): void {
       clock.advance(200);
       await assert.rejects(transfer.done, (thrown) => assertReason(thrown, "request-deadline"));
       await pair.agent.read(table, Uint32Array.of(1), Uint32Array.of(1)).done;
-      assert.ok(pair.local.bytes.subarray(LARGE_BLOCK, 2 * LARGE_BLOCK).equals(noise(pair.local.byteLength, 5).subarray(LARGE_BLOCK, 2 * LARGE_BLOCK)));
+      assert.ok(
+        pair.local.bytes
+          .subarray(LARGE_BLOCK, 2 * LARGE_BLOCK)
+          .equals(noise(pair.local.byteLength, 5).subarray(LARGE_BLOCK, 2 * LARGE_BLOCK)),
+      );
     } finally {
       await pair.close();
     }
@@ -272,12 +301,20 @@ export function transferBattery(world: World): void {
   });
 
   pairTest("lists and indices that reach outside are refused before anything moves", (pair) => {
-    const refused = (run: () => unknown): void => assert.throws(run, (thrown) => assertReason(thrown, "transfer-out-of-bounds"));
+    const refused = (run: () => unknown): void =>
+      assert.throws(run, (thrown) => assertReason(thrown, "transfer-out-of-bounds"));
     const lists = blocksOf(pair);
     const table = pair.agent.prepare(pair.peer, lists, { backend: world.backend });
-    const tooFar = DescriptorList.blocks(pair.remote, { blockBytes: BLOCK_BYTES, blockCount: 1, offset: pair.remote.byteLength - 1 });
+    const tooFar = DescriptorList.blocks(pair.remote, {
+      blockBytes: BLOCK_BYTES,
+      blockCount: 1,
+      offset: pair.remote.byteLength - 1,
+    });
     refused(() => pair.agent.prepare(pair.peer, { local: lists.local, remote: tooFar }));
-    const unknown = DescriptorList.blocks({ id: 0xdead_beef, byteLength: 1e9 }, { blockBytes: BLOCK_BYTES, blockCount: 1 });
+    const unknown = DescriptorList.blocks(
+      { id: 0xdead_beef, byteLength: 1e9 },
+      { blockBytes: BLOCK_BYTES, blockCount: 1 },
+    );
     refused(() => pair.agent.prepare(pair.peer, { local: lists.local, remote: unknown }));
     refused(() => pair.agent.prepare(pair.peer, { local: unknown, remote: lists.remote }));
     refused(() => pair.agent.read(table, Uint32Array.of(BLOCK_COUNT), Uint32Array.of(0)));
@@ -326,7 +363,8 @@ export function transferBattery(world: World): void {
     const got: string[] = [];
     pair.owner.onNotification(({ from, message }) => {
       assert.equal(from, pair.agent.name);
-      if (world.hasPeer && message.toString() === "write") assert.ok(pair.remoteRegion.bytes.equals(bytes), "the bytes came first");
+      if (world.hasPeer && message.toString() === "write")
+        assert.ok(pair.remoteRegion.bytes.equals(bytes), "the bytes came first");
       got.push(Buffer.from(message).toString());
     });
     await pair.agent.write(table, all(BLOCK_COUNT), all(BLOCK_COUNT), { message: Buffer.from("write") }).done;
@@ -348,7 +386,10 @@ export function transferBattery(world: World): void {
       const transfer = pair.agent.read(table, all(BLOCK_COUNT), all(BLOCK_COUNT));
       await pair.agent.close();
       await assert.rejects(transfer.done, (thrown) => assertReason(thrown, "draining"));
-      assert.throws(() => pair.agent.read(table, all(1), all(1)), (thrown) => assertReason(thrown, "draining"));
+      assert.throws(
+        () => pair.agent.read(table, all(1), all(1)),
+        (thrown) => assertReason(thrown, "draining"),
+      );
     } finally {
       await pair.close();
     }
@@ -392,7 +433,10 @@ function peerTests(world: World, pairTest: PairTest, title: (text: string) => st
         const wrong = pair.agent.transfer(refused, table, all(2), all(2));
         await assert.rejects(wrong.done, (thrown) => assertReason(thrown, "transfer-out-of-bounds"));
         assert.ok(pair.remoteRegion.bytes.equals(bytes), "the remote memory was not written");
-        assert.ok(pair.local.bytes.every((byte) => byte === 1), "the local memory was not written");
+        assert.ok(
+          pair.local.bytes.every((byte) => byte === 1),
+          "the local memory was not written",
+        );
         await pair.agent.transfer(allowed, table, all(2), all(2)).done;
       },
       { remote: { remoteAccess } },
@@ -406,7 +450,10 @@ function peerTests(world: World, pairTest: PairTest, title: (text: string) => st
       got.push(...pair.owner.takeNotifications().map(({ message }) => Buffer.from(message).toString()));
       return got.length >= 100;
     }, "a hundred messages");
-    assert.deepEqual(got, Array.from({ length: 100 }, (_, i) => String(i)));
+    assert.deepEqual(
+      got,
+      Array.from({ length: 100 }, (_, i) => String(i)),
+    );
     assert.deepEqual(pair.owner.takeNotifications(), []);
   });
 
@@ -462,7 +509,9 @@ export async function openPeers(
   const agent = await make("initiator", clock);
   const owner = await make("owner", clock);
   const region = async (of: TransferAgent, register: RegisterOptions): Promise<Region> =>
-    isAllocated ? of.allocate(byteCount, register) : of.register({ kind: "host", bytes: Buffer.alloc(byteCount) }, register);
+    isAllocated
+      ? of.allocate(byteCount, register)
+      : of.register({ kind: "host", bytes: Buffer.alloc(byteCount) }, register);
   const local = await region(agent, {});
   const remoteRegion = await region(owner, { label: "pool", ...options.remote });
   const peer = agent.addPeer(owner.metadata());

@@ -11,11 +11,19 @@ import { promisify } from "node:util";
  * files of a wheel. Where Python or a package registry is missing the reason comes back instead, for `t.skip(reason)`.
  */
 const INSTALL_TIMEOUT_MS = 140_000;
-const PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--retries=1", "--timeout=15"];
+const PIP = [
+  "-m",
+  "pip",
+  "install",
+  "--quiet",
+  "--disable-pip-version-check",
+  "--only-binary=:all:",
+  "--retries=1",
+  "--timeout=15",
+];
 
 export type Installed =
-  | { readonly folder: string; readonly reason?: undefined }
-  | { readonly folder: undefined; readonly reason: string };
+  { readonly folder: string; readonly reason?: undefined } | { readonly folder: undefined; readonly reason: string };
 
 export interface PackageSet {
   /** The folder's name in the cache, with the version. */

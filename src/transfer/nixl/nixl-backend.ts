@@ -1,6 +1,14 @@
 import { DynamoError } from "../../errors/index.ts";
 import { ByteReader, ByteWriter, TruncatedBytes } from "../../std/index.ts";
-import type { AgentContext, PairQuestion, Peer, TransferBackend } from "../backend.ts";
+import {
+  avoidable,
+  unfit,
+  type Obstacle,
+  type AgentContext,
+  type PairQuestion,
+  type Peer,
+  type TransferBackend,
+} from "../backend.ts";
 import type { BackendName } from "../base.ts";
 import type { DescriptorList } from "../descriptor-list.ts";
 import { MAX_REGIONS } from "../limits.ts";
@@ -161,14 +169,15 @@ export class NixlBackend implements TransferBackend {
     return part.copy();
   }
 
-  whyNot({ peer, localKind, remoteKind, remoteRegionIds }: PairQuestion): string | undefined {
-    if (peer.isSelf) return "the peer is this agent";
-    if (localKind !== "host" || remoteKind !== "host") return "moves host memory only";
+  obstacle({ peer, localKind, remoteKind, remoteRegionIds }: PairQuestion): Obstacle | undefined {
+    if (peer.isSelf) return unfit("the peer is this agent");
+    if (localKind !== "host" || remoteKind !== "host") return unfit("moves host memory only");
     try {
       const { addresses } = decodePart(peer);
-      if (remoteRegionIds.some((id) => !addresses.has(id))) return "the peer's memory is not registered with NIXL";
+      if (remoteRegionIds.some((id) => !addresses.has(id)))
+        return avoidable("the peer's memory is not registered with NIXL");
     } catch (thrown) {
-      return (thrown as Error).message;
+      return unfit((thrown as Error).message);
     }
     return undefined;
   }
@@ -253,7 +262,12 @@ export class NixlBackend implements TransferBackend {
     return handle;
   }
 
-  #follow(job: TransferJob, handle: Handle, polls: number, onStatus: (error: Error | null, status: number) => void): void {
+  #follow(
+    job: TransferJob,
+    handle: Handle,
+    polls: number,
+    onStatus: (error: Error | null, status: number) => void,
+  ): void {
     this.#library.functions.get_xfer_status.async(this.#agent, handle, (error: Error | null, status: number) => {
       if (error !== null || status !== IN_PROGRESS) onStatus(error, status);
       else if (polls < EAGER_POLLS) this.#follow(job, handle, polls + 1, onStatus);
@@ -292,10 +306,13 @@ export class NixlBackend implements TransferBackend {
 
   #schedulePoll(): void {
     const isBusy = performance.now() - this.#lastMessageMs < BUSY_FOR_MS || this.#running.size > 0;
-    this.#poll = setTimeout(() => {
-      this.#takeMessages();
-      if (!this.#closed) this.#schedulePoll();
-    }, NOTIFICATION_MS[isBusy ? "busy" : "idle"]);
+    this.#poll = setTimeout(
+      () => {
+        this.#takeMessages();
+        if (!this.#closed) this.#schedulePoll();
+      },
+      NOTIFICATION_MS[isBusy ? "busy" : "idle"],
+    );
     this.#poll.unref();
   }
 
@@ -394,5 +411,7 @@ function decodePart(peer: Peer): PeerPart {
 }
 
 function nixlFailed(name: string, status: number): DynamoError {
-  return new DynamoError("transfer-peer-lost", "NIXL refused a call", { diagnostic: `nixl_capi_${name} returned ${status}` });
+  return new DynamoError("transfer-peer-lost", "NIXL refused a call", {
+    diagnostic: `nixl_capi_${name} returned ${status}`,
+  });
 }

@@ -91,10 +91,13 @@ const FIX =
 
 function findFolder(given: string | undefined): string {
   const plugins = process.env["NIXL_PLUGIN_DIR"];
-  const folders = given === undefined ? [...(plugins === undefined ? [] : [dirname(plugins)]), ...CONTAINER_FOLDERS] : [given];
+  const folders =
+    given === undefined ? [...(plugins === undefined ? [] : [dirname(plugins)]), ...CONTAINER_FOLDERS] : [given];
   const folder = folders.find((candidate) => existsSync(join(candidate, LIBRARY)));
   if (folder === undefined) {
-    throw new DynamoError("library-unavailable", `NIXL is not here: ${FIX}`, { diagnostic: `looked in ${folders.join(", ")}` });
+    throw new DynamoError("library-unavailable", `NIXL is not here: ${FIX}`, {
+      diagnostic: `looked in ${folders.join(", ")}`,
+    });
   }
   return folder;
 }
@@ -133,9 +136,13 @@ function load(folder: string): NixlLibrary {
     }
   }
   if (missing.length > 0) {
-    throw new DynamoError("library-unavailable", "this release of NIXL lacks functions that we call: 1.3.2 is known to work", {
-      diagnostic: `${path}: ${missing.join(", ")}`,
-    });
+    throw new DynamoError(
+      "library-unavailable",
+      "this release of NIXL lacks functions that we call: 1.3.2 is known to work",
+      {
+        diagnostic: `${path}: ${missing.join(", ")}`,
+      },
+    );
   }
   const free = libc.func("void free(void *)") as unknown as (address: Handle) => void;
   return {

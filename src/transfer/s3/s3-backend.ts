@@ -1,6 +1,6 @@
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import { systemRandom } from "../../std/index.ts";
-import type { AgentContext, PairQuestion, TransferBackend } from "../backend.ts";
+import { unfit, type Obstacle, type AgentContext, type PairQuestion, type TransferBackend } from "../backend.ts";
 import type { BackendName, ObjectMemory } from "../base.ts";
 import { deliverToSelf } from "../file-backend.ts";
 import type { Region } from "../region.ts";
@@ -50,9 +50,9 @@ export class S3Backend implements TransferBackend {
     return Promise.resolve();
   }
 
-  whyNot({ peer, localKind, remoteKind }: PairQuestion): string | undefined {
+  obstacle({ peer, localKind, remoteKind }: PairQuestion): Obstacle | undefined {
     if (!peer.isSelf || localKind !== "host" || remoteKind !== "object") {
-      return "moves between this agent's host memory and objects only";
+      return unfit("moves between this agent's host memory and objects only");
     }
     return undefined;
   }
@@ -114,7 +114,7 @@ export class S3Backend implements TransferBackend {
       }
       const { memory } = objects;
       // Neighbouring slots may have been merged into one descriptor: cut at the slots' ends.
-      for (let inside = 0; inside < remote.lengths[i]!; ) {
+      for (let inside = 0; inside < remote.lengths[i]!;) {
         const offset = remote.offsets[i]! + inside;
         const slot = Math.floor(offset / memory.slotBytes);
         const start = offset - slot * memory.slotBytes;
@@ -161,8 +161,12 @@ function checkWhole(parts: readonly SlotPart[]): void {
       slots.add(slot);
       continue;
     }
-    throw new DynamoError("transfer-out-of-bounds", "a write to an object must fill it from its start, in order, in one piece", {
-      diagnostic: `slot ${slot} from byte ${start}`,
-    });
+    throw new DynamoError(
+      "transfer-out-of-bounds",
+      "a write to an object must fill it from its start, in order, in one piece",
+      {
+        diagnostic: `slot ${slot} from byte ${start}`,
+      },
+    );
   }
 }

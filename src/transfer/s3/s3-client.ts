@@ -88,7 +88,10 @@ export class S3Client {
     this.#endpoint = parseEndpoint(options.endpoint);
     this.partBytes = options.partBytes ?? 16 * 1024 * 1024;
     if (this.partBytes < MIN_PART_BYTES) {
-      throw new DynamoError("invalid-config", `object store partBytes: expected at least ${MIN_PART_BYTES}, got ${this.partBytes}`);
+      throw new DynamoError(
+        "invalid-config",
+        `object store partBytes: expected at least ${MIN_PART_BYTES}, got ${this.partBytes}`,
+      );
     }
     this.#attempts = options.attempts ?? 4;
     this.#clock = clock;
@@ -114,7 +117,11 @@ export class S3Client {
    * Stores an object, in parts when it is large. With `ifAbsent` one that is there stays as it is; resolves to whether this
    * call stored it.
    */
-  async put(at: ObjectAddress, body: readonly Buffer[], options: CallOptions & { readonly ifAbsent: boolean }): Promise<boolean> {
+  async put(
+    at: ObjectAddress,
+    body: readonly Buffer[],
+    options: CallOptions & { readonly ifAbsent: boolean },
+  ): Promise<boolean> {
     const byteCount = byteLength(body);
     if (byteCount > this.partBytes) return this.#putParts(at, body, options);
     const headers = options.ifAbsent ? IF_ABSENT : {};
@@ -127,7 +134,11 @@ export class S3Client {
     return status !== 412 && status !== 409;
   }
 
-  async #putParts(at: ObjectAddress, body: readonly Buffer[], options: CallOptions & { readonly ifAbsent: boolean }): Promise<boolean> {
+  async #putParts(
+    at: ObjectAddress,
+    body: readonly Buffer[],
+    options: CallOptions & { readonly ifAbsent: boolean },
+  ): Promise<boolean> {
     if (options.ifAbsent && (await this.head(at, options)) !== undefined) return false;
     const created = await this.#call({ ...options, ...at, method: "POST", query: { uploads: "" } });
     const uploadId = unescapeXml(/<UploadId>([^<]+)<\/UploadId>/.exec(created.text)?.[1] ?? "");
@@ -141,10 +152,20 @@ export class S3Client {
         if (typeof etag !== "string") throw failed("it gave no ETag for a part");
         etags.push(etag);
       }
-      const parts = etags.map((etag, i) => `<Part><PartNumber>${i + 1}</PartNumber><ETag>${escapeXml(etag)}</ETag></Part>`);
+      const parts = etags.map(
+        (etag, i) => `<Part><PartNumber>${i + 1}</PartNumber><ETag>${escapeXml(etag)}</ETag></Part>`,
+      );
       const document = Buffer.from(`<CompleteMultipartUpload>${parts.join("")}</CompleteMultipartUpload>`);
       const headers = { ...(options.ifAbsent ? IF_ABSENT : {}), "content-type": "application/xml" };
-      const call = { ...options, ...at, method: "POST" as const, query: { uploadId }, body: [document], headers, accept: [409, 412] };
+      const call = {
+        ...options,
+        ...at,
+        method: "POST" as const,
+        query: { uploadId },
+        body: [document],
+        headers,
+        accept: [409, 412],
+      };
       const { status, text } = await this.#call(call);
       // A completion can fail after its 200 was sent.
       if (status === 200 && text.includes("<Error>")) throw failed(codeOf(text));
@@ -159,7 +180,9 @@ export class S3Client {
   /** Parts that stay behind cost money: removed with a deadline of its own, as the caller's may be over. */
   async #abortUpload(at: ObjectAddress, uploadId: string): Promise<void> {
     const options = { signal: AbortSignal.timeout(5_000), deadlineMs: this.#clock.monotonicMs() + 5_000 };
-    await this.#call({ ...options, ...at, method: "DELETE", query: { uploadId }, accept: [404] }).catch(() => undefined);
+    await this.#call({ ...options, ...at, method: "DELETE", query: { uploadId }, accept: [404] }).catch(
+      () => undefined,
+    );
   }
 
   /**
@@ -191,7 +214,12 @@ export class S3Client {
   }
 
   /** One page (at most 1,000) of the keys with a prefix, in order, behind `after`. */
-  async list(bucket: string, prefix: string, after: string, options: CallOptions): Promise<{ key: string; byteCount: number }[]> {
+  async list(
+    bucket: string,
+    prefix: string,
+    after: string,
+    options: CallOptions,
+  ): Promise<{ key: string; byteCount: number }[]> {
     const query = { "list-type": "2", prefix, ...(after === "" ? {} : { "start-after": after }) };
     const { text } = await this.#call({ ...options, bucket, method: "GET", query });
     return [...text.matchAll(/<Contents>(.*?)<\/Contents>/gs)].map(([, entry]) => ({
@@ -259,7 +287,14 @@ export class S3Client {
       ...call.headers,
     };
     if (call.body !== undefined) headers["content-length"] = String(byteLength(call.body));
-    const request = { method: call.method, protocol: this.#endpoint.protocol, hostname: this.#endpoint.hostname, path, query, headers };
+    const request = {
+      method: call.method,
+      protocol: this.#endpoint.protocol,
+      hostname: this.#endpoint.hostname,
+      path,
+      query,
+      headers,
+    };
     const signed = await this.#signer.sign(request, { signingDate: new Date(this.#clock.wallMs()) });
     const search = Object.entries(query).map(([name, value]) => `${escapeUri(name)}=${escapeUri(value)}`);
     return this.#pool.request({
@@ -279,7 +314,12 @@ function bodyOf(pieces: readonly Buffer[]): Buffer | Readable {
   return pieces.length === 1 ? pieces[0]! : Readable.from(pieces, { objectMode: false });
 }
 
-async function fill(response: Dispatcher.ResponseData, skip: number, into: readonly Buffer[], byteCount: number): Promise<void> {
+async function fill(
+  response: Dispatcher.ResponseData,
+  skip: number,
+  into: readonly Buffer[],
+  byteCount: number,
+): Promise<void> {
   let skipLeft = skip;
   let piece = 0;
   let inside = 0;
@@ -344,7 +384,7 @@ function cut(pieces: readonly Buffer[], partBytes: number): Buffer[][] {
   const parts: Buffer[][] = [[]];
   let room = partBytes;
   for (const piece of pieces) {
-    for (let at = 0; at < piece.length; ) {
+    for (let at = 0; at < piece.length;) {
       if (room === 0) {
         parts.push([]);
         room = partBytes;
@@ -377,7 +417,10 @@ function escapeXml(text: string): string {
 function parseEndpoint(endpoint: string): URL {
   const url = URL.parse(endpoint);
   if (url === null || !/^https?:$/.test(url.protocol) || url.pathname !== "/" || url.search !== "") {
-    throw new DynamoError("invalid-config", `object store endpoint: expected http(s)://host[:port], got ${JSON.stringify(endpoint)}`);
+    throw new DynamoError(
+      "invalid-config",
+      `object store endpoint: expected http(s)://host[:port], got ${JSON.stringify(endpoint)}`,
+    );
   }
   return url;
 }

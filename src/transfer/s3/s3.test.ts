@@ -51,7 +51,9 @@ async function open(options: OpenOptions, objects: Partial<ObjectMemory> = {}): 
     remoteRegion,
     fillRemote: async (bytes) => {
       const put = { ...anyTime(), ifAbsent: false };
-      await Promise.all(slots.map((slot) => client.put({ bucket: BUCKET, key: keyOf(slot) }, [within(bytes, slot)], put)));
+      await Promise.all(
+        slots.map((slot) => client.put({ bucket: BUCKET, key: keyOf(slot) }, [within(bytes, slot)], put)),
+      );
     },
     readRemote: async () => {
       const bytes = Buffer.alloc(byteLength);
@@ -80,7 +82,13 @@ function aClient(options: Partial<S3Options> = {}): S3Client {
   return new S3Client({ ...server.options, ...options }, { clock: systemClock, random: new SeededRandom(1) });
 }
 
-transferBattery({ backend: "s3", hasPeer: false, ownerChecks: true, anyRange: false, open: (options) => open(options) });
+transferBattery({
+  backend: "s3",
+  hasPeer: false,
+  ownerChecks: true,
+  anyRange: false,
+  open: (options) => open(options),
+});
 
 test("s3: part of an object is read by range, a write that leaves a hole is refused", async () => {
   const pair = await open({ blockBytes: 8_192, blockCount: 4 });
@@ -142,7 +150,9 @@ test("s3: a large object goes up in parts from several pieces and comes back who
     const back = Buffer.alloc(bytes.length);
     await client.get(at, 0, [back.subarray(0, 100), back.subarray(100)], anyTime());
     assert.ok(back.equals(bytes));
-    assert.deepEqual(await client.list(BUCKET, "large/", "", anyTime()), [{ key: "large/one", byteCount: bytes.length }]);
+    assert.deepEqual(await client.list(BUCKET, "large/", "", anyTime()), [
+      { key: "large/one", byteCount: bytes.length },
+    ]);
     assert.equal(await client.put(at, pieces, { ...anyTime(), ifAbsent: true }), false);
     await client.remove(at, anyTime());
     await client.remove(at, anyTime());
@@ -179,7 +189,8 @@ async function scriptedServer(answers: readonly ((response: ServerResponse) => v
 }
 
 test("s3: throttling, server errors and broken connections are tried again, up to the limit of tries", async () => {
-  const slowDown = (response: ServerResponse): void => void response.writeHead(503).end("<Error><Code>SlowDown</Code></Error>");
+  const slowDown = (response: ServerResponse): void =>
+    void response.writeHead(503).end("<Error><Code>SlowDown</Code></Error>");
   const reset = (response: ServerResponse): void => void response.socket?.destroy();
   const half = (response: ServerResponse): void => {
     response.writeHead(206, { "content-length": "4" }).write("ab", () => response.socket?.destroy());
@@ -214,8 +225,15 @@ test("s3: a server that never answers is left at the deadline", async () => {
   });
   try {
     const local = await agent.register({ kind: "host", bytes: Buffer.alloc(100) });
-    const objects = await agent.register({ kind: "object", bucket: BUCKET, slotBytes: 100, slotCount: 1, keyOf: () => "x" });
-    const list = (region: { id: number; byteLength: number }): DescriptorList => DescriptorList.blocks(region, { blockBytes: 100 });
+    const objects = await agent.register({
+      kind: "object",
+      bucket: BUCKET,
+      slotBytes: 100,
+      slotCount: 1,
+      keyOf: () => "x",
+    });
+    const list = (region: { id: number; byteLength: number }): DescriptorList =>
+      DescriptorList.blocks(region, { blockBytes: 100 });
     const table = agent.prepare(agent.self, { local: list(local), remote: list(objects) });
     const transfer = agent.read(table, Uint32Array.of(0), Uint32Array.of(0), { timeoutMs: 100 });
     await assert.rejects(transfer.done, (thrown) => assertReason(thrown, "request-deadline"));
@@ -227,9 +245,21 @@ test("s3: a server that never answers is left at the deadline", async () => {
 });
 
 test("s3: credentials and endpoint come from the variables of the AWS tools", () => {
-  assert.throws(() => s3OptionsFromEnvironment({}), (thrown) => assertReason(thrown, "invalid-config"));
+  assert.throws(
+    () => s3OptionsFromEnvironment({}),
+    (thrown) => assertReason(thrown, "invalid-config"),
+  );
   const keys = { AWS_ACCESS_KEY_ID: "id", AWS_SECRET_ACCESS_KEY: "secret" };
-  assert.equal(s3OptionsFromEnvironment({ ...keys, AWS_REGION: "eu-central-1" }).endpoint, "https://s3.eu-central-1.amazonaws.com");
-  assert.equal(s3OptionsFromEnvironment({ ...keys, AWS_ENDPOINT_URL_S3: "http://127.0.0.1:9000" }).endpoint, "http://127.0.0.1:9000");
-  assert.throws(() => aClient({ endpoint: "ftp://x" }), (thrown) => assertReason(thrown, "invalid-config"));
+  assert.equal(
+    s3OptionsFromEnvironment({ ...keys, AWS_REGION: "eu-central-1" }).endpoint,
+    "https://s3.eu-central-1.amazonaws.com",
+  );
+  assert.equal(
+    s3OptionsFromEnvironment({ ...keys, AWS_ENDPOINT_URL_S3: "http://127.0.0.1:9000" }).endpoint,
+    "http://127.0.0.1:9000",
+  );
+  assert.throws(
+    () => aClient({ endpoint: "ftp://x" }),
+    (thrown) => assertReason(thrown, "invalid-config"),
+  );
 });

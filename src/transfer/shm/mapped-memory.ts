@@ -25,7 +25,14 @@ const MAP_SHARED = 1;
 const MAP_FAILED = 0xffff_ffff_ffff_ffffn;
 
 interface Libc {
-  readonly mmap: (at: null, bytes: number, protection: number, flags: number, fd: number, offset: number) => bigint | null;
+  readonly mmap: (
+    at: null,
+    bytes: number,
+    protection: number,
+    flags: number,
+    fd: number,
+    offset: number,
+  ) => bigint | null;
   readonly munmap: (at: bigint, bytes: number) => number;
   readonly posixFallocate: (fd: number, offset: number, bytes: number) => number;
   readonly view: (address: bigint, bytes: number) => ArrayBuffer;
@@ -37,7 +44,10 @@ let libc: Libc | undefined;
 export function openLibc(): Libc {
   if (libc !== undefined) return libc;
   if (process.platform !== "linux") {
-    throw new DynamoError("library-unavailable", `shared memory between processes needs Linux, this is ${process.platform}`);
+    throw new DynamoError(
+      "library-unavailable",
+      `shared memory between processes needs Linux, this is ${process.platform}`,
+    );
   }
   try {
     const koffi = createRequire(import.meta.url)("koffi") as typeof Koffi;
@@ -51,7 +61,10 @@ export function openLibc(): Libc {
     };
     return libc;
   } catch (cause) {
-    throw new DynamoError("library-unavailable", "libc cannot be called through koffi", { diagnostic: String(cause), cause });
+    throw new DynamoError("library-unavailable", "libc cannot be called through koffi", {
+      diagnostic: String(cause),
+      cause,
+    });
   }
 }
 
@@ -72,7 +85,11 @@ export class MappedMemory {
   readonly #header: Int32Array;
   #freed = false;
 
-  private constructor(fd: number, dataBytes: number, options: { readonly path: string | undefined; readonly writable: boolean }) {
+  private constructor(
+    fd: number,
+    dataBytes: number,
+    options: { readonly path: string | undefined; readonly writable: boolean },
+  ) {
     const { mmap, view } = openLibc();
     this.#mappedBytes = HEADER_BYTES + dataBytes;
     const protection = options.writable ? PROT_READ | PROT_WRITE : PROT_READ;
@@ -96,9 +113,13 @@ export class MappedMemory {
       ftruncateSync(fd, HEADER_BYTES + dataBytes);
       const failed = openLibc().posixFallocate(fd, 0, HEADER_BYTES + dataBytes);
       if (failed !== 0) {
-        throw new DynamoError("transfer-full", `no room for ${dataBytes} bytes of shared memory: enlarge its tmpfs, or choose another folder`, {
-          diagnostic: `${path}: posix_fallocate returned ${failed}`,
-        });
+        throw new DynamoError(
+          "transfer-full",
+          `no room for ${dataBytes} bytes of shared memory: enlarge its tmpfs, or choose another folder`,
+          {
+            diagnostic: `${path}: posix_fallocate returned ${failed}`,
+          },
+        );
       }
       const mapped = new MappedMemory(fd, dataBytes, { path, writable: true });
       mapped.#header[AT.magic] = MAGIC;
@@ -119,7 +140,9 @@ export class MappedMemory {
     try {
       fd = openSync(path, (writable ? constants.O_RDWR : constants.O_RDONLY) | constants.O_NOFOLLOW);
     } catch (cause) {
-      throw new DynamoError("transfer-stale", "the peer's shared memory is not there", { diagnostic: (cause as Error).message });
+      throw new DynamoError("transfer-stale", "the peer's shared memory is not there", {
+        diagnostic: (cause as Error).message,
+      });
     }
     try {
       const stat = fstatSync(fd);

@@ -3,7 +3,15 @@ import { connect, createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { DynamoError } from "../../errors/index.ts";
 import { ByteReader, ByteWriter, TruncatedBytes } from "../../std/index.ts";
-import type { AgentContext, PairQuestion, Peer, TransferBackend } from "../backend.ts";
+import {
+  avoidable,
+  unfit,
+  type Obstacle,
+  type AgentContext,
+  type PairQuestion,
+  type Peer,
+  type TransferBackend,
+} from "../backend.ts";
 import type { BackendName } from "../base.ts";
 import { CopyQueue } from "../copy-queue.ts";
 import { MAX_REGIONS } from "../limits.ts";
@@ -92,7 +100,12 @@ export class ShmBackend implements TransferBackend, ServingOwner {
     const path = socketPath(this.#folder, this.#context.incarnation);
     return new Promise((resolve, reject) => {
       this.#server.once("error", (cause) => {
-        reject(new DynamoError("invalid-config", `transfers cannot listen in ${this.#folder}`, { diagnostic: cause.message, cause }));
+        reject(
+          new DynamoError("invalid-config", `transfers cannot listen in ${this.#folder}`, {
+            diagnostic: cause.message,
+            cause,
+          }),
+        );
       });
       this.#server.listen(path, resolve);
     });
@@ -135,18 +148,18 @@ export class ShmBackend implements TransferBackend, ServingOwner {
     return part.copy();
   }
 
-  whyNot({ peer, localKind, remoteKind, remoteRegionIds }: PairQuestion): string | undefined {
-    if (peer.isSelf) return "the peer is this agent";
-    if (localKind !== "host" || remoteKind !== "host") return "moves host memory only";
+  obstacle({ peer, localKind, remoteKind, remoteRegionIds }: PairQuestion): Obstacle | undefined {
+    if (peer.isSelf) return unfit("the peer is this agent");
+    if (localKind !== "host" || remoteKind !== "host") return unfit("moves host memory only");
     let part: PeerPart;
     try {
       part = decodePart(peer);
     } catch (thrown) {
-      return (thrown as Error).message;
+      return unfit((thrown as Error).message);
     }
-    if (part.folderId !== this.#folderId) return "the peer is on another host or uses another folder";
+    if (part.folderId !== this.#folderId) return unfit("the peer is on another host or uses another folder");
     for (const id of remoteRegionIds) {
-      if (!part.files.has(id)) return "the peer's memory is not mapped: it was not allocated by its agent";
+      if (!part.files.has(id)) return avoidable("the peer's memory is not mapped: it was not allocated by its agent");
     }
     return undefined;
   }
@@ -187,7 +200,11 @@ export class ShmBackend implements TransferBackend, ServingOwner {
   #copied(job: TransferJob, link: PeerLink, isStale: boolean): void {
     if (isStale) this.#end(job, staleRegion());
     else if (job.message === undefined) link.whenReady(() => this.#end(job));
-    else link.request((id) => encodeNotify(id, job.message!), (error) => this.#end(job, error));
+    else
+      link.request(
+        (id) => encodeNotify(id, job.message!),
+        (error) => this.#end(job, error),
+      );
   }
 
   #end(job: TransferJob, error?: DynamoError): void {
@@ -218,7 +235,8 @@ export class ShmBackend implements TransferBackend, ServingOwner {
     const known = this.#mappings.get(key);
     if (known?.mapped.isOf({ incarnation, regionId })) return known;
     if (known !== undefined && known.useCount === 0) this.#unmap(known);
-    if (this.#mappings.size >= MAX_MAPPINGS) throw new DynamoError("transfer-full", `more than ${MAX_MAPPINGS} mappings of peers' memory`);
+    if (this.#mappings.size >= MAX_MAPPINGS)
+      throw new DynamoError("transfer-full", `more than ${MAX_MAPPINGS} mappings of peers' memory`);
     const region = regions.get(regionId)!;
     const writable = region.remoteAccess !== "read";
     const path = filePath(this.#folder, incarnation, number);
@@ -253,12 +271,12 @@ export class ShmBackend implements TransferBackend, ServingOwner {
 
   #onLinkClosed(link: PeerLink): void {
     if (this.#links.get(link.peerIncarnation) === link) this.#links.delete(link.peerIncarnation);
-    for (const [job, running] of [...this.#running]) if (running.link === link) this.#end(job, peerGone(job.peer));
+    for (const [job, running] of this.#running) if (running.link === link) this.#end(job, peerGone(job.peer));
     this.#release(link.peerIncarnation);
   }
 
   #release(incarnation: bigint): void {
-    for (const mapping of [...this.#mappings.values()]) {
+    for (const mapping of this.#mappings.values()) {
       if (mapping.incarnation === incarnation && mapping.useCount === 0) this.#unmap(mapping);
     }
   }
@@ -289,10 +307,10 @@ export class ShmBackend implements TransferBackend, ServingOwner {
 
   async close(): Promise<void> {
     const closed = new Promise<void>((resolve) => this.#server.close(() => resolve()));
-    for (const connection of [...this.#connections]) connection.close();
+    for (const connection of this.#connections) connection.close();
     const gone = new DynamoError("draining", "the transfer agent was closed");
-    for (const link of [...this.#links.values()]) link.close(gone);
-    for (const mapping of [...this.#mappings.values()]) this.#unmap(mapping);
+    for (const link of this.#links.values()) link.close(gone);
+    for (const mapping of this.#mappings.values()) this.#unmap(mapping);
     await closed;
   }
 }
@@ -327,7 +345,9 @@ function decodePart(peer: Peer): PeerPart {
     part = { folderId, files };
   } catch (thrown) {
     if (!(thrown instanceof TruncatedBytes)) throw thrown;
-    throw new DynamoError("malformed-frame", "the peer's metadata on shared memory are malformed", { diagnostic: thrown.message });
+    throw new DynamoError("malformed-frame", "the peer's metadata on shared memory are malformed", {
+      diagnostic: thrown.message,
+    });
   }
   parts.set(peer, part);
   return part;
@@ -374,6 +394,8 @@ function answers(path: string): Promise<boolean> {
       socket.destroy();
       resolve(true);
     });
-    socket.once("error", (error: NodeJS.ErrnoException) => resolve(error.code !== "ECONNREFUSED" && error.code !== "ENOENT"));
+    socket.once("error", (error: NodeJS.ErrnoException) =>
+      resolve(error.code !== "ECONNREFUSED" && error.code !== "ENOENT"),
+    );
   });
 }

@@ -7,7 +7,8 @@ transferBattery({
   hasPeer: true,
   ownerChecks: true,
   anyRange: true,
-  open: (options) => openPeers(options, (name, clock) => TransferAgent.start({ name, clock, shm: {}, tcp: false }), true),
+  open: (options) =>
+    openPeers(options, (name, clock) => TransferAgent.start({ name, clock, shm: {}, tcp: false }), true),
 });
 
 processBattery({ backend: "shm", agent: { tcp: false, shm: {} }, needsLivePeer: false });

@@ -1,4 +1,4 @@
-import { DynamoError } from "../../errors/index.ts";
+import type { DynamoError } from "../../errors/index.ts";
 import type { AgentContext } from "../backend.ts";
 import type { DescriptorList } from "../descriptor-list.ts";
 import { Lane, type DialAddress, type LaneOwner, type PayloadSink } from "./lane.ts";
@@ -15,8 +15,7 @@ import { RESPONSE, decodeError, encodeCancel, encodeFetch, encodeRead, malformed
 export const CHUNK_BYTES = 1024 * 1024;
 
 export type PullSource =
-  | { readonly kind: "read"; readonly list: DescriptorList }
-  | { readonly kind: "fetch"; readonly grant: bigint };
+  { readonly kind: "read"; readonly list: DescriptorList } | { readonly kind: "fetch"; readonly grant: bigint };
 
 /** A batch of bytes to be read from the peer into descriptors of ours. */
 export class Pull {
@@ -276,7 +275,13 @@ export class PeerLink implements LaneOwner {
     return undefined;
   }
 
-  #onDataResponse(data: DataLane, type: number, id: number, text: Buffer, payloadBytes: number): PayloadSink | undefined {
+  #onDataResponse(
+    data: DataLane,
+    type: number,
+    id: number,
+    text: Buffer,
+    payloadBytes: number,
+  ): PayloadSink | undefined {
     const chunk = data.asked[0];
     if (chunk?.id !== id) throw malformed(`an answer to request ${id}, expected ${chunk?.id ?? "none"}`);
     if (type === RESPONSE.error && payloadBytes === 0) {
@@ -336,5 +341,10 @@ export class PeerLink implements LaneOwner {
 function encodeChunk(chunk: Chunk): Buffer {
   const { source } = chunk.pull;
   if (source.kind === "fetch") return encodeFetch(chunk.id, source.grant, chunk.start, chunk.byteCount);
-  return encodeRead(chunk.id, { list: source.list, first: chunk.first, inside: chunk.inside, byteCount: chunk.byteCount });
+  return encodeRead(chunk.id, {
+    list: source.list,
+    first: chunk.first,
+    inside: chunk.inside,
+    byteCount: chunk.byteCount,
+  });
 }

@@ -44,6 +44,8 @@ export interface Piece {
 
 /** Bytes a connection may have asked for and not taken. A dialler of ours asks for a window of 8 MiB. */
 const MAX_UNSENT_BYTES = 64 * 1024 * 1024;
+/** No byte taken for so long while some are due. */
+const SEND_STALL_MS = 30_000;
 
 export class ServingConnection {
   peerName = "";
@@ -70,6 +72,10 @@ export class ServingConnection {
     socket.on("error", () => this.close());
     socket.on("close", () => this.close());
     socket.on("data", (chunk: Buffer) => this.#onData(chunk));
+    // A peer that asked and stopped taking would pin our memory for good.
+    socket.setTimeout(SEND_STALL_MS, () => {
+      if (this.#unsentBytes > 0) this.close();
+    });
     socket.write(encodeServerHello(this.#serverNonce));
   }
 
@@ -87,8 +93,12 @@ export class ServingConnection {
   /** Tells the peer why, in answer to no request, and closes. */
   #refuse(error: DynamoError): void {
     if (this.#closed) return;
-    this.#socket.write(encodeError(0, error));
-    this.#socket.destroySoon();
+    // Behind bytes that the peer does not take, the reason would never leave.
+    if (this.#unsentBytes > 0) this.#socket.destroy();
+    else {
+      this.#socket.write(encodeError(0, error));
+      this.#socket.destroySoon();
+    }
     this.#end();
   }
 
@@ -105,7 +115,10 @@ export class ServingConnection {
       decoding(() => this.#decoder.feed(chunk, (type, body) => this.#onRequest(type, body)));
     } catch (thrown) {
       const error = toDynamoError(thrown);
-      this.#context.logger.warn({ peer: this.peerName, why: error.diagnostic ?? error.message }, "transfers: a connection was refused");
+      this.#context.logger.warn(
+        { peer: this.peerName, why: error.diagnostic ?? error.message },
+        "transfers: a connection was refused",
+      );
       this.#refuse(error);
     }
   }
@@ -190,7 +203,8 @@ export class ServingConnection {
       sum += byteCount;
       if (sum > MAX_DATA_BYTES) throw malformed(`more than ${MAX_DATA_BYTES} bytes in one read`);
       const region = this.#context.regions.check(list.regionIds[i]!, offset, byteCount, "read");
-      if (region.kind !== "host") throw new DynamoError("transfer-no-path", `${region.kind} memory cannot be read over tcp`);
+      if (region.kind !== "host")
+        throw new DynamoError("transfer-no-path", `${region.kind} memory cannot be read over tcp`);
       pieces.push({ region, offset, byteCount });
     }
     return pieces;

@@ -3,9 +3,17 @@ import { createServer, type Server, type Socket } from "node:net";
 import { isIPv6 } from "node:net";
 import { DynamoError } from "../../errors/index.ts";
 import { ByteReader, ByteWriter, TruncatedBytes, type TimerHandle } from "../../std/index.ts";
-import type { AgentContext, PairQuestion, Peer, TransferBackend } from "../backend.ts";
+import {
+  unfit,
+  type Obstacle,
+  type AgentContext,
+  type PairQuestion,
+  type Peer,
+  type TransferBackend,
+} from "../backend.ts";
 import type { BackendName } from "../base.ts";
 import type { DescriptorList } from "../descriptor-list.ts";
+import type { Region } from "../region.ts";
 import type { TransferJob } from "../transfer-job.ts";
 import { PeerLink, Pull } from "./peer-link.ts";
 import { ServingConnection, type Piece, type ServingOwner } from "./serving-connection.ts";
@@ -33,7 +41,13 @@ export interface TcpOptions {
   readonly connectTimeoutMs?: number;
 }
 
-const DEFAULTS = { host: "127.0.0.1", port: 0, connectionCount: 2, windowBytes: 4 * 1024 * 1024, connectTimeoutMs: 3_000 };
+const DEFAULTS = {
+  host: "127.0.0.1",
+  port: 0,
+  connectionCount: 2,
+  windowBytes: 4 * 1024 * 1024,
+  connectTimeoutMs: 3_000,
+};
 /** Connections peers may have to us: three per peer. */
 const MAX_CONNECTIONS = 4_096;
 /** Writes of one connection's peer that we fetch at a time. */
@@ -114,11 +128,15 @@ export class TcpBackend implements TransferBackend, ServingOwner {
     return new Promise((resolve, reject) => {
       this.#server.once("error", (cause: NodeJS.ErrnoException) => {
         const reason = cause.code === "EADDRINUSE" ? "address-in-use" : "invalid-config";
-        reject(new DynamoError(reason, `transfers cannot listen on ${host}:${port}`, { diagnostic: cause.message, cause }));
+        reject(
+          new DynamoError(reason, `transfers cannot listen on ${host}:${port}`, { diagnostic: cause.message, cause }),
+        );
       });
       this.#server.listen(port, host, () => {
         this.#server.removeAllListeners("error");
-        this.#server.on("error", (error) => this.#context.logger.warn({ why: error.message }, "transfers: accepting failed"));
+        this.#server.on("error", (error) =>
+          this.#context.logger.warn({ why: error.message }, "transfers: accepting failed"),
+        );
         this.#port = (this.#server.address() as { port: number }).port;
         resolve();
       });
@@ -145,9 +163,9 @@ export class TcpBackend implements TransferBackend, ServingOwner {
     return Promise.resolve();
   }
 
-  whyNot({ peer, localKind, remoteKind }: PairQuestion): string | undefined {
-    if (peer.isSelf) return "the peer is this agent";
-    if (localKind !== "host" || remoteKind !== "host") return "moves host memory only";
+  obstacle({ peer, localKind, remoteKind }: PairQuestion): Obstacle | undefined {
+    if (peer.isSelf) return unfit("the peer is this agent");
+    if (localKind !== "host" || remoteKind !== "host") return unfit("moves host memory only");
     return undefined;
   }
 
@@ -173,7 +191,11 @@ export class TcpBackend implements TransferBackend, ServingOwner {
       bytesOf: bytesOf(job.localRegions),
       onEnd: (error) => {
         if (error !== undefined || job.message === undefined) this.#end(job, error);
-        else link.request((id) => encodeNotify(id, job.message!), (failed) => this.#end(job, failed));
+        else
+          link.request(
+            (id) => encodeNotify(id, job.message!),
+            (failed) => this.#end(job, failed),
+          );
       },
     });
     this.#active.set(job, { link, pull });
@@ -285,14 +307,16 @@ export class TcpBackend implements TransferBackend, ServingOwner {
     if (running === undefined) this.#fetching.set(connection, (running = new Map()));
     if (running.has(request.id)) throw malformed(`write ${request.id} is running already`);
     if (running.size >= MAX_PULLS) throw new DynamoError("transfer-full", `more than ${MAX_PULLS} writes of one peer`);
-    if (connection.peerPort === 0) throw new DynamoError("transfer-no-path", "the writing agent does not listen, so nothing can be fetched from it");
+    if (connection.peerPort === 0)
+      throw new DynamoError("transfer-no-path", "the writing agent does not listen, so nothing can be fetched from it");
     const { destination } = request;
-    const regions = new Map<number, import("../region.ts").Region>();
+    const regions = new Map<number, Region>();
     let byteCount = 0;
     for (let i = 0; i < destination.count; i++) {
       const id = destination.regionIds[i]!;
       const region = this.#context.regions.check(id, destination.offsets[i]!, destination.lengths[i]!, "write");
-      if (region.kind !== "host") throw new DynamoError("transfer-no-path", `${region.kind} memory cannot be written over tcp`);
+      if (region.kind !== "host")
+        throw new DynamoError("transfer-no-path", `${region.kind} memory cannot be written over tcp`);
       regions.set(id, region);
       byteCount += destination.lengths[i]!;
     }
@@ -308,7 +332,11 @@ export class TcpBackend implements TransferBackend, ServingOwner {
       onEnd: (error) => this.#fetched(connection, request, error),
     });
     const timer = this.#context.clock.setTimer(request.timeoutMs, () => {
-      this.#stopFetching(connection, request.id, new DynamoError("request-deadline", "the write did not finish in time"));
+      this.#stopFetching(
+        connection,
+        request.id,
+        new DynamoError("request-deadline", "the write did not finish in time"),
+      );
     });
     const release = (): void => {
       for (const region of pinned) region.unpin();
@@ -355,7 +383,7 @@ export class TcpBackend implements TransferBackend, ServingOwner {
   onServingClosed(connection: ServingConnection): void {
     this.#connections.delete(connection);
     const lost = new DynamoError("transfer-peer-lost", "the writing agent is gone");
-    for (const id of [...(this.#fetching.get(connection)?.keys() ?? [])]) this.#stopFetching(connection, id, lost);
+    for (const id of this.#fetching.get(connection)?.keys() ?? []) this.#stopFetching(connection, id, lost);
     this.#fetching.delete(connection);
   }
 
@@ -363,7 +391,7 @@ export class TcpBackend implements TransferBackend, ServingOwner {
 
   forget(peer: Peer): void {
     const lost = new DynamoError("transfer-peer-lost", `the agent ${peer.name} was removed`);
-    for (const link of [...this.#links.values()]) {
+    for (const link of this.#links.values()) {
       if (link.peerIncarnation === peer.metadata.incarnation) link.close(lost);
     }
   }
@@ -372,8 +400,8 @@ export class TcpBackend implements TransferBackend, ServingOwner {
     this.#closed = true;
     const gone = new DynamoError("draining", "the transfer agent was closed");
     const closed = new Promise<void>((resolve) => this.#server.close(() => resolve()));
-    for (const connection of [...this.#connections]) connection.close();
-    for (const link of [...this.#links.values()]) link.close(gone);
+    for (const connection of this.#connections) connection.close();
+    for (const link of this.#links.values()) link.close(gone);
     await closed;
   }
 }

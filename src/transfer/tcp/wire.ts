@@ -196,7 +196,12 @@ export function encodeCancel(id: number): Buffer {
   return finish();
 }
 
-export function encodeResponse(type: number, id: number, payloadBytes = 0, text: Uint8Array = new Uint8Array(0)): Buffer {
+export function encodeResponse(
+  type: number,
+  id: number,
+  payloadBytes = 0,
+  text: Uint8Array = new Uint8Array(0),
+): Buffer {
   const out = Buffer.allocUnsafe(RESPONSE_HEADER_BYTES + text.length);
   out[0] = type;
   out[1] = 0;
@@ -289,7 +294,12 @@ export class RequestDecoder {
   }
 
   #collect(chunk: Buffer, at: number): number {
-    const copied = chunk.copy(this.#partial, this.#have, at, Math.min(chunk.length, at + this.#partial.length - this.#have));
+    const copied = chunk.copy(
+      this.#partial,
+      this.#have,
+      at,
+      Math.min(chunk.length, at + this.#partial.length - this.#have),
+    );
     this.#have += copied;
     return copied;
   }
