@@ -79,6 +79,23 @@ export const REASONS = {
   },
   "endpoint-not-found": { class: "not-found", when: "The process that was asked does not serve this endpoint." },
   "stream-limit": { class: "capacity-exhausted", when: "A connection carries as many streams as its limit allows." },
+  // Transfers of memory.
+  "transfer-peer-lost": { class: "unavailable", when: "The peer of a transfer is gone or its connection broke." },
+  "transfer-stale": {
+    class: "conflict",
+    when: "Memory that a transfer names was deregistered, or its agent restarted, after its metadata was taken.",
+  },
+  "transfer-out-of-bounds": {
+    class: "invalid-request",
+    when: "A transfer names memory that is not registered, or uses it in a way its registration does not allow.",
+  },
+  "transfer-no-path": {
+    class: "unavailable",
+    when: "No back end both sides have moves that memory, or only a slow one and slow paths are refused.",
+  },
+  "transfer-full": { class: "capacity-exhausted", when: "A bounded table or queue of the transfer library is full." },
+  "storage-failed": { class: "unavailable", when: "A file or object store could not be read or written." },
+  "object-not-found": { class: "not-found", when: "An object that a transfer reads is not in the store." },
   // Files, models, configuration.
   "invalid-config": { class: "invalid-request", when: "Flags, environment or configuration file hold invalid values." },
   "model-file-invalid": {

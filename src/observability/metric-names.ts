@@ -412,6 +412,37 @@ export const METRICS = {
     help: "Broken, refused or malformed request-plane connections.",
   },
   dynamo_transport_tcp_pool_active: { type: "gauge", labels: ["side"], help: "Open request-plane connections." },
+  // Transfer library, after vLLM's nixl_* names.
+  dynamo_transfer_xfer_time_seconds: {
+    type: "histogram",
+    labels: ["backend", "operation"],
+    help: "Time from posting a transfer to its end.",
+  },
+  dynamo_transfer_bytes_transferred_total: {
+    type: "counter",
+    labels: ["backend", "operation"],
+    help: "Bytes of completed transfers.",
+  },
+  dynamo_transfer_num_descriptors_total: {
+    type: "counter",
+    labels: ["backend", "operation"],
+    help: "Descriptors of completed transfers.",
+  },
+  dynamo_transfer_num_failed_transfers_total: {
+    type: "counter",
+    labels: ["backend", "operation", "reason"],
+    help: "Transfers that failed, were cancelled or ran out of time.",
+  },
+  dynamo_transfer_slow_paths_total: {
+    type: "counter",
+    labels: ["backend"],
+    help: "Prepared tables that use a slower back end than both agents have.",
+  },
+  dynamo_transfer_registered_bytes: {
+    type: "gauge",
+    labels: ["kind"],
+    help: "Bytes of registered memory.",
+  },
 } as const satisfies Record<string, MetricEntry>;
 
 export type MetricName = keyof typeof METRICS;

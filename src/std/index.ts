@@ -7,3 +7,4 @@ export * from "./virtual-clock.ts";
 export * from "./wasm-assembler.ts";
 export * from "./version.ts";
 export * from "./hash-index.ts";
+export * from "./secret-proof.ts";

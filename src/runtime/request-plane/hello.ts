@@ -1,6 +1,13 @@
-import { createHmac, randomBytes, timingSafeEqual } from "node:crypto";
 import { DynamoError } from "../../errors/index.ts";
-import { ByteReader, ByteWriter, TruncatedBytes } from "../../std/index.ts";
+import {
+  ByteReader,
+  ByteWriter,
+  NONCE_BYTES,
+  TruncatedBytes,
+  provesSecret,
+  secretProof,
+  type ProofInput,
+} from "../../std/index.ts";
 import { FRAME, MAGIC, PROTOCOL_VERSION, encodeError, encodeFrame, malformed } from "./frame.ts";
 
 /**
@@ -10,13 +17,12 @@ import { FRAME, MAGIC, PROTOCOL_VERSION, encodeError, encodeFrame, malformed } f
  *     client -> HELLO (versions, nonce C, proof of the secret over both nonces)
  *     server -> WELCOME (the version both know, proof of its own) | REFUSE (why)
  *
- * A proof is HMAC-SHA256 over a label with the role and both nonces, so that neither a recorded nor a
- * mirrored one is worth anything. Both sides prove, so a client with a secret sends no prompt to a server without it. No
- * secret: no proofs, anybody on the network may connect, which is why the default address is loopback. The proofs
- * authenticate the hello; they do not encrypt what follows.
+ * A proof covers the role and both nonces (`std/secret-proof.ts`). Both sides prove, so a client with a secret sends no
+ * prompt to a server without it. No secret: no proofs, anybody on the network may connect, which is why the default
+ * address is loopback. The proofs authenticate the hello; they do not encrypt what follows.
  */
-export const NONCE_BYTES = 16;
-const PROOF_BYTES = 32;
+export { newNonce } from "../../std/index.ts";
+
 const PROOF_LABEL = "dynamo-ts request plane hello\n";
 
 export type Role = "client" | "server";
@@ -36,35 +42,19 @@ export interface Welcome {
   readonly proof: Buffer;
 }
 
-const NO_PROOF = Buffer.alloc(0);
-
-export function newNonce(): Buffer {
-  return randomBytes(NONCE_BYTES);
-}
-
 /** Every refusal of a hello has this reason; the message says which. */
 export function refusal(message: string, diagnostic?: string): DynamoError {
   return new DynamoError("protocol-version", message, diagnostic === undefined ? {} : { diagnostic });
 }
 
-export interface ProofInput {
-  readonly role: Role;
-  readonly serverNonce: Buffer;
-  readonly clientNonce: Buffer;
-}
-
 /** Empty without a secret. */
-export function proofOf(secret: string | undefined, { role, serverNonce, clientNonce }: ProofInput): Buffer {
-  if (secret === undefined) return NO_PROOF;
-  const hmac = createHmac("sha256", secret);
-  hmac.update(PROOF_LABEL).update(role).update("\n").update(serverNonce).update(clientNonce);
-  return hmac.digest();
+export function proofOf(secret: string | undefined, input: ProofInput): Buffer {
+  return secretProof(PROOF_LABEL, secret, input);
 }
 
 /** With a secret the right proof is needed; without one anything passes. */
 export function proves(secret: string | undefined, proof: Buffer, input: ProofInput): boolean {
-  if (secret === undefined) return true;
-  return proof.length === PROOF_BYTES && timingSafeEqual(proof, proofOf(secret, input));
+  return provesSecret(PROOF_LABEL, secret, proof, input);
 }
 
 /** The highest version both sides know. */

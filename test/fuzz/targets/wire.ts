@@ -25,8 +25,8 @@ import {
   type KvEvent,
   type PreprocessedRequest,
 } from "../../../src/protocol/index.ts";
-import { VllmEventMapper } from "../../../src/router/events/vllm-event-mapper.ts";
-import { decodeVllmMessage } from "../../../src/router/events/vllm-events.ts";
+import { VllmEventMapper } from "../../../src/engine-events/vllm-event-mapper.ts";
+import { decodeVllmMessage } from "../../../src/engine-events/vllm-events.ts";
 import {
   decodeBookingUpdate,
   decodeExplanations,

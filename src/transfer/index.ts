@@ -1,0 +1,6 @@
+export * from "./base.ts";
+export type { Peer } from "./backend.ts";
+export { TransferAgent, type TransferAgentOptions } from "./agent.ts";
+export { DescriptorList } from "./descriptor-list.ts";
+export { MemoryNetwork } from "./memory-backend.ts";
+export { PreparedTable } from "./prepared-table.ts";
