@@ -8,3 +8,5 @@ export * from "./wasm-assembler.ts";
 export * from "./version.ts";
 export * from "./hash-index.ts";
 export * from "./secret-proof.ts";
+export * from "./indexed-heap.ts";
+export * from "./service-rate.ts";

@@ -1,5 +1,13 @@
 import { DynamoError } from "../../errors/index.ts";
-import { TimerWheel, WheelTimer, type Clock, type Expiring } from "../../std/index.ts";
+import {
+  IndexedHeap,
+  ServiceRate,
+  TimerWheel,
+  WheelTimer,
+  type Clock,
+  type Expiring,
+  type HeapItem,
+} from "../../std/index.ts";
 
 /**
  * Requests that wait in the router while every worker they could go to has its prefill backlog full. Order: strict
@@ -9,9 +17,8 @@ import { TimerWheel, WheelTimer, type Clock, type Expiring } from "../../std/ind
  *   lcfs   jump + arrival
  *   wspt   (1 + jump) / max(1, prompt tokens - cached tokens)     short work first (Smith 1956)
  *
- * A binary heap with the position kept in each entry: enter, leave and cancel are O(log n). Every entry ends exactly
- * once: placed, refused by `place`, over its deadline, or cancelled. Owned by the router, which calls `drain` whenever a
- * worker may have room.
+ * Enter, leave and cancel are O(log n). Every entry ends exactly once: placed, refused by `place`, over its deadline, or
+ * cancelled. Owned by the router, which calls `drain` whenever a worker may have room.
  */
 export type QueuePolicy = "fcfs" | "lcfs" | "wspt";
 
@@ -46,7 +53,7 @@ export interface RouteQueueOptions<Item extends QueueItem, Decision> {
   readonly onChange?: (entries: number, promptTokens: number, cachedTokens: number) => void;
 }
 
-class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decision> {
+class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decision>, HeapItem {
   readonly queue: RouteQueue<Item, Decision>;
   readonly item: Item;
   readonly order: number;
@@ -58,7 +65,6 @@ class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decis
   key = 0;
   cachedTokens = 0;
   keyedMs: number;
-  /** In the heap; -1 = not in it. */
   position = -1;
 
   constructor(queue: RouteQueue<Item, Decision>, item: Item, order: number, nowMs: number) {
@@ -87,10 +93,13 @@ class Entry<Item extends QueueItem, Decision> implements Expiring, Waiting<Decis
 
 /** Constrained entries passed over in one drain: beyond it the drain ends, and the next one goes on. */
 const MAX_PASSED_OVER = 32;
+/** What one who is refused is told to wait: a connection's round trip is the least that makes sense. */
+const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
 
 export class RouteQueue<Item extends QueueItem, Decision> {
   readonly #options: RouteQueueOptions<Item, Decision>;
-  readonly #heap: Entry<Item, Decision>[] = [];
+  readonly #heap = new IndexedHeap<Entry<Item, Decision>>(isBefore);
+  readonly #rate = new ServiceRate(RETRY_LIMITS);
   readonly #deadlines: TimerWheel;
   #order = 0;
   #promptTokens = 0;
@@ -109,16 +118,17 @@ export class RouteQueue<Item extends QueueItem, Decision> {
   /** Throws `too-many-requests` when full. The caller drains afterwards: the new one may be the first. */
   enter(item: Item): Waiting<Decision> {
     const { clock, limit } = this.#options;
+    const nowMs = clock.monotonicMs();
     if (this.#heap.length >= limit) {
       throw new DynamoError("too-many-requests", "the server is at capacity: the router's queue is full", {
         diagnostic: `${limit} requests wait for a worker`,
+        retryAfterMs: this.#rate.retryAfterMs(nowMs),
       });
     }
-    const nowMs = clock.monotonicMs();
     const entry = new Entry(this, item, this.#order++, nowMs);
     this.#setKey(entry);
     if (item.deadlineMs !== undefined) this.#deadlines.add(entry.timer, item.deadlineMs - nowMs);
-    this.#push(entry);
+    this.#heap.push(entry);
     this.#count(entry, 1);
     return entry;
   }
@@ -130,16 +140,16 @@ export class RouteQueue<Item extends QueueItem, Decision> {
     const passedOver: Entry<Item, Decision>[] = [];
     try {
       while (this.#heap.length > 0 && passedOver.length <= MAX_PASSED_OVER) {
-        const entry = this.#heap[0]!;
+        const entry = this.#heap.first!;
         if (this.#refreshKey(entry)) continue;
         const isPlaced = this.#place(entry);
         if (isPlaced) continue;
         if (!entry.item.isConstrained) break;
-        this.#removeAt(0);
+        this.#heap.remove(entry);
         passedOver.push(entry);
       }
     } finally {
-      for (const entry of passedOver) this.#push(entry);
+      for (const entry of passedOver) this.#heap.push(entry);
       this.#draining = false;
     }
   }
@@ -147,14 +157,13 @@ export class RouteQueue<Item extends QueueItem, Decision> {
   /** For entries. */
   leave(entry: Entry<Item, Decision>, error: DynamoError): void {
     if (entry.position < 0) return;
-    this.#removeAt(entry.position);
-    this.#end(entry);
+    this.#remove(entry);
     entry.reject(error);
   }
 
   /** Everything that waits is refused with `error`. */
   close(error: DynamoError): void {
-    while (this.#heap.length > 0) this.leave(this.#heap[0]!, error);
+    while (this.#heap.first !== undefined) this.leave(this.#heap.first, error);
     this.#deadlines.close();
   }
 
@@ -164,14 +173,12 @@ export class RouteQueue<Item extends QueueItem, Decision> {
     try {
       decision = place(entry.item, clock.monotonicMs() - entry.arrivalMs);
     } catch (thrown) {
-      this.#removeAt(entry.position);
-      this.#end(entry);
+      this.#remove(entry);
       entry.reject(thrown);
       return true;
     }
     if (decision === undefined) return false;
-    this.#removeAt(entry.position);
-    this.#end(entry);
+    this.#remove(entry);
     entry.resolve(decision);
     return true;
   }
@@ -184,8 +191,8 @@ export class RouteQueue<Item extends QueueItem, Decision> {
     this.#count(entry, -1);
     this.#setKey(entry);
     this.#count(entry, 1);
-    this.#down(entry, 0);
-    return this.#heap[0] !== entry;
+    this.#heap.moved(entry);
+    return this.#heap.first !== entry;
   }
 
   #setKey(entry: Entry<Item, Decision>): void {
@@ -198,7 +205,10 @@ export class RouteQueue<Item extends QueueItem, Decision> {
     else entry.key = policy === "fcfs" ? jump - entry.arrivalMs / 1_000 : jump + entry.arrivalMs / 1_000;
   }
 
-  #end(entry: Entry<Item, Decision>): void {
+  /** Out of the queue for good. */
+  #remove(entry: Entry<Item, Decision>): void {
+    this.#rate.departed(this.#options.clock.monotonicMs(), this.#heap.length >= this.#options.limit);
+    this.#heap.remove(entry);
     this.#deadlines.cancel(entry.timer);
     this.#count(entry, -1);
   }
@@ -207,52 +217,6 @@ export class RouteQueue<Item extends QueueItem, Decision> {
     this.#promptTokens += sign * entry.item.promptTokens;
     this.#cachedTokens += sign * entry.cachedTokens;
     this.#options.onChange?.(this.#heap.length, this.#promptTokens, this.#cachedTokens);
-  }
-
-  // The heap: the entry to serve first is at 0.
-
-  #push(entry: Entry<Item, Decision>): void {
-    this.#heap.push(entry);
-    this.#up(entry, this.#heap.length - 1);
-  }
-
-  #removeAt(position: number): void {
-    const removed = this.#heap[position]!;
-    const last = this.#heap.pop()!;
-    removed.position = -1;
-    if (last === removed) return;
-    this.#up(last, position);
-    this.#down(last, last.position);
-  }
-
-  #up(entry: Entry<Item, Decision>, from: number): void {
-    let at = from;
-    while (at > 0) {
-      const parent = (at - 1) >> 1;
-      if (!isBefore(entry, this.#heap[parent]!)) break;
-      this.#put(this.#heap[parent]!, at);
-      at = parent;
-    }
-    this.#put(entry, at);
-  }
-
-  #down(entry: Entry<Item, Decision>, from: number): void {
-    const heap = this.#heap;
-    let at = from;
-    for (;;) {
-      let child = 2 * at + 1;
-      if (child >= heap.length) break;
-      if (child + 1 < heap.length && isBefore(heap[child + 1]!, heap[child]!)) child++;
-      if (!isBefore(heap[child]!, entry)) break;
-      this.#put(heap[child]!, at);
-      at = child;
-    }
-    this.#put(entry, at);
-  }
-
-  #put(entry: Entry<Item, Decision>, position: number): void {
-    this.#heap[position] = entry;
-    entry.position = position;
   }
 }
 
