@@ -27,8 +27,9 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
     component: values.component,
     engine: await mockEngineConfig(resolved, model),
     modelName: values["model-name"] ?? model?.name ?? "mocker",
-    maxQueuedRequests: values["engine-request-limit"],
     engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
+    ...(values["engine-request-limit"] === undefined ? {} : { maxEngineRequests: values["engine-request-limit"] }),
+    maxQueuedRequests: values["request-queue-limit"],
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],
   };

@@ -212,14 +212,25 @@ export const OPTIONS = {
   },
   "engine-request-limit": {
     type: "integer",
-    // Four times the sequences that run: a queue longer than that only makes clients wait instead of going elsewhere.
-    default: 256,
+    default: undefined,
+    defaultText: "the sequences it runs at once",
     min: 1,
     max: 1_000_000,
     env: "DYN_ENGINE_REQUEST_LIMIT",
     group: "Model and engine",
     commands: [...WORKERS, "mocker"],
-    help: "Requests a worker holds, running and waiting, before it refuses more.",
+    help: "Requests a worker's engine has at once, not counting those that wait.",
+  },
+  "request-queue-limit": {
+    type: "integer",
+    // Dynamo's: what waits at a worker cannot go elsewhere, so it is to wait in the frontend.
+    default: 16,
+    min: 2,
+    max: 1_000_000,
+    env: "DYN_DYNAMO_REQUEST_QUEUE_LIMIT",
+    group: "Model and engine",
+    commands: [...WORKERS, "mocker"],
+    help: "Requests that may wait on a worker beyond those; more are refused and tried elsewhere.",
   },
   "echo-step-ms": {
     type: "number",
@@ -442,6 +453,23 @@ export const OPTIONS = {
     commands: FRONTENDS,
     help: "Requests the frontend serves at once.",
   },
+  "max-concurrent-requests-per-model": {
+    type: "integer",
+    default: undefined,
+    defaultText: "what its workers run at once, and up to 8 more for each",
+    min: 1,
+    max: 1_000_000,
+    env: "DYN_MAX_CONCURRENT_REQUESTS_PER_MODEL",
+    also: [
+      {
+        flag: "rejection-frontend-request-concurrency-limit",
+        env: "DYN_REJECTION_FRONTEND_REQUEST_CONCURRENCY_LIMIT",
+      },
+    ],
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Answers of one model that the frontend has on workers at once; the others wait, in fair shares per key. Of several frontends each takes its part.",
+  },
   "max-queued-requests": {
     type: "integer",
     default: 1_024,
@@ -461,7 +489,40 @@ export const OPTIONS = {
     env: "DYN_REQUEST_TIMEOUT_SECS",
     group: "Limits",
     commands: [...FRONTENDS, "replay"],
-    help: "Longest time of a whole request.",
+    help: "Longest time of a whole request; a client may ask for less with x-request-timeout-ms.",
+  },
+  "queue-timeout-secs": {
+    type: "number",
+    // Twice what people wait for a first word; what waited longer has mostly been given up.
+    default: 120,
+    min: 0,
+    max: 86_400,
+    env: "DYN_QUEUE_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "Longest wait for a turn, in the frontend and again in the router; then status 529. 0 = no limit.",
+  },
+  "first-token-timeout-secs": {
+    type: "number",
+    // A prompt of 30,000 tokens at 100 tokens a second.
+    default: 300,
+    min: 0,
+    max: 86_400,
+    env: "DYN_FIRST_TOKEN_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "How long a worker may take to the first token of an answer before another one is tried. 0 = no limit.",
+  },
+  "stream-idle-timeout-secs": {
+    type: "number",
+    // Many times the longest step; preempted sequences wait for others to end.
+    default: 60,
+    min: 0,
+    max: 86_400,
+    env: "DYN_STREAM_IDLE_TIMEOUT_SECS",
+    group: "Limits",
+    commands: FRONTENDS,
+    help: "How long a worker may give no token to an answer it has begun before another one is tried. 0 = no limit.",
   },
   "response-buffer-kb": {
     type: "integer",

@@ -56,6 +56,10 @@ export const REASONS = {
     class: "capacity-exhausted",
     when: "The frontend's bounded queue of concurrent requests is full.",
   },
+  "queue-timeout": {
+    class: "capacity-exhausted",
+    when: "The request waited longer for its turn than the limit for a queue.",
+  },
   "worker-full": { class: "capacity-exhausted", when: "The worker's or engine's bounded queue is full." },
   "no-workers": { class: "unavailable", when: "The model is known, but no worker that serves it is there." },
   draining: { class: "unavailable", when: "The process is shutting down and takes no new work." },
@@ -66,6 +70,8 @@ export const REASONS = {
   "engine-stopped": { class: "unavailable", when: "The engine stopped or crashed while the request ran." },
   // Time.
   "request-deadline": { class: "deadline-exceeded", when: "The request did not finish before its deadline." },
+  "first-token-timeout": { class: "deadline-exceeded", when: "The worker gave no first token within its limit." },
+  "stream-idle-timeout": { class: "deadline-exceeded", when: "The worker gave no further token within its limit." },
   "connect-timeout": { class: "deadline-exceeded", when: "A connection or handshake took longer than its limit." },
   cancelled: { class: "cancelled", when: "The caller cancelled the request." },
   // Between our own processes.

@@ -1,36 +1,75 @@
 import { DynamoError } from "../errors/index.ts";
 import type { GaugeChild } from "../observability/index.ts";
-import type { Clock } from "../std/index.ts";
+import { ServiceRate, type Clock } from "../std/index.ts";
+import { FairQueue, type FairItem } from "./fair-queue.ts";
 
 /**
- * The frontend's gate: at most `limit` requests are served at once, at most `queueLimit` wait in order of arrival, the
- * rest is refused with `too-many-requests` and an estimate of when a place will be free. A place is held until the
- * whole answer ended, not only until its headers went out.
+ * The frontend's gate. A request takes places: of its model, as many as it asks for answers, and one of the frontend. It
+ * holds them until its whole answer ended, not only until the headers went out. Whoever finds none free waits, in fair
+ * shares per tenant (fair-queue.ts); at most `queueLimit` wait, over all models. Above that the last of the tenant that
+ * has most waiting is refused with `too-many-requests`, which may be the one that came: a tenant that floods the gate
+ * fills the queue only for itself.
+ *
+ * A model's limit is asked each time, as it follows its workers: `drain` lets in what a new limit has room for. No timers
+ * and no promises: a waiting entry is called. Entering at once is O(1) and allocates nothing.
  */
+export interface GateEntry extends FairItem {
+  /** A place came free and is this entry's now. */
+  onAdmitted(): void;
+  /** It was sent away for somebody of another tenant. */
+  onRefused(error: DynamoError): void;
+}
+
+/** What a request holds until its answer ended. */
 export interface Permit {
-  /** Gives the place back, to the longest waiting. Further calls do nothing. */
+  /** Gives it back. Further calls do nothing. */
   release(): void;
 }
 
-interface Waiter {
-  readonly resolve: (permit: Permit) => void;
+/** The places of one model. */
+export class ModelPlaces {
+  readonly queue = new FairQueue<GateEntry>();
+  /** Places taken. */
+  active = 0;
+  readonly #limit: () => number;
+
+  constructor(limit: () => number) {
+    this.#limit = limit;
+  }
+
+  get limit(): number {
+    return this.#limit();
+  }
+
+  /** Whether `cost` more places are free. What asks for more than there are gets them when it is alone. */
+  hasRoom(cost: number): boolean {
+    return this.active === 0 || this.active + cost <= this.#limit();
+  }
 }
 
-/** Weight of the newest interval between two releases in the running mean. */
-const SMOOTHING = 0.1;
+export interface AdmissionGateOptions {
+  /** Requests served at once, over all models. */
+  readonly limit: number;
+  readonly queueLimit: number;
+  readonly clock: Clock;
+  readonly queuedGauge: GaugeChild;
+}
+
+/** A tenth of a second is a round trip; nobody should have to wait for more than a minute without asking again. */
+const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
 
 export class AdmissionGate {
   readonly #limit: number;
   readonly #queueLimit: number;
   readonly #clock: Clock;
   readonly #queuedGauge: GaugeChild;
-  /** Insertion order is arrival order; leaving is O(1). */
-  readonly #waiters = new Set<Waiter>();
+  readonly #rate = new ServiceRate(RETRY_LIMITS);
+  /** Models somebody waits for, in the order of their turns. */
+  readonly #waiting = new Set<ModelPlaces>();
   #active = 0;
-  #meanIntervalMs = 0;
-  #lastReleaseMs = -1;
+  #queued = 0;
 
-  constructor(options: { limit: number; queueLimit: number; clock: Clock; queuedGauge: GaugeChild }) {
+  constructor(options: AdmissionGateOptions) {
     this.#limit = options.limit;
     this.#queueLimit = options.queueLimit;
     this.#clock = options.clock;
@@ -42,65 +81,107 @@ export class AdmissionGate {
   }
 
   get queuedCount(): number {
-    return this.#waiters.size;
+    return this.#queued;
   }
 
-  /** A place at once, or undefined when one must wait. */
-  tryEnter(): Permit | undefined {
-    if (this.#active >= this.#limit) return undefined;
-    this.#active++;
-    return this.#permit();
+  /** When one who is refused now may come back. */
+  retryAfterMs(): number {
+    return this.#rate.retryAfterMs(this.#clock.monotonicMs());
   }
 
-  /** Waits for a place. `onLeave` is handed a function that gives up waiting (the client went away). Throws when full. */
-  enter(onLeave: (leave: () => void) => void): Promise<Permit> {
-    if (this.#waiters.size >= this.#queueLimit) {
-      throw new DynamoError("too-many-requests", "the server is at capacity; retry later", {
-        diagnostic: `${this.#active} active, ${this.#waiters.size} queued`,
-        retryAfterMs: this.#retryAfterMs(),
-      });
-    }
-    const { promise, resolve, reject } = Promise.withResolvers<Permit>();
-    const waiter: Waiter = { resolve };
-    this.#waiters.add(waiter);
-    this.#queuedGauge.set(this.#waiters.size);
-    onLeave(() => {
-      if (!this.#waiters.delete(waiter)) return;
-      this.#queuedGauge.set(this.#waiters.size);
-      reject(new DynamoError("client-gone", "the client left while its request waited for a place"));
-    });
-    return promise;
+  /** Places at once, or false when one must wait. */
+  tryEnter(places: ModelPlaces, cost: number): boolean {
+    if (this.#active >= this.#limit || places.queue.length > 0 || !places.hasRoom(cost)) return false;
+    this.#take(places, cost);
+    return true;
   }
 
-  #permit(): Permit {
-    let held = true;
-    return {
-      release: () => {
-        if (!held) return;
-        held = false;
-        this.#onRelease();
-      },
-    };
-  }
-
-  #onRelease(): void {
+  /** Waits for its places. Throws `too-many-requests` when the queue is full and no other tenant has more waiting. */
+  enter(places: ModelPlaces, entry: GateEntry): void {
     const nowMs = this.#clock.monotonicMs();
-    if (this.#lastReleaseMs >= 0)
-      this.#meanIntervalMs += SMOOTHING * (nowMs - this.#lastReleaseMs - this.#meanIntervalMs);
-    this.#lastReleaseMs = nowMs;
-    const next = this.#waiters.values().next();
-    if (next.done === true) {
-      this.#active--;
-      return;
-    }
-    this.#waiters.delete(next.value);
-    this.#queuedGauge.set(this.#waiters.size);
-    next.value.resolve(this.#permit());
+    if (this.#queued >= this.#queueLimit) this.#makeRoom(places, entry, nowMs);
+    places.queue.push(entry, nowMs);
+    this.#waiting.add(places);
+    this.#countQueued(1);
   }
 
-  /** The time in which the queue will have moved on by its own length, from the mean time between two releases. */
-  #retryAfterMs(): number {
-    const estimate = this.#meanIntervalMs * Math.max(1, this.#waiters.size);
-    return Math.min(60_000, Math.max(1_000, estimate));
+  /** Gives up waiting. */
+  leave(places: ModelPlaces, entry: GateEntry): void {
+    if (entry.position < 0) return;
+    const isFull = this.#isFull(places);
+    places.queue.remove(entry);
+    this.#left(places);
+    this.#rate.departed(this.#clock.monotonicMs(), isFull);
+    // It may have been the one the others waited behind.
+    this.drain();
+  }
+
+  /** Gives the places back. */
+  release(places: ModelPlaces, cost: number): void {
+    const isFull = this.#isFull(places);
+    this.#active--;
+    places.active -= cost;
+    this.#rate.departed(this.#clock.monotonicMs(), isFull);
+    if (this.#queued > 0) this.drain();
+  }
+
+  /** Lets in whoever there is room for; models take turns as well. */
+  drain(): void {
+    for (const places of this.#waiting) {
+      if (this.#active >= this.#limit) return;
+      const entry = places.queue.peek()!;
+      if (!places.hasRoom(entry.cost)) continue;
+      places.queue.shift();
+      this.#left(places);
+      this.#take(places, entry.cost);
+      // Behind the others: a set's loop comes to what was added while it ran.
+      if (places.queue.length > 0) {
+        this.#waiting.delete(places);
+        this.#waiting.add(places);
+      }
+      entry.onAdmitted();
+    }
+  }
+
+  #take(places: ModelPlaces, cost: number): void {
+    this.#active++;
+    places.active += cost;
+  }
+
+  /** Every place is taken: from one departure to the next is the pace of service. */
+  #isFull(places: ModelPlaces): boolean {
+    return this.#queued > 0 || this.#active >= this.#limit || !places.hasRoom(1);
+  }
+
+  /** One of the model's queue is out of it. */
+  #left(places: ModelPlaces): void {
+    if (places.queue.length === 0) this.#waiting.delete(places);
+    this.#countQueued(-1);
+  }
+
+  #countQueued(change: 1 | -1): void {
+    this.#queued += change;
+    this.#queuedGauge.set(this.#queued);
+  }
+
+  /** Sends the last of the tenant with most waiting away, or throws when that is who came. */
+  #makeRoom(own: ModelPlaces, entry: GateEntry, nowMs: number): void {
+    const error = new DynamoError("too-many-requests", "the server is at capacity; retry later", {
+      diagnostic: `${this.#active} active, ${this.#queued} queued`,
+      retryAfterMs: this.#rate.retryAfterMs(nowMs),
+    });
+    let from: ModelPlaces | undefined;
+    let last: GateEntry | undefined;
+    let most = own.queue.lengthOf(entry.tenant) + 1;
+    for (const places of this.#waiting) {
+      const candidate = places.queue.lastOfLongest()!;
+      const length = places.queue.lengthOf(candidate.tenant);
+      if (length <= most) continue;
+      [from, last, most] = [places, candidate, length];
+    }
+    if (from === undefined || last === undefined) throw error;
+    from.queue.remove(last);
+    this.#left(from);
+    last.onRefused(error);
   }
 }

@@ -36,8 +36,10 @@ const MAX_REFUSALS = 3;
 const REFUSALS: ReadonlySet<Reason> = new Set<Reason>(["worker-full", "stream-limit"]);
 /** Reasons another worker may not have, besides those of a broken worker. */
 const ENGINE_FAILED: Reason = "engine-failed";
+/** This request's, perhaps no fault of the worker: it may only have too much to do. */
+const STAGE_LIMITS: ReadonlySet<Reason> = new Set<Reason>(["first-token-timeout", "stream-idle-timeout"]);
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
-const CREDIT_PAUSE_BYTES = 64 * 1024;
+export const CREDIT_PAUSE_BYTES = 64 * 1024;
 
 export interface ChoiceOptions {
   readonly stops: readonly string[];
@@ -83,6 +85,8 @@ export class ChoiceStream implements AttemptOwner {
   firstTokenMs = -1;
   #lastTokenMs = -1;
   #hasFirst = false;
+  /** When it went to the router, then when it went to a worker. */
+  #sinceMs = Infinity;
 
   constructor(
     run: GenerationRun,
@@ -114,6 +118,22 @@ export class ChoiceStream implements AttemptOwner {
     return this.#ended;
   }
 
+  /** Where it stands, for stage limits and operators. */
+  get stage(): "route_queue" | "dispatch" | "decode" {
+    if (this.#waiting !== undefined) return "route_queue";
+    return this.#lastTokenMs >= this.#sinceMs ? "decode" : "dispatch";
+  }
+
+  /** Since when it stands there; in `decode` since its last token. Infinity until it was dispatched. */
+  get sinceMs(): number {
+    return Math.max(this.#sinceMs, this.#lastTokenMs);
+  }
+
+  /** A limit of its stage is over: the worker is left, and another one tried if there may be one. */
+  overdue(error: DynamoError): void {
+    this.#attempt?.onStalled(error);
+  }
+
   /** Of the prompt's blocks, once it was routed. */
   get hashes(): RouteRequest["hashes"] {
     return this.#promptRoute.hashes;
@@ -123,6 +143,7 @@ export class ChoiceStream implements AttemptOwner {
   dispatch(): void {
     const { model, planes, stages } = this.#run;
     const startMs = planes.clock.monotonicMs();
+    this.#sinceMs = startMs;
     stages.enter("route");
     this.#trace?.routing(startMs);
     const request = this.#requestNow();
@@ -186,9 +207,10 @@ export class ChoiceStream implements AttemptOwner {
 
   #send(request: PreprocessedRequest, decision: RoutingDecision, startMs: number): void {
     const { model, planes, stages, requestId, deadlineMs } = this.#run;
-    const routedMs = planes.clock.monotonicMs();
-    stages.leave("route", routedMs - startMs);
-    const traceparent = this.#trace?.routed(decision, routedMs) ?? this.#run.traceparent;
+    const nowMs = planes.clock.monotonicMs();
+    stages.leave("route", nowMs - startMs);
+    this.#sinceMs = nowMs;
+    const traceparent = this.#trace?.routed(decision, nowMs) ?? this.#run.traceparent;
     this.instanceId = decision.instanceId;
     const attempt = new Attempt(this, decision, model.progress);
     this.#attempt = attempt;
@@ -203,7 +225,7 @@ export class ChoiceStream implements AttemptOwner {
             endpoint: model.generateEndpoint,
             requestId,
             traceparent,
-            timeoutMs: Math.max(1, deadlineMs - planes.clock.monotonicMs()),
+            timeoutMs: Math.max(1, deadlineMs - nowMs),
           },
           handler,
         ),
@@ -415,7 +437,7 @@ export class ChoiceStream implements AttemptOwner {
     if (reason === ENGINE_FAILED) {
       if (this.#hasEngineFailed) return false;
       this.#hasEngineFailed = true;
-    } else if (!isWorkerFault(reason)) return false;
+    } else if (!isWorkerFault(reason) && !STAGE_LIMITS.has(reason)) return false;
     if (this.#request.tokenIds.length + this.#count > maxSequenceTokens) {
       this.#run.model.metrics.migrationTooLong.add();
       return false;

@@ -48,10 +48,20 @@ export interface FrontendLimits {
   readonly prompts: number;
   /** Requests served at once. */
   readonly concurrentRequests: number;
+  /** Answers of one model worked on at once; undefined = what its workers run, and a few more for each. */
+  readonly concurrentPerModel: number | undefined;
+  /** Of that, when other threads take the rest: 1 / threads. */
+  readonly capacityShare: number;
   /** Requests that wait for a place; then 529. */
   readonly queuedRequests: number;
   /** Whole request. */
   readonly requestTimeoutMs: number;
+  /** In one queue, the gate's or the router's; 0 = no limit, as below. */
+  readonly queueTimeoutMs: number;
+  /** From sending to a worker to its first token. */
+  readonly firstTokenTimeoutMs: number;
+  /** Between two tokens. */
+  readonly idleTimeoutMs: number;
   /** Bytes a client may leave unread before its stream is closed. */
   readonly responseBufferBytes: number;
   readonly connections: number;
@@ -68,8 +78,13 @@ export const DEFAULT_LIMITS: FrontendLimits = {
   stopStrings: 16,
   prompts: 256,
   concurrentRequests: 1_024,
+  concurrentPerModel: undefined,
+  capacityShare: 1,
   queuedRequests: 1_024,
   requestTimeoutMs: 600_000,
+  queueTimeoutMs: 120_000,
+  firstTokenTimeoutMs: 300_000,
+  idleTimeoutMs: 60_000,
   responseBufferBytes: 1024 * 1024,
   connections: 16_384,
   tokenizerCacheBytes: 64 * 1024 * 1024,

@@ -135,7 +135,7 @@ test("fair queue: bounded unfairness, no starvation, order of arrival inside a t
         if (item === undefined) return;
         for (const other of waiting) {
           if (other === item.tenant) continue;
-          const lead = leads.get(`${item.tenant}>${other}`)! + item.cost;
+          const lead: number = leads.get(`${item.tenant}>${other}`)! + item.cost;
           leads.set(`${item.tenant}>${other}`, lead);
           leads.set(`${other}>${item.tenant}`, -lead);
           // One item, and one turn for having been there first.

@@ -50,6 +50,7 @@ export async function startFrontend(
       migration: config.migration,
       stallLimitMs: config.stallLimitMs,
       tokenizerCacheBytes: config.limits.tokenizerCacheBytes,
+      limits: config.limits,
     });
     if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);
@@ -78,11 +79,11 @@ export async function startFrontend(
       draining = true;
       pipeline.beginDrain();
       const linger = server.linger(LINGER_MS);
-      await pipeline.idle();
+      await pipeline.live.idle();
       await linger;
     });
     lifecycle.defer("running requests", () =>
-      pipeline.failAll(new DynamoError("draining", "the server is shutting down")),
+      pipeline.live.cancelAll(new DynamoError("draining", "the server is shutting down")),
     );
     lifecycle.ready(signal);
     return Object.assign(lifecycle.role(), { port, models, pipeline });

@@ -5,7 +5,7 @@ import type { GenerationOptions, Usage } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
 import type { Random } from "../std/index.ts";
 import type { Permit } from "./admission.ts";
-import { ChoiceStream } from "./choice-stream.ts";
+import { CREDIT_PAUSE_BYTES, ChoiceStream } from "./choice-stream.ts";
 import { countRequest, type Endpoint, type RequestType, type StageMetrics } from "./frontend-metrics.ts";
 import type { ServedModel } from "./model-registry.ts";
 import type { ResponseWriter } from "./response-writer.ts";
@@ -44,6 +44,8 @@ export interface RunContext {
   readonly admittedMs: number;
   readonly deadlineMs: number;
   readonly permit: Permit;
+  /** Choices that may be on workers at a time; the others follow as these end. */
+  readonly window: number;
   readonly writer: ResponseWriter;
 }
 
@@ -56,11 +58,14 @@ export class GenerationRun {
   readonly traceparent: string;
   readonly span: Span | undefined;
   readonly deadlineMs: number;
+  /** When the client had last taken all that was written. */
+  drainedMs = -Infinity;
   readonly #context: RunContext;
   readonly #plan: GenerationPlan;
   readonly #choices: ChoiceStream[] = [];
   readonly #dispatchedMs: number;
   #running = 0;
+  #dispatched = 0;
   #firstTokenMs = -1;
   #ended = false;
 
@@ -103,13 +108,34 @@ export class GenerationRun {
     this.stages.enter("dispatch");
     for (const { request } of this.#plan.prompts) metrics.inputTokens.observe(request.tokenIds.length);
     this.writer.onDrained = () => {
+      this.drainedMs = this.planes.clock.monotonicMs();
       for (const choice of this.#choices) choice.returnCredit();
     };
-    this.#choices.forEach((choice, index) => {
-      const { echoText } = this.#plan.prompts[Math.floor(index / this.#plan.options.n)]!;
-      if (echoText !== "" && !this.#ended) choice.prime(echoText);
-      if (!this.#ended) choice.dispatch();
-    });
+    while (this.#dispatched < this.#context.window && this.#dispatchNext());
+  }
+
+  get choices(): readonly ChoiceStream[] {
+    return this.#choices;
+  }
+
+  /** Whether the client has left so much unread that workers get no more credit. */
+  get isBehind(): boolean {
+    return this.writer.bufferedBytes > CREDIT_PAUSE_BYTES;
+  }
+
+  get promptTokens(): number {
+    return this.#plan.prompts.reduce((sum, prompt) => sum + prompt.request.tokenIds.length, 0);
+  }
+
+  /** False when there is no further choice. */
+  #dispatchNext(): boolean {
+    const choice = this.#choices[this.#dispatched];
+    if (choice === undefined || this.#ended) return false;
+    const { echoText } = this.#plan.prompts[Math.floor(this.#dispatched / this.#plan.options.n)]!;
+    this.#dispatched++;
+    if (echoText !== "") choice.prime(echoText);
+    if (!this.#ended) choice.dispatch();
+    return true;
   }
 
   /** The client is gone, or does not read: stop all work for it. */
@@ -137,6 +163,7 @@ export class GenerationRun {
     this.#running--;
     if (this.#running > 0) {
       this.writer.flush();
+      this.#dispatchNext();
       return;
     }
     this.writer.complete(this.#usage());
@@ -165,12 +192,10 @@ export class GenerationRun {
   }
 
   #usage(): Usage {
-    let promptTokens = 0;
     let cachedTokens = 0;
-    for (const { request } of this.#plan.prompts) promptTokens += request.tokenIds.length;
     // Choices of one prompt share it: its first choice tells what came from the cache.
     for (let i = 0; i < this.#choices.length; i += this.#plan.options.n) cachedTokens += this.#choices[i]!.cachedTokens;
-    return { promptTokens, cachedTokens, completionTokens: this.#completionTokens() };
+    return { promptTokens: this.promptTokens, cachedTokens, completionTokens: this.#completionTokens() };
   }
 
   #completionTokens(): number {
@@ -210,7 +235,7 @@ export class GenerationRun {
           ? {}
           : { reason: error.reason, error: error.publicMessage, diagnostic: error.diagnostic }),
         worker: first.instanceId,
-        prompt_tokens: this.#plan.prompts.reduce((sum, prompt) => sum + prompt.request.tokenIds.length, 0),
+        prompt_tokens: this.promptTokens,
         completion_tokens: this.#completionTokens(),
         cached_tokens: first.cachedTokens,
         migrations: this.#choices.reduce((sum, choice) => sum + choice.migrations, 0),

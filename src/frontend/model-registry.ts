@@ -22,6 +22,8 @@ import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes 
 import type { EventSubscription } from "../runtime/event-plane/index.ts";
 import type { Watch } from "../runtime/discovery/index.ts";
 import type { TimerHandle } from "../std/index.ts";
+import { ModelPlaces } from "./admission.ts";
+import type { FrontendLimits } from "./config.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
 import { DEFAULT_MIGRATION, DEFAULT_STALL_LIMIT_MS, type MigrationConfig } from "./config.ts";
@@ -50,6 +52,8 @@ export interface ServedModel {
   readonly metrics: ModelMetrics;
   readonly progress: ProgressWatch;
   readonly migration: MigrationConfig;
+  /** At the frontend's gate. */
+  readonly places: ModelPlaces;
   /** By instance id, of the workers that joined. */
   readonly workerGauges: Map<string, WorkerGauges>;
 }
@@ -78,6 +82,7 @@ export class ModelRegistry {
   readonly #migration: MigrationConfig;
   readonly #stallLimitMs: number;
   readonly #tokenizerCacheBytes: number;
+  readonly #limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
   readonly #models = new Map<string, ServedModel>();
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
   readonly #loading = new Map<string, Promise<ServedModel>>();
@@ -87,6 +92,8 @@ export class ModelRegistry {
   readonly #waitingThresholds = new Map<string, BusyThresholds>();
   #watches: (Watch | EventSubscription)[] = [];
   #closed = false;
+  /** Set by the pipeline: a worker came or left, so that models may have more room or none. */
+  onCapacity: (() => void) | undefined = undefined;
 
   /** Throws `invalid-config` for a router mode that nobody registered, and for a router service with several threads. */
   constructor(
@@ -106,13 +113,15 @@ export class ModelRegistry {
       stallLimitMs?: number | undefined;
       /** Per model. */
       tokenizerCacheBytes: number;
+      limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
     },
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    const { thread, service, migration, stallLimitMs, tokenizerCacheBytes, ...routing } = options;
+    const { thread, service, migration, stallLimitMs, tokenizerCacheBytes, limits, ...routing } = options;
     this.#migration = migration ?? DEFAULT_MIGRATION;
     this.#stallLimitMs = stallLimitMs ?? DEFAULT_STALL_LIMIT_MS;
+    this.#limits = limits;
     if (thread !== undefined && service !== undefined) {
       throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
     }
@@ -250,6 +259,7 @@ export class ModelRegistry {
       );
       this.#setReady(record.joined);
       delete record.joined;
+      this.onCapacity?.();
     }
     if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
   }
@@ -328,6 +338,7 @@ export class ModelRegistry {
       { instance: instanceId, model: model.name, workers: model.router.workers.length },
       "worker joined",
     );
+    this.onCapacity?.();
   }
 
   #setReady({ name, router, metrics }: ServedModel): void {
@@ -362,6 +373,7 @@ export class ModelRegistry {
       metrics: new ModelMetrics(metrics, card.name),
       progress: new ProgressWatch({ clock: this.#planes.clock, limitMs: this.#stallLimitMs }),
       migration: this.#migration,
+      places: new ModelPlaces(() => capacityOf(modelRouter.router.workers.length, card, this.#limits)),
       workerGauges: new Map(),
     };
     const thresholds = this.#waitingThresholds.get(card.name);
@@ -381,4 +393,19 @@ export class ModelRegistry {
     this.#routers.forget(idle.name);
     idle.router.close(new DynamoError("no-workers", `no worker that serves ${idle.name} is available`));
   }
+}
+
+/** Requests that wait on a rank, so that its next step finds one when a sequence ends: more would only wait longer there. */
+const WAITING_PER_RANK = 8;
+
+/** Answers a model's workers can work on. Without a worker nobody waits at the gate: all are to hear that there is none. */
+function capacityOf(
+  workers: number,
+  { maxSequences, dataParallelSize }: ModelCard,
+  { concurrentPerModel, capacityShare }: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">,
+): number {
+  if (workers === 0) return Infinity;
+  if (concurrentPerModel !== undefined) return concurrentPerModel;
+  const perRank = maxSequences + Math.min(WAITING_PER_RANK, Math.ceil(maxSequences / 4));
+  return Math.max(1, Math.floor(workers * dataParallelSize * perRank * capacityShare));
 }

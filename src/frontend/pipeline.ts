@@ -4,11 +4,12 @@ import type { PreprocessedRequest } from "../protocol/index.ts";
 import type { ChatRequest, CompletionRequest, GenerationOptions } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
 import { randomId64 } from "../std/index.ts";
-import { AdmissionGate, type Permit } from "./admission.ts";
+import { AdmissionGate } from "./admission.ts";
 import type { FrontendConfig } from "./config.ts";
 import { StageMetrics, countRequest, type Endpoint, type RequestType } from "./frontend-metrics.ts";
 import { GenerationRun, type GenerationPlan, type PlannedPrompt } from "./generation-run.ts";
 import type { Exchange } from "./http/index.ts";
+import { LiveRequests, tenantOf, type LiveRequest } from "./live-requests.ts";
 import type { ModelRegistry, ServedModel } from "./model-registry.ts";
 import {
   ChatStreamWriter,
@@ -24,7 +25,7 @@ import {
 import type { Operators } from "./operator.ts";
 import type { ResponseWriter } from "./response-writer.ts";
 import { nvextJson } from "./route-api.ts";
-import { readRoutingHints, type RoutingHints } from "./routing-hints.ts";
+import { readRequestTimeout, readRoutingHints, type RoutingHints } from "./routing-hints.ts";
 
 /**
  * The walk of one request, one call per arrow: HTTP -> validate -> template + tokenize -> route -> decode ->
@@ -36,10 +37,9 @@ export class Pipeline {
   readonly #config: FrontendConfig;
   readonly #models: ModelRegistry;
   readonly #stages: StageMetrics;
-  readonly #gate: AdmissionGate;
+  /** In any step of the walk. */
+  readonly live: LiveRequests;
   readonly #operators: Operators;
-  readonly #runs = new Set<GenerationRun>();
-  #idleWaiters: (() => void)[] = [];
   #draining = false;
   /** Answer ids: unique within this process by count, among processes by prefix. */
   readonly #idPrefix: string;
@@ -52,36 +52,19 @@ export class Pipeline {
     this.#models = models;
     this.#operators = operators;
     this.#stages = new StageMetrics(planes.metrics);
-    this.#gate = new AdmissionGate({
+    const gate = new AdmissionGate({
       limit: config.limits.concurrentRequests,
       queueLimit: config.limits.queuedRequests,
       clock: planes.clock,
       queuedGauge: planes.metrics.gauge("dynamo_frontend_queued_requests").labels(),
     });
-  }
-
-  /** Requests in any step of the walk. */
-  get activeRequestCount(): number {
-    return this.#gate.activeCount + this.#gate.queuedCount;
+    models.onCapacity = () => gate.drain();
+    this.live = new LiveRequests({ clock: planes.clock, gate, limits: config.limits, metrics: planes.metrics });
   }
 
   /** From now on new requests get `draining`. */
   beginDrain(): void {
     this.#draining = true;
-  }
-
-  /** Resolves when no request is in any step of the walk. */
-  async idle(): Promise<void> {
-    while (this.activeRequestCount > 0) {
-      const { promise, resolve } = Promise.withResolvers<void>();
-      this.#idleWaiters.push(resolve);
-      await promise;
-    }
-  }
-
-  /** Ends every running request with `error`. */
-  failAll(error: DynamoError): void {
-    for (const run of this.#runs) run.fail(error);
   }
 
   // Step 1: HTTP.
@@ -93,6 +76,7 @@ export class Pipeline {
       return {
         options: request.options,
         model: request.model,
+        prompts: 1,
         nvext: request.nvext,
         plan: (model, hints) => this.#planChat(model, request, exchange.requestId, hints),
         writer: (details) => new Writer(details),
@@ -134,6 +118,7 @@ export class Pipeline {
       return {
         options: request.options,
         model: request.model,
+        prompts: request.prompts.length,
         nvext: request.nvext,
         plan: (model, hints) => this.#planCompletion(model, request, exchange.requestId, hints),
         writer: (details) => new Writer(details),
@@ -142,9 +127,10 @@ export class Pipeline {
   }
 
   async #serve(exchange: Exchange, endpoint: Endpoint, read: (body: unknown) => FamilyRequest): Promise<void> {
-    let permit: Permit | undefined;
+    let live: LiveRequest | undefined;
     let type: RequestType = "unary";
     let served: ServedModel | undefined;
+    const { clock } = this.#planes;
     const traceparent = traceparentOf(exchange);
     const span = this.#planes.tracing?.span("http-request", traceparent, {
       kind: "server",
@@ -164,79 +150,90 @@ export class Pipeline {
       const hints = readRoutingHints(exchange, request.nvext, this.#operators);
       const model = this.#find(request.model, endpoint);
       served = model;
-      permit = this.#gate.tryEnter() ?? (await this.#gate.enter((leave) => (exchange.onGone = leave)));
-      const admittedMs = this.#planes.clock.monotonicMs();
+      live = this.#enter(exchange, endpoint, request, model, hints);
+      if (live.admittedMs < 0) await live.admission;
       this.#stages.enter("preprocess");
-      span?.child("validate", { startMs: exchange.arrivalMs }).end(admittedMs);
+      span?.child("validate", { startMs: exchange.arrivalMs }).end(live.admittedMs);
       let prompts: readonly PlannedPrompt[];
+      let nowMs: number;
       try {
         // Step 3: template + tokenize.
         prompts = await request.plan(served, hints);
       } finally {
-        const readyMs = this.#planes.clock.monotonicMs();
-        this.#stages.leave("preprocess", readyMs - admittedMs);
-        span?.child("preprocess", { startMs: admittedMs }).end(readyMs);
+        nowMs = clock.monotonicMs();
+        this.#stages.leave("preprocess", nowMs - live.admittedMs);
+        span?.child("preprocess", { startMs: live.admittedMs }).end(nowMs);
       }
-      if (exchange.gone) throw new DynamoError("client-gone", "the client left before its request was sent on");
+      live.check(nowMs);
       const plan: GenerationPlan = { endpoint, model: served, options: request.options, prompts, hints };
       const writer = request.writer({
         exchange,
         id: `${this.#idPrefix}${(this.#answers++).toString(36)}`,
         model: served.name,
-        created: Math.floor(this.#planes.clock.wallMs() / 1_000),
+        created: Math.floor(clock.wallMs() / 1_000),
         choices: prompts.length * request.options.n,
         includeUsage: request.options.includeUsage,
         ...(hints.extraFields.length === 0
           ? {}
           : { nvext: () => nvextJson(model.remote ?? model.router, exchange.requestId, hints.extraFields) }),
       });
-      this.#run(exchange, plan, permit, admittedMs, writer, { span, traceparent });
+      this.#run(live, plan, writer, nowMs, { span, traceparent });
     } catch (thrown) {
-      if (permit !== undefined) this.#release(permit);
+      live?.release();
       const error = toDynamoError(thrown);
       span?.fail(error.reason);
-      span?.end(this.#planes.clock.monotonicMs());
+      span?.end(clock.monotonicMs());
       this.#refuse(exchange, error, endpoint, type, served);
     }
   }
 
-  #run(
+  /** At the gate: with its places, or waiting for them. */
+  #enter(
     exchange: Exchange,
+    endpoint: Endpoint,
+    { options, prompts, nvext }: FamilyRequest,
+    model: ServedModel,
+    { route }: RoutingHints,
+  ): LiveRequest {
+    const timeoutMs = Math.min(this.#config.limits.requestTimeoutMs, readRequestTimeout(exchange, nvext));
+    const live = this.live.enter({
+      exchange,
+      endpoint,
+      model,
+      isStream: options.stream,
+      tenant: tenantOf(exchange, this.#operators),
+      strictPriority: route.strictPriority ?? 0,
+      priorityJump: route.priorityJump ?? 0,
+      choices: prompts * options.n,
+      deadlineMs: exchange.arrivalMs + timeoutMs,
+    });
+    exchange.onGone = (reason) => live.abandon(new DynamoError(reason, GONE[reason]));
+    return live;
+  }
+
+  #run(
+    live: LiveRequest,
     plan: GenerationPlan,
-    permit: Permit,
-    admittedMs: number,
     writer: ResponseWriter,
+    nowMs: number,
     trace: { readonly span: Span | undefined; readonly traceparent: string },
   ): void {
-    const held: Permit = {
-      release: () => {
-        this.#runs.delete(run);
-        this.#release(permit);
-      },
-    };
+    const { exchange } = live;
     const run = new GenerationRun(plan, {
       planes: this.#planes,
       stages: this.#stages,
       requestId: exchange.requestId,
       ...trace,
       arrivalMs: exchange.arrivalMs,
-      admittedMs,
-      deadlineMs: exchange.arrivalMs + this.#config.limits.requestTimeoutMs,
-      permit: held,
+      admittedMs: live.admittedMs,
+      deadlineMs: live.deadlineMs,
+      permit: live,
+      window: live.cost,
       writer,
     });
-    this.#runs.add(run);
-    exchange.onGone = (reason) => run.abandon(new DynamoError(reason, GONE[reason]));
+    this.live.start(live, run, nowMs);
     // Steps 4 to 7 happen per choice, in choice-stream.ts.
     run.start();
-  }
-
-  #release(permit: Permit): void {
-    permit.release();
-    if (this.activeRequestCount > 0) return;
-    const waiters = this.#idleWaiters;
-    this.#idleWaiters = [];
-    for (const resolve of waiters) resolve();
   }
 
   #find(name: string, endpoint: Endpoint): ServedModel {
@@ -350,6 +347,7 @@ const GONE = {
 interface FamilyRequest {
   readonly model: string;
   readonly options: GenerationOptions;
+  readonly prompts: number;
   readonly nvext: Nvext | undefined;
   plan(model: ServedModel, hints: RoutingHints): Promise<readonly PlannedPrompt[]>;
   writer(details: AnswerDetails): ResponseWriter;

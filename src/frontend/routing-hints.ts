@@ -5,6 +5,7 @@ import {
   invalidField,
   readPriority,
   readStrictPriority,
+  readTimeout,
   unsupportedField,
   type ExtraField,
   type Nvext,
@@ -78,4 +79,12 @@ export function readRoutingHints(exchange: Exchange, nvext: Nvext | undefined, o
 function integer(text: string, name: string): number {
   if (!INTEGER.test(text)) throw invalidField(name, "an integer", text);
   return Number(text);
+}
+
+/** How long the client is willing to wait, from arrival on; Infinity when it does not say. */
+export function readRequestTimeout(exchange: Exchange, nvext: Nvext | undefined): number {
+  const text = exchange.header("x-request-timeout-ms");
+  if (text === undefined) return nvext?.requestTimeoutMs ?? Infinity;
+  if (!INTEGER.test(text)) throw invalidField("x-request-timeout-ms", "an integer", text);
+  return readTimeout(Number(text), "x-request-timeout-ms");
 }

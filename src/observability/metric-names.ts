@@ -82,6 +82,11 @@ export const METRICS = {
     labels: ["gate", "model"],
     help: "Refusals per admission gate.",
   },
+  dynamo_frontend_stage_timeouts_total: {
+    type: "counter",
+    labels: ["model", "stage"],
+    help: "Stage limits that were over: queue, first_token, idle. The last two may have been saved by another worker.",
+  },
   // Frontend: tokens and latency.
   dynamo_frontend_input_sequence_tokens: {
     type: "histogram",

@@ -12,7 +12,9 @@ export interface WorkerConfig {
   readonly modelName: string;
   /** A Jinja file used instead of the model's own chat template. */
   readonly chatTemplatePath?: string;
-  /** Streams a worker takes before it answers `worker-full`. */
+  /** Streams the engine has at once. @default its sequences, of all ranks */
+  readonly maxEngineRequests?: number;
+  /** Streams that may wait beyond those, before the worker answers `worker-full`. */
   readonly maxQueuedRequests: number;
   readonly drainTimeoutMs: number;
   /** Work but no engine step for so long: the worker fails. 0 = it waits for ever. @default 60000 */

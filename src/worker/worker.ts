@@ -108,7 +108,8 @@ async function start(
     clock,
     logger,
     tracing: planes.tracing,
-    maxStreams: config.engine.maxSequences * ranksOf(config.engine) + config.maxQueuedRequests,
+    maxStreams:
+      (config.maxEngineRequests ?? config.engine.maxSequences * ranksOf(config.engine)) + config.maxQueuedRequests,
   });
   const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
   lifecycle.defer("KV event publisher", () => publisher.close());

@@ -5,7 +5,7 @@ export { errorBody, errorHeaders, errorMetricType, errorStatus } from "./errors.
 export { CHAT_FIELD_NAMES, readChatRequest } from "./validate-chat.ts";
 export { COMPLETION_FIELD_NAMES, readCompletionRequest } from "./validate-completion.ts";
 export { openApiRoute } from "./openapi-route.ts";
-export { readPriority, readStrictPriority, type ExtraField, type Nvext, type WithNvext } from "./nvext.ts";
+export { readPriority, readStrictPriority, readTimeout, type ExtraField, type Nvext, type WithNvext } from "./nvext.ts";
 export {
   invalidField,
   isObject,

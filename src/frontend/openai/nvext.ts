@@ -25,6 +25,8 @@ export interface Nvext {
   /** 16 hex digits. Operators only. */
   readonly backendInstanceId?: string;
   readonly cacheSalt?: string;
+  /** The whole request, from its arrival. The server's own limit holds if it is shorter. */
+  readonly requestTimeoutMs?: number;
 }
 
 /** A request that may carry `nvext`. */
@@ -36,7 +38,7 @@ const EXTRA_FIELDS = ["routing", "worker_id"] as const;
 /** Parts of the answer's `nvext`. Operators only: they name workers. */
 export type ExtraField = (typeof EXTRA_FIELDS)[number];
 
-const KNOWN = new Set(["agent_hints", "extra_fields", "backend_instance_id", "cache_salt"]);
+const KNOWN = new Set(["agent_hints", "extra_fields", "backend_instance_id", "cache_salt", "request_timeout_ms"]);
 const KNOWN_HINTS = new Set(["priority", "strict_priority", "osl"]);
 const INSTANCE_ID = /^[0-9a-f]{16}$/;
 const MAX_SALT_CHARS = 256;
@@ -47,11 +49,13 @@ export function readNvext(value: unknown, name: string): Nvext {
   const object = readObject(value, name);
   refuseUnknown(object, KNOWN, `${name}.`);
   const { agent_hints: hints, extra_fields: extraFields, backend_instance_id: instanceId, cache_salt: salt } = object;
+  const timeout = object["request_timeout_ms"];
   return {
     ...(isGiven(hints) ? readHints(hints, `${name}.agent_hints`) : {}),
     ...(isGiven(extraFields) ? { extraFields: readExtraFields(extraFields, `${name}.extra_fields`) } : {}),
     ...(isGiven(instanceId) ? { backendInstanceId: readInstanceId(instanceId, `${name}.backend_instance_id`) } : {}),
     ...(isGiven(salt) ? { cacheSalt: readString(salt, `${name}.cache_salt`, 1, MAX_SALT_CHARS) } : {}),
+    ...(isGiven(timeout) ? { requestTimeoutMs: readTimeout(timeout, `${name}.request_timeout_ms`) } : {}),
   };
 }
 
@@ -78,6 +82,10 @@ export function readPriority(value: unknown, name: string): number {
 
 export function readStrictPriority(value: unknown, name: string): number {
   return readInteger(value, name, 0, MAX_U32);
+}
+
+export function readTimeout(value: unknown, name: string): number {
+  return readInteger(value, name, 1, MAX_INT);
 }
 
 function readInstanceId(value: unknown, name: string): string {

@@ -45,6 +45,7 @@ const nvext = strictObject({
   ),
   backend_instance_id: optional(Type.String({ pattern: "^[0-9a-f]{16}$" }), "the worker to use; for operators"),
   cache_salt: optional(text(1, 256), "requests share cached prefixes only with those of the same salt"),
+  request_timeout_ms: optional(integer(1), "for the whole request, if shorter than the server's own limit"),
 });
 
 function generationFields(limits: FrontendLimits): Record<string, TSchema> {

@@ -50,6 +50,8 @@ function partOf(limits: FrontendLimits, threadCount: number): FrontendLimits {
   return {
     ...limits,
     concurrentRequests: part(limits.concurrentRequests),
+    ...(limits.concurrentPerModel === undefined ? {} : { concurrentPerModel: part(limits.concurrentPerModel) }),
+    capacityShare: 1 / threadCount,
     queuedRequests: part(limits.queuedRequests),
     connections: part(limits.connections),
   };
