@@ -13,7 +13,7 @@ export interface DynamoErrorOptions {
 /**
  * The one error of this project. It says what failed, with a reason of the catalogue and a text that a client may read;
  * whoever holds the budget decides about retry and status. Classified once, where the cause is known, and passed on
- * unchanged, across processes too (reason, message and diagnostic travel; the cause stays).
+ * unchanged, across processes too (reason, message, diagnostic and time to retry travel; the cause stays).
  */
 export class DynamoError extends Error {
   override readonly name = "DynamoError";
@@ -44,9 +44,22 @@ export function toDynamoError(thrown: unknown, reason: Reason = "internal"): Dyn
   return new DynamoError(reason, text, { diagnostic, cause: thrown });
 }
 
-/** Rebuilds an error that came over the wire; an unknown reason (a newer peer) becomes `backend-protocol`. */
-export function errorFromWire(reason: string, publicMessage: string, diagnostic: string): DynamoError {
-  if (isReason(reason)) return new DynamoError(reason, publicMessage, diagnostic === "" ? {} : { diagnostic });
+/**
+ * Rebuilds an error that came over the wire; an unknown reason (a newer peer) becomes `backend-protocol`. `retryAfterMs` 0
+ * is none.
+ */
+export function errorFromWire(
+  reason: string,
+  publicMessage: string,
+  diagnostic: string,
+  retryAfterMs = 0,
+): DynamoError {
+  if (isReason(reason)) {
+    return new DynamoError(reason, publicMessage, {
+      ...(diagnostic === "" ? {} : { diagnostic }),
+      ...(retryAfterMs === 0 ? {} : { retryAfterMs }),
+    });
+  }
   return new DynamoError("malformed-frame", publicMessage, {
     diagnostic: `unknown reason ${JSON.stringify(reason)}: ${diagnostic}`,
   });

@@ -8,7 +8,7 @@ import type {
   ServerStream,
   ServerStreamHandler,
 } from "../runtime/request-plane/index.ts";
-import type { Clock } from "../std/index.ts";
+import { ServiceRate, type Clock } from "../std/index.ts";
 import type { WorkerMetrics } from "./worker-metrics.ts";
 
 /**
@@ -35,7 +35,11 @@ export interface GenerateServiceOptions {
   readonly maxStreams: number;
 }
 
+/** A refused request is tried on another worker at once; the time is for when all of them refused. */
+const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
+
 export class GenerateService {
+  readonly #rate = new ServiceRate(RETRY_LIMITS);
   readonly #options: GenerateServiceOptions;
   readonly #active = new Map<number, ActiveStream>();
   #nextId = 1;
@@ -54,7 +58,7 @@ export class GenerateService {
     if (this.#active.size >= maxStreams) {
       metrics.failed("worker-full");
       throw new DynamoError("worker-full", `the worker already has ${this.#active.size} requests`, {
-        retryAfterMs: 1_000,
+        retryAfterMs: this.#rate.retryAfterMs(clock.monotonicMs()),
       });
     }
     const request = decodeRequest(payload);
@@ -91,10 +95,12 @@ export class GenerateService {
         metrics.firstResponse.observe((clock.monotonicMs() - active.startMs) / 1_000);
       }
       if (final) {
+        const nowMs = clock.monotonicMs();
+        this.#rate.departed(nowMs, this.#active.size >= this.#options.maxStreams);
         this.#active.delete(id);
         metrics.inflight.add(-1);
         metrics.requests.add();
-        metrics.duration.observe((clock.monotonicMs() - active.startMs) / 1_000);
+        metrics.duration.observe((nowMs - active.startMs) / 1_000);
         active.stream.end();
       }
       if (active.span !== undefined) traceEntry(active.span, step, start, end, clock.monotonicMs());

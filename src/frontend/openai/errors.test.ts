@@ -46,8 +46,8 @@ test("openai errors: retry-after where waiting helps, x-should-retry false where
   const headers = (reason: Reason, retryAfterMs?: number): Record<string, string> =>
     errorHeaders(new DynamoError(reason, "text", retryAfterMs === undefined ? {} : { retryAfterMs }));
   assert.deepEqual(headers("too-many-requests"), { "retry-after": "1" });
-  assert.deepEqual(headers("too-many-requests", 2_500), { "retry-after": "3" });
-  assert.deepEqual(headers("no-workers", 1), { "retry-after": "1" });
+  assert.deepEqual(headers("too-many-requests", 2_500), { "retry-after": "3", "retry-after-ms": "2500" });
+  assert.deepEqual(headers("no-workers", 1), { "retry-after": "1", "retry-after-ms": "1" });
   assert.deepEqual(headers("unsupported-field"), { "x-should-retry": "false" });
   assert.deepEqual(headers("request-deadline"), { "x-should-retry": "false" });
   assert.deepEqual(headers("invalid-field"), {});

@@ -93,13 +93,17 @@ export function errorBody(error: DynamoError): string {
   });
 }
 
-/** `retry-after` where waiting helps; `x-should-retry: false` (which the clients obey) where a retry cannot. */
+/**
+ * `retry-after` where waiting helps, in whole seconds, and exactly in `retry-after-ms` where it is known, which the clients prefer;
+ * `x-should-retry: false` (which they obey) where a retry cannot help.
+ */
 export function errorHeaders(error: DynamoError): Record<string, string> {
   const headers: Record<string, string> = {};
   const capacity =
     error.class === "capacity-exhausted" || error.class === "unavailable" || error.class === "rate-limited";
   const retryAfterMs = error.retryAfterMs ?? (capacity ? DEFAULT_RETRY_AFTER_MS : undefined);
   if (retryAfterMs !== undefined) headers["retry-after"] = String(Math.max(1, Math.ceil(retryAfterMs / 1000)));
+  if (error.retryAfterMs !== undefined) headers["retry-after-ms"] = String(Math.ceil(error.retryAfterMs));
   if (error.class === "not-implemented" || error.reason === "request-deadline") headers["x-should-retry"] = "false";
   return headers;
 }

@@ -234,14 +234,16 @@ test("errors: texts come back, over-long ones cut at a character, damaged ones a
     fc.property(
       fc.string({ unit: "binary", maxLength: 30 }),
       fc.string({ unit: "grapheme", maxLength: 20 }),
-      (message, diagnostic) => {
+      fc.nat(),
+      (message, diagnostic, retryAfterMs) => {
         // A lone surrogate has no UTF-8.
         fc.pre(message.isWellFormed() && diagnostic.isWellFormed());
-        const bytes = encodeError(new DynamoError("worker-full", message, { diagnostic }));
+        const bytes = encodeError(new DynamoError("worker-full", message, { diagnostic, retryAfterMs }));
         const back = decodeError(bytes, 0, bytes.length);
         assert.equal(back.reason, "worker-full");
         assert.equal(back.publicMessage, message);
         assert.equal(back.diagnostic ?? "", diagnostic);
+        assert.equal(back.retryAfterMs ?? 0, retryAfterMs);
         for (let end = 0; end < bytes.length; end++) assert.throws(() => decodeError(bytes, 0, end), isMalformed);
       },
     ),

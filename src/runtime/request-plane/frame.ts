@@ -28,7 +28,8 @@ import {
  *     CREDIT   c->s        pairs up to the end: u32 stream, u32 bytes
  *     PING     both        empty; answered by PONG (empty)
  *     GOAWAY   s->c        empty: the server drains, open nothing new here
- *     error                u8 + reason, u16 + message, u16 + diagnostic (lengths, then UTF-8)
+ *     error                u8 + reason, u16 + message, u16 + diagnostic (lengths, then UTF-8), u32 ms until a retry may
+ *                          succeed (0 = not said)
  *
  * Stream ids are under 2^31, chosen by the client, unique among the live streams of the connection. Frames and entries of
  * a stream that is not live (any more) are dropped without a word, as an end and a cancel may cross on the way; a frame
@@ -163,10 +164,10 @@ export function decodeOpen(bytes: Buffer, start: number, end: number): OpenFrame
 // ---- errors ----
 
 export function encodeError(error: DynamoError): Buffer {
-  const { reason, publicMessage, diagnostic = "" } = error;
+  const { reason, publicMessage, diagnostic = "", retryAfterMs = 0 } = error;
   const messageRoom = Math.min(MAX_ERROR_MESSAGE_BYTES, Buffer.byteLength(publicMessage));
   const diagnosticRoom = Math.min(MAX_ERROR_DIAGNOSTIC_BYTES, Buffer.byteLength(diagnostic));
-  const bytes = Buffer.allocUnsafe(5 + reason.length + messageRoom + diagnosticRoom);
+  const bytes = Buffer.allocUnsafe(9 + reason.length + messageRoom + diagnosticRoom);
   // Reasons are ASCII words of the catalogue.
   bytes[0] = reason.length;
   let at = 1 + bytes.write(reason, 1, "latin1");
@@ -176,21 +177,25 @@ export function encodeError(error: DynamoError): Buffer {
   at += 2 + messageBytes;
   const diagnosticBytes = bytes.write(diagnostic, at + 2, diagnosticRoom);
   putU16(bytes, at, diagnosticBytes);
-  return bytes.subarray(0, at + 2 + diagnosticBytes);
+  at += 2 + diagnosticBytes;
+  putU32(bytes, at, Math.min(0xffff_ffff, Math.max(0, Math.ceil(retryAfterMs))));
+  return bytes.subarray(0, at + 4);
 }
 
 /** Throws `malformed-frame`. */
 export function decodeError(bytes: Buffer, start: number, end: number): DynamoError {
-  if (end - start < 5) throw malformed(`error of ${end - start} bytes`);
+  if (end - start < 9) throw malformed(`error of ${end - start} bytes`);
   const messageLengthAt = start + 1 + bytes[start]!;
-  if (messageLengthAt + 4 > end) throw malformed("error shorter than its reason");
+  if (messageLengthAt + 8 > end) throw malformed("error shorter than its reason");
   const diagnosticLengthAt = messageLengthAt + 2 + u16At(bytes, messageLengthAt);
-  if (diagnosticLengthAt + 2 > end) throw malformed("error shorter than its message");
-  if (diagnosticLengthAt + 2 + u16At(bytes, diagnosticLengthAt) !== end) throw malformed("error of a wrong length");
+  if (diagnosticLengthAt + 6 > end) throw malformed("error shorter than its message");
+  const retryAfterAt = diagnosticLengthAt + 2 + u16At(bytes, diagnosticLengthAt);
+  if (retryAfterAt + 4 !== end) throw malformed("error of a wrong length");
   return errorFromWire(
     bytes.toString("utf8", start + 1, messageLengthAt),
     bytes.toString("utf8", messageLengthAt + 2, diagnosticLengthAt),
-    bytes.toString("utf8", diagnosticLengthAt + 2, end),
+    bytes.toString("utf8", diagnosticLengthAt + 2, retryAfterAt),
+    u32At(bytes, retryAfterAt),
   );
 }
 

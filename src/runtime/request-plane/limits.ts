@@ -48,5 +48,5 @@ export const MAX_HANDSHAKE_FRAME_BYTES = 1_024;
 /** What of an error travels; longer texts are cut at a character. */
 export const MAX_ERROR_MESSAGE_BYTES = 4_096;
 export const MAX_ERROR_DIAGNOSTIC_BYTES = 8_192;
-/** Three length fields, a reason and both texts. */
+/** Three length fields, a reason, both texts and a time. */
 export const MAX_ERROR_BYTES = 16 * 1024;

@@ -293,13 +293,14 @@ export function requestPlaneBattery(name: string, makeWorld: () => World): void 
   check("a handler that throws ends its stream with the error, behind what it wrote", async ({ client, server }) => {
     server.serve("test.worker.full", (stream) => {
       stream.write(Buffer.from("before"));
-      throw new DynamoError("worker-full", "the queue is full");
+      throw new DynamoError("worker-full", "the queue is full", { retryAfterMs: 2_345 });
     });
     server.serve("test.worker.defect", () => {
       throw new TypeError("secret detail");
     });
     const full = await open(client, server.address, { endpoint: "test.worker.full" }).ended();
     assertReason(full.end, "worker-full");
+    assert.equal(full.end!.retryAfterMs, 2_345);
     assert.deepEqual(full.texts, ["before"]);
     const defect = await open(client, server.address, { endpoint: "test.worker.defect" }).ended();
     assertReason(defect.end, "internal");
