@@ -89,6 +89,15 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     about: "Reads discovery and the load events. `dynamo local` prints the --file-kv of its cluster when it starts.",
     load: () => import("./status.ts"),
   },
+  requests: {
+    summary: "show the oldest requests that a frontend is serving, or end one",
+    usage: "dynamo requests [cancel ID] [options]",
+    example: "dynamo requests --frontend http://127.0.0.1:8000 --show 50",
+    about:
+      "Each with its stage (gate_queue, preprocess, route_queue, dispatch, decode, write), who has it (the frontend, the\n" +
+      "router, a worker, or the client that does not read), and how long. For operators: DYN_ADMIN_KEY where one is set.",
+    load: () => import("./requests.ts"),
+  },
   doctor: {
     summary: "check this machine and say how to fix what is wrong",
     usage: "dynamo doctor [options]",

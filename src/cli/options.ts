@@ -19,6 +19,7 @@ export const COMMAND_NAMES = [
   "replay",
   "model",
   "status",
+  "requests",
   "doctor",
 ] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
@@ -553,8 +554,8 @@ export const OPTIONS = {
     secret: true,
     env: "DYN_ADMIN_KEY",
     group: "HTTP",
-    commands: FRONTENDS,
-    help: "Whoever sends it may see routing explanations, set busy thresholds and name workers.",
+    commands: [...FRONTENDS, "requests"],
+    help: "Whoever sends it is an operator: may see and end requests, see routing explanations, set busy thresholds, name workers and tenants.",
   },
   // ---- Routing ----
   "router-mode": {
@@ -989,8 +990,26 @@ export const OPTIONS = {
     default: false,
     env: "DYN_JSON",
     group: "General",
-    commands: ["replay", "model", "status", "doctor"],
+    commands: ["replay", "model", "status", "requests", "doctor"],
     help: "Print JSON for machines.",
+  },
+  frontend: {
+    type: "text",
+    default: "http://127.0.0.1:8000",
+    env: "DYN_FRONTEND",
+    group: "General",
+    commands: ["requests"],
+    help: "Address of the frontend to ask.",
+  },
+  show: {
+    type: "integer",
+    default: 20,
+    min: 1,
+    max: 1_000,
+    env: "DYN_REQUESTS_SHOW",
+    group: "General",
+    commands: ["requests"],
+    help: "Requests to show, the oldest first.",
   },
   once: {
     type: "switch",

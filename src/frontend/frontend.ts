@@ -9,6 +9,7 @@ import { ModelRegistry } from "./model-registry.ts";
 import { openApiRoute } from "./openai/index.ts";
 import { Operators } from "./operator.ts";
 import { Pipeline } from "./pipeline.ts";
+import { requestsApi } from "./requests-api.ts";
 import { routeApi } from "./route-api.ts";
 import { answerQuestion } from "./threads/answer-question.ts";
 import type { ThreadLink } from "./threads/thread-link.ts";
@@ -52,9 +53,12 @@ export async function startFrontend(
       tokenizerCacheBytes: config.limits.tokenizerCacheBytes,
       limits: config.limits,
     });
-    if (thread !== undefined) thread.answer = (question) => answerQuestion(question, models, planes.metrics);
     const operators = new Operators(config.adminKey);
     const pipeline = new Pipeline(planes, config, models, operators);
+    const { live } = pipeline;
+    if (thread !== undefined) {
+      thread.answer = (question) => answerQuestion(question, { models, live, metrics: planes.metrics });
+    }
     let draining = false;
     const server = new HttpServer({
       host: config.httpHost,
@@ -79,11 +83,11 @@ export async function startFrontend(
       draining = true;
       pipeline.beginDrain();
       const linger = server.linger(LINGER_MS);
-      await pipeline.live.idle();
+      await live.idle();
       await linger;
     });
     lifecycle.defer("running requests", () =>
-      pipeline.live.cancelAll(new DynamoError("draining", "the server is shutting down")),
+      live.cancelAll(new DynamoError("draining", "the server is shutting down")),
     );
     lifecycle.ready(signal);
     return Object.assign(lifecycle.role(), { port, models, pipeline });
@@ -149,6 +153,7 @@ function routes(context: RouteContext): Route[] {
       handle: (exchange) => pipeline.previewRoute(exchange),
     },
     ...routeApi(models, context.operators, context.thread),
+    ...requestsApi(pipeline.live, context.operators, context.thread),
     openApiRoute(context.config.limits, packageVersion()),
   ];
 }

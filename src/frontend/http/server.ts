@@ -24,11 +24,11 @@ import { TurnShare } from "../turn-share.ts";
  * time-outs are node:http's own.
  */
 export interface Route {
-  readonly method: "GET" | "POST";
+  readonly method: "GET" | "POST" | "DELETE";
   /** Exact, or a prefix ending in `/*`. */
   readonly path: string;
   readonly family: ApiFamily;
-  /** @default "json" for POST, "none" for GET (a body is then discarded) */
+  /** @default "json" for POST, else "none" (a body is then discarded) */
   readonly body?: "json" | "none";
   /** May answer later. What it throws becomes a 500, or the `DynamoError`'s own status. */
   handle(exchange: Exchange): void | Promise<void>;

@@ -67,6 +67,16 @@ export function openApiDocument(limits: FrontendLimits, version: string): OpenAp
           parameters: [{ name: "request_id", in: "path", required: true, schema: { type: "string" } }],
         }),
       },
+      "/v1/admin/requests": {
+        get: operators("liveRequests", "The oldest requests being served, with the stage and the owner of each", {
+          parameters: [{ name: "limit", in: "query", schema: { type: "integer", minimum: 1, maximum: 1000 } }],
+        }),
+      },
+      "/v1/admin/requests/{request_id}": {
+        delete: operators("cancelRequest", "Ends a request; its client gets an error", {
+          parameters: [{ name: "request_id", in: "path", required: true, schema: { type: "string" } }],
+        }),
+      },
       "/busy_threshold": {
         get: operators("busyThresholds", "When workers count as busy, per model"),
         post: operators("setBusyThresholds", "Sets the thresholds that are named, null = off", {

@@ -1,5 +1,6 @@
 import type { MetricsSnapshot } from "../../observability/index.ts";
 import type { BusyThresholds, DecisionExplanation, FlatKvShare } from "../../router/index.ts";
+import type { LiveRequestView } from "../live-requests.ts";
 
 /**
  * Every message between the frontend's host thread and the threads that serve HTTP. Order is kept per direction. All of
@@ -48,11 +49,15 @@ export interface PostedIndex {
 export type Question =
   | { readonly type: "metrics" }
   | { readonly type: "explain"; readonly requestId: string }
+  | { readonly type: "live-requests"; readonly limit: number }
+  | { readonly type: "cancel-request"; readonly id: string }
   | { readonly type: "busy-thresholds"; readonly model: string; readonly thresholds: BusyThresholds };
 
 export type Answer =
   | { readonly type: "metrics"; readonly snapshot: MetricsSnapshot }
   | { readonly type: "explain"; readonly explained: ExplainedRequest | undefined }
+  | { readonly type: "live-requests"; readonly total: number; readonly requests: readonly LiveRequestView[] }
+  | { readonly type: "cancel-request"; readonly count: number }
   | { readonly type: "done" };
 
 export interface ExplainedRequest {
