@@ -123,7 +123,7 @@ describe("deadlines and stage limits", () => {
 
   test("who waits in the router's queue is told at the queue's limit", async () => {
     const cluster = await startInProcessCluster({
-      worker: { engine: mockerConfig({ maxBatchedTokens: 16, speedupRatio: 0.2 }), modelName: "mock" },
+      worker: { engine: mockerConfig({ maxBatchedTokens: 16, maxSequences: 8, speedupRatio: 0.2 }), modelName: "mock" },
       frontend: {
         routerMode: "kv",
         router: { queueThreshold: 0 },
