@@ -40,6 +40,11 @@ const ENGINE_FAILED: Reason = "engine-failed";
 const STAGE_LIMITS: ReadonlySet<Reason> = new Set<Reason>(["first-token-timeout", "stream-idle-timeout"]);
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
 export const CREDIT_PAUSE_BYTES = 64 * 1024;
+/**
+ * What a worker may send ahead of its client. A token takes about 12 bytes on the request plane and up to 300 as an event
+ * of the client's stream: with the plane's own 256 KiB a client that stopped reading would be cut off, not waited for.
+ */
+const WINDOW_BYTES = 8 * 1024;
 
 export interface ChoiceOptions {
   readonly stops: readonly string[];
@@ -226,6 +231,7 @@ export class ChoiceStream implements AttemptOwner {
             requestId,
             traceparent,
             timeoutMs: Math.max(1, deadlineMs - nowMs),
+            windowBytes: WINDOW_BYTES,
           },
           handler,
         ),

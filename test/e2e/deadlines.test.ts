@@ -6,6 +6,8 @@ import type { LiveRequestView } from "../../src/frontend/live-requests.ts";
 import { ECHO, startInProcessCluster, until, type InProcessCluster } from "../helpers/in-process-cluster.ts";
 
 const SLOW = { ...ECHO, contextLength: 200_000, stepMs: 5 };
+/** Its first token at once, the second two seconds later. */
+const STUCK = { ...SLOW, stepMs: 2_000 };
 const ENDLESS = 100_000;
 
 interface Ask {
@@ -186,13 +188,31 @@ describe("deadlines and stage limits", () => {
 
   test("a stream that stays idle too long ends with its own reason when no other worker can go on with it", async () => {
     const cluster = await startInProcessCluster({
-      worker: { engine: { ...ECHO, stepMs: 2_000 } },
+      worker: { engine: STUCK },
       frontend: { limits: { idleTimeoutMs: 200 } },
     });
     try {
       const answer = await post(cluster, { stream: true, maxTokens: 100 });
       assert.equal(answer.status, 200);
       assert.match(await answer.text(), /"code":"stream_idle_timeout"/);
+      assert.equal(await metric(cluster, 'dynamo_frontend_stage_timeouts_total{model="echo",stage="idle"}'), 1);
+    } finally {
+      await cluster.stop();
+    }
+  });
+
+  test("a stream that stays idle too long goes on with another worker, and its client sees one answer", async () => {
+    const cluster = await startInProcessCluster({
+      workers: 0,
+      frontend: { limits: { idleTimeoutMs: 200, firstTokenTimeoutMs: 0 } },
+    });
+    try {
+      await cluster.addWorker({ engine: STUCK });
+      await cluster.addWorker({ engine: SLOW });
+      await cluster.settled(2);
+      const answers = await Promise.all([1, 2].map(async () => (await post(cluster, { maxTokens: 24 })).json()));
+      const texts = answers.map((answer) => (answer as { choices: { text: string }[] }).choices[0]!.text);
+      assert.deepEqual(texts, ["abcdefghabcdefghabcdefgh", "abcdefghabcdefghabcdefgh"]);
       assert.equal(await metric(cluster, 'dynamo_frontend_stage_timeouts_total{model="echo",stage="idle"}'), 1);
     } finally {
       await cluster.stop();
