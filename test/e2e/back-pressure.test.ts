@@ -157,15 +157,15 @@ describe("back-pressure", () => {
   });
 
   test("row 19: a client that reads again gets the rest of its answer, in order and complete", async () => {
-    // The name is in every event: 20 MB of answer, more than the kernel keeps. The worker is made to wait before the
+    // The name is in every event: 14 MB of answer, more than the kernel keeps. The worker is made to wait before the
     // frontend has more for it than it keeps for anybody.
-    const modelName = "m".repeat(300);
+    const modelName = "m".repeat(500);
     const cluster = await startInProcessCluster({
       worker: { engine: FAST, modelName },
-      frontend: { limits: { responseBufferBytes: 512 * 1024 } },
+      frontend: { limits: { responseBufferBytes: 640 * 1024 } },
     });
     try {
-      const socket = await openStream(cluster, 40_000, modelName);
+      const socket = await openStream(cluster, 20_000, modelName);
       const chunks: string[] = [];
       socket.setEncoding("latin1");
       socket.on("data", (text: string) => chunks.push(text));
@@ -175,7 +175,7 @@ describe("back-pressure", () => {
       socket.resume();
       await until(() => chunks.slice(-2).join("").includes("[DONE]"), "the end");
       const texts = [...chunks.join("").matchAll(/"text":"([a-h]*)"/g)].map((match) => match[1]!).join("");
-      assert.equal(texts, "abcdefgh".repeat(5_000));
+      assert.equal(texts, "abcdefgh".repeat(2_500));
       socket.destroy();
       await atRest(cluster);
     } finally {
@@ -217,7 +217,7 @@ describe("back-pressure", () => {
   test("row 22: a worker that says nothing more does not keep a stream whose client left", async () => {
     const cluster = await startInProcessCluster({ worker: { engine: IDLE } });
     try {
-      const socket = await openStream(cluster);
+      const socket = await openStream(cluster, 1_000);
       await once(socket, "data");
       assert.deepEqual(await stages(cluster), ["decode"]);
       socket.destroy();
