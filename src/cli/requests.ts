@@ -12,8 +12,7 @@ export async function run({ argv, env, out, err }: CommandContext): Promise<numb
   }
   const base = frontendUrl(values.frontend);
   const headers = values["admin-key"] === undefined ? {} : { "x-dynamo-admin-key": values["admin-key"] };
-  const [method, path] =
-    id === undefined ? ["GET", `?limit=${values.show}`] : ["DELETE", `/${encodeURIComponent(id)}`];
+  const [method, path] = id === undefined ? ["GET", `?limit=${values.show}`] : ["DELETE", `/${encodeURIComponent(id)}`];
   const { status, text } = await ask(new URL(`/v1/admin/requests${path}`, base), { method, headers });
   if (status === 404) {
     err(

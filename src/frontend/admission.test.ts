@@ -15,6 +15,7 @@ function aCaller(tenant = "", cost = 1): Caller {
   return {
     tenant,
     cost,
+    patienceMs: Infinity,
     strictPriority: 0,
     priorityJump: 0,
     order: 0,
@@ -129,6 +130,24 @@ test("admission: a tenant that floods the gate fills the queue for itself only",
   gate.release(places, 1);
   gate.release(places, 1);
   assert.equal(small.state, "in", "second in turn, though three came before");
+});
+
+test("admission: who would wait in vain is refused at once, once the pace is known", () => {
+  const { gate, clock, enter } = aGate(1, 100);
+  const places = unlimited();
+  enter(places, aCaller());
+  const patient = Array.from({ length: 20 }, () => enter(places, aCaller()));
+  const early = enter(places, { ...aCaller(), patienceMs: 500 });
+  assert.equal(early.state, "waiting", "nothing is known yet");
+  for (let i = 0; i < 10; i++) {
+    clock.advance(100);
+    gate.release(places, 1);
+  }
+  assert.equal(patient.filter(({ state }) => state === "in").length, 10);
+  const refused = enter(places, { ...aCaller(), patienceMs: 500 });
+  assert.equal(refused.error?.reason, "too-many-requests", "eleven before it, 100 ms each");
+  assert.equal(enter(places, { ...aCaller(), patienceMs: 2_000 }).state, "waiting");
+  assert.equal(enter(places, { ...aCaller("other"), patienceMs: 500 }).state, "waiting", "it is another one's queue");
 });
 
 test("admission: any mix of entering, leaving and releasing keeps the limits, and at rest nothing is left", () => {

@@ -8,12 +8,15 @@ import { FairQueue, type FairItem } from "./fair-queue.ts";
  * holds them until its whole answer ended, not only until the headers went out. Whoever finds none free waits, in fair
  * shares per tenant (fair-queue.ts); at most `queueLimit` wait, over all models. Above that the last of the tenant that
  * has most waiting is refused with `too-many-requests`, which may be the one that came: a tenant that floods the gate
- * fills the queue only for itself.
+ * fills the queue only for itself. Who would wait for longer than it can is refused at once, as waiting in vain helps
+ * nobody: the pace of the model's places tells.
  *
  * A model's limit is asked each time, as it follows its workers: `drain` lets in what a new limit has room for. No timers
  * and no promises: a waiting entry is called. Entering at once is O(1) and allocates nothing.
  */
 export interface GateEntry extends FairItem {
+  /** How long it can wait from now on; Infinity = as long as it takes. */
+  readonly patienceMs: number;
   /** A place came free and is this entry's now. */
   onAdmitted(): void;
   /** It was sent away for somebody of another tenant. */
@@ -26,9 +29,14 @@ export interface Permit {
   release(): void;
 }
 
+/** A tenth of a second is a round trip; nobody should have to wait for more than a minute without asking again. */
+const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
+
 /** The places of one model. */
 export class ModelPlaces {
   readonly queue = new FairQueue<GateEntry>();
+  /** At which they come free. */
+  readonly rate = new ServiceRate(RETRY_LIMITS);
   /** Places taken. */
   active = 0;
   readonly #limit: () => number;
@@ -39,6 +47,13 @@ export class ModelPlaces {
 
   get limit(): number {
     return this.#limit();
+  }
+
+  /** Until the next one of that tenant would have its turn; 0 while the pace is not known. */
+  expectedWaitMs(tenant: string): number {
+    const { length, tenantCount } = this.queue;
+    const before = Math.min(length, this.queue.lengthOf(tenant) * tenantCount + tenantCount);
+    return before * this.rate.meanIntervalMs;
   }
 
   /** Whether `cost` more places are free. What asks for more than there are gets them when it is alone. */
@@ -55,15 +70,11 @@ export interface AdmissionGateOptions {
   readonly queuedGauge: GaugeChild;
 }
 
-/** A tenth of a second is a round trip; nobody should have to wait for more than a minute without asking again. */
-const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
-
 export class AdmissionGate {
   readonly #limit: number;
   readonly #queueLimit: number;
   readonly #clock: Clock;
   readonly #queuedGauge: GaugeChild;
-  readonly #rate = new ServiceRate(RETRY_LIMITS);
   /** Models somebody waits for, in the order of their turns. */
   readonly #waiting = new Set<ModelPlaces>();
   #active = 0;
@@ -84,11 +95,6 @@ export class AdmissionGate {
     return this.#queued;
   }
 
-  /** When one who is refused now may come back. */
-  retryAfterMs(): number {
-    return this.#rate.retryAfterMs(this.#clock.monotonicMs());
-  }
-
   /** Places at once, or false when one must wait. */
   tryEnter(places: ModelPlaces, cost: number): boolean {
     if (this.#active >= this.#limit || places.queue.length > 0 || !places.hasRoom(cost)) return false;
@@ -96,9 +102,13 @@ export class AdmissionGate {
     return true;
   }
 
-  /** Waits for its places. Throws `too-many-requests` when the queue is full and no other tenant has more waiting. */
+  /**
+   * Waits for its places. Throws `too-many-requests` when it would wait for longer than it can, and when the queue is full
+   * and no other tenant has more waiting.
+   */
   enter(places: ModelPlaces, entry: GateEntry): void {
     const nowMs = this.#clock.monotonicMs();
+    if (places.expectedWaitMs(entry.tenant) > entry.patienceMs) throw this.#refusal(places, nowMs);
     if (this.#queued >= this.#queueLimit) this.#makeRoom(places, entry, nowMs);
     places.queue.push(entry, nowMs);
     this.#waiting.add(places);
@@ -108,10 +118,8 @@ export class AdmissionGate {
   /** Gives up waiting. */
   leave(places: ModelPlaces, entry: GateEntry): void {
     if (entry.position < 0) return;
-    const isFull = this.#isFull(places);
     places.queue.remove(entry);
     this.#left(places);
-    this.#rate.departed(this.#clock.monotonicMs(), isFull);
     // It may have been the one the others waited behind.
     this.drain();
   }
@@ -121,7 +129,7 @@ export class AdmissionGate {
     const isFull = this.#isFull(places);
     this.#active--;
     places.active -= cost;
-    this.#rate.departed(this.#clock.monotonicMs(), isFull);
+    places.rate.departed(this.#clock.monotonicMs(), isFull);
     if (this.#queued > 0) this.drain();
   }
 
@@ -164,12 +172,16 @@ export class AdmissionGate {
     this.#queuedGauge.set(this.#queued);
   }
 
+  #refusal(places: ModelPlaces, nowMs: number): DynamoError {
+    return new DynamoError("too-many-requests", "the server is at capacity; retry later", {
+      diagnostic: `${this.#active} active, ${this.#queued} queued`,
+      retryAfterMs: places.rate.retryAfterMs(nowMs),
+    });
+  }
+
   /** Sends the last of the tenant with most waiting away, or throws when that is who came. */
   #makeRoom(own: ModelPlaces, entry: GateEntry, nowMs: number): void {
-    const error = new DynamoError("too-many-requests", "the server is at capacity; retry later", {
-      diagnostic: `${this.#active} active, ${this.#queued} queued`,
-      retryAfterMs: this.#rate.retryAfterMs(nowMs),
-    });
+    const error = this.#refusal(own, nowMs);
     let from: ModelPlaces | undefined;
     let last: GateEntry | undefined;
     let most = own.queue.lengthOf(entry.tenant) + 1;

@@ -90,6 +90,10 @@ export class FairQueue<Item extends FairItem> {
     if (tenant.items.length === 0) this.#tenants.delete(item.tenant);
   }
 
+  get tenantCount(): number {
+    return this.#tenants.size;
+  }
+
   lengthOf(tenant: string): number {
     return this.#tenants.get(tenant)?.items.length ?? 0;
   }

@@ -70,6 +70,7 @@ export class LiveRequest implements GateEntry, Expiring {
   readonly priorityJump: number;
   readonly choices: number;
   readonly cost: number;
+  patienceMs = Infinity;
   readonly timer = new WheelTimer(this);
   /** When it was let in; -1 = it waits. */
   admittedMs = -1;
@@ -208,8 +209,9 @@ export class LiveRequests {
     if (nowMs >= request.deadlineMs) throw deadlinePassed("before it was let in");
     if (this.#gate.tryEnter(request.model.places, request.cost)) request.admittedMs = nowMs;
     else {
+      request.patienceMs = Math.min(this.#queueMs, request.deadlineMs - nowMs);
       this.#gate.enter(request.model.places, request);
-      this.#wheel.add(request.timer, Math.min(this.#queueMs, request.deadlineMs - nowMs));
+      this.#wheel.add(request.timer, request.patienceMs);
     }
     this.#requests.add(request);
     return request;
@@ -272,7 +274,7 @@ export class LiveRequests {
     }
     if (request.run === undefined) {
       this.#timeouts(request.model.name, "queue").add();
-      request.cancel(this.#queuedTooLong());
+      request.cancel(this.#queuedTooLong(request, nowMs));
       return;
     }
     let nextMs = Math.min(request.deadlineMs, nowMs + this.#shortestMs);
@@ -292,7 +294,7 @@ export class LiveRequests {
     const { name } = request.model;
     if (stage === "route_queue") {
       this.#timeouts(name, "queue").add();
-      run.fail(this.#queuedTooLong());
+      run.fail(this.#queuedTooLong(request, nowMs));
     } else if (stage === "dispatch") {
       this.#timeouts(name, "first_token").add();
       choice.overdue(
@@ -317,10 +319,10 @@ export class LiveRequests {
     return stage === "decode" ? this.#idleMs : Infinity;
   }
 
-  #queuedTooLong(): DynamoError {
+  #queuedTooLong({ model }: LiveRequest, nowMs: number): DynamoError {
     return new DynamoError("queue-timeout", "the server is at capacity: the request waited too long for its turn", {
       diagnostic: `${this.#queueMs} ms`,
-      retryAfterMs: this.#gate.retryAfterMs(),
+      retryAfterMs: model.places.rate.retryAfterMs(nowMs),
     });
   }
 }
