@@ -136,8 +136,8 @@ export function checkAtRest(cluster: Cluster, violations: string[]): void {
   for (const seat of cluster.frontends) {
     const { frontend, process } = seat;
     const model = frontend!.models.find(MODEL)!;
-    if (frontend!.pipeline.activeRequestCount > 0) {
-      violations.push(`${process.name} still has ${frontend!.pipeline.activeRequestCount} requests`);
+    if (frontend!.pipeline.live.size > 0) {
+      violations.push(`${process.name} still has ${frontend!.pipeline.live.size} requests`);
     }
     const bookings = model.router.liveBookings();
     if (bookings.length > 0) violations.push(`${process.name} has ${bookings.length} bookings at rest`);

@@ -218,5 +218,5 @@ export class Nemesis {
 
 function isBusy(seat: Seat): boolean {
   if (seat.worker !== undefined) return seat.worker.load().runningRequests > 0;
-  return (seat.frontend?.pipeline.activeRequestCount ?? 0) > 0;
+  return (seat.frontend?.pipeline.live.size ?? 0) > 0;
 }
