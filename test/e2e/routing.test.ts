@@ -191,7 +191,9 @@ describe("routing of a whole cluster", () => {
 
   test("queue: requests wait for a worker's backlog, all are served in the end, and one whose client left does not hold a place", async () => {
     const engine = { ...SLOW, maxSequences: 1, stepMs: 20 };
-    const options: InProcessOptions = { worker: { engine }, frontend: { router: { queueThreshold: 0 } } };
+    // The frontend's gate would keep them back before they come to the router.
+    const limits = { concurrentPerModel: 100 };
+    const options: InProcessOptions = { worker: { engine }, frontend: { router: { queueThreshold: 0 }, limits } };
     await withCluster(options, async (cluster) => {
       const body = { model: "echo", prompt: "some words", max_tokens: 5 };
       const first = [post(cluster, "/v1/completions", body), post(cluster, "/v1/completions", body)];
