@@ -6,8 +6,8 @@ import type { LiveRequestView } from "../../src/frontend/live-requests.ts";
 import { ECHO, startInProcessCluster, until, type InProcessCluster } from "../helpers/in-process-cluster.ts";
 
 const SLOW = { ...ECHO, contextLength: 200_000, stepMs: 5 };
-/** Its first token at once, the second two seconds later. */
-const STUCK = { ...SLOW, stepMs: 2_000 };
+/** Its first token at once, the second long after. */
+const STUCK = { ...SLOW, stepMs: 6_000 };
 const ENDLESS = 100_000;
 
 interface Ask {
@@ -204,7 +204,7 @@ describe("deadlines and stage limits", () => {
   test("a stream that stays idle too long goes on with another worker, and its client sees one answer", async () => {
     const cluster = await startInProcessCluster({
       workers: 0,
-      frontend: { limits: { idleTimeoutMs: 200, firstTokenTimeoutMs: 0 } },
+      frontend: { limits: { idleTimeoutMs: 1_000, firstTokenTimeoutMs: 0 } },
     });
     try {
       await cluster.addWorker({ engine: STUCK });
@@ -214,6 +214,30 @@ describe("deadlines and stage limits", () => {
       const texts = answers.map((answer) => (answer as { choices: { text: string }[] }).choices[0]!.text);
       assert.deepEqual(texts, ["abcdefghabcdefghabcdefgh", "abcdefghabcdefghabcdefgh"]);
       assert.equal(await metric(cluster, 'dynamo_frontend_stage_timeouts_total{model="echo",stage="idle"}'), 1);
+    } finally {
+      await cluster.stop();
+    }
+  });
+});
+
+describe("fair shares", () => {
+  test("a key that floods the gate does not hold up another key's request", async () => {
+    const cluster = await startInProcessCluster({
+      worker: { engine: SLOW },
+      frontend: { limits: { concurrentPerModel: 1 } },
+    });
+    try {
+      const order: string[] = [];
+      const ask = async (key: string): Promise<void> => {
+        const answer = await post(cluster, { maxTokens: 10, headers: { authorization: `Bearer ${key}` } });
+        assert.equal(answer.status, 200);
+        await answer.text();
+        order.push(key);
+      };
+      const flood = Array.from({ length: 12 }, () => ask("hog"));
+      await until(async () => (await list(cluster)).total === 12, "the flood to wait");
+      await Promise.all([...flood, ask("small")]);
+      assert.ok(order.indexOf("small") <= 4, order.join(" "));
     } finally {
       await cluster.stop();
     }

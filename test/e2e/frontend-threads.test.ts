@@ -155,6 +155,33 @@ describe("two frontend threads", { timeout: 120_000 }, () => {
     }
   });
 
+  test("show each other's requests to operators, and end them", async () => {
+    const list = () => json<{ total: number; data: { id: string }[] }>(call(cluster, "/v1/admin/requests"));
+    // Two whose client does not read, so that they stay; on connections of their own, most likely one for each thread.
+    const held = ["held-1", "held-2"].map((id) => {
+      const headers = { "content-type": "application/json", "x-request-id": id };
+      const sent = request(`${cluster.baseUrl}/v1/completions`, { method: "POST", headers, agent: false });
+      sent.on("error", () => undefined);
+      sent.end(JSON.stringify({ model: "echo", prompt: "abc", max_tokens: 8_000, n: 16, stream: true }));
+      return sent;
+    });
+    try {
+      await until(async () => (await list()).total === 2, "both to be listed");
+      for (let i = 0; i < 8; i++) {
+        const { data } = await list();
+        assert.deepEqual(data.map(({ id }) => id).toSorted(), ["held-1", "held-2"]);
+      }
+      for (const id of ["held-1", "held-2"]) {
+        const url = `${cluster.baseUrl}/v1/admin/requests/${id}`;
+        assert.equal((await fetch(url, { method: "DELETE", headers: { connection: "close" } })).status, 200);
+        assert.equal((await fetch(url, { method: "DELETE", headers: { connection: "close" } })).status, 404);
+      }
+      assert.equal((await list()).total, 0);
+    } finally {
+      for (const sent of held) sent.destroy();
+    }
+  });
+
   test("a second frontend on their port is refused", async () => {
     const command = join(import.meta.dirname, "..", "..", "bin", "dynamo.mjs");
     const flags = [`--http-port=${cluster.port}`, "--frontend-threads=2", "--log=error"];
