@@ -54,7 +54,7 @@ describe("deadlines and stage limits", () => {
     const engine = mockerConfig({ contextLength: 200_000, maxSequences: 8, totalBlocks: 20_000 });
     const cluster = await startInProcessCluster({ worker: { engine, modelName: "mock" } });
     try {
-      const load = cluster.workers[0]!.load;
+      const load = () => cluster.workers[0]!.load();
       const startMs = performance.now();
       const whole = await post(cluster, { model: "mock", headers: { "x-request-timeout-ms": "300" } });
       assert.equal(whole.status, 504);
