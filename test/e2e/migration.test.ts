@@ -500,6 +500,40 @@ describe("migration between real engines", { timeout: 120_000 }, () => {
     }
   });
 
+  test("a full worker takes over what runs on a lost one, though it refuses new requests", async () => {
+    const cluster = await startInProcessCluster({
+      workers: 2,
+      worker: { engine: { ...SLOW_ECHO, maxSequences: 4 }, maxQueuedRequests: 0 },
+    });
+    try {
+      const ask = async (): Promise<{ status: number; answer: Answer }> => {
+        const response = await fetch(`${cluster.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "echo", prompt: "abc", max_tokens: 200 }),
+        });
+        return { status: response.status, answer: (await response.json()) as Answer };
+      };
+      const asked = Promise.all(Array.from({ length: 8 }, ask));
+      await until(
+        () => cluster.workers.every((worker) => worker.load().generatedTokens > 20),
+        "both workers to be full",
+      );
+      cluster.kill(await cluster.addressOf(cluster.workers[0]!.instanceId));
+      await until(
+        async () => (await metric(cluster.baseUrl, "dynamo_frontend_model_migration_total")) === 4,
+        "four to move",
+      );
+      assert.equal((await ask()).status, 529, "no room for a new one");
+      for (const { status, answer } of await asked) {
+        assert.equal(status, 200);
+        assert.equal(answer.choices[0]!.text, "abc".repeat(67).slice(0, 200));
+      }
+    } finally {
+      await cluster.stop();
+    }
+  });
+
   test("echo: a worker that leaves hands over what does not finish in its time, and no client notices", async () => {
     const cluster = await startInProcessCluster({ workers: 2, worker: { engine: SLOW_ECHO } });
     try {
