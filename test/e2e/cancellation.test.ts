@@ -164,7 +164,7 @@ describe("a client that leaves", { timeout: 120_000 }, () => {
       const worker = cluster.workers[0]!;
       const leavers = Array.from({ length: 8 }, () => ask(cluster.baseUrl, {}));
       await until(() => worker.load().runningRequests === 8, "all to run");
-      for (const { leave } of leavers) leave();
+      for (const leaver of leavers) leaver.leave();
       await Promise.all(leavers.map(({ ended }) => ended));
       await assertAtRest(cluster);
       const { steps } = worker.load();
