@@ -80,6 +80,20 @@ function supervise(script: string, options: Partial<SupervisedOptions> = {}): Wa
   return { child, seen };
 }
 
+test("a child that is told to leave by somebody else finishes, and is started again without back-off", async () => {
+  const { child, seen } = supervise("ready()");
+  child.start();
+  await child.ready;
+  for (let i = 0; i < 3; i++) {
+    const { pid } = child;
+    process.kill(pid!, "SIGTERM");
+    await seen(/leaving/);
+    await seen(/ended with exit code 0; restarting in 0.2 s/);
+    await seen(/serves again/);
+    assert.notEqual(child.pid, pid);
+  }
+});
+
 test("back-off: doubles from 0.2 s to 10 s, and starts over after half a minute of health", () => {
   const backOff = new RestartBackOff();
   const pauses = Array.from({ length: 8 }, () => backOff.next(1_000));

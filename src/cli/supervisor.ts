@@ -11,7 +11,8 @@ import { RestartBackOff } from "./restart-back-off.ts";
  *
  * The child says over its IPC channel when it serves; the same channel tells it when we are gone, even by SIGKILL. A child
  * that ends by itself before it ever served has a reason that a restart does not cure (a wrong file, a taken port): that
- * fails `ready`. One that a signal ended is started again in any case.
+ * fails `ready`. One that a signal ended is started again in any case, and one that left in order: SIGTERM to it is a
+ * restart, without the back-off of a crash.
  */
 export interface SupervisedOptions {
   /** Shown in front of its lines: `worker-0`. */
@@ -76,12 +77,13 @@ export class SupervisedProcess {
     child.on("message", (message) => this.#onMessage(message));
     // Sending a signal to a child that is just gone is no error worth a word; not being able to start is.
     child.once("error", (error) => {
-      if (child.pid === undefined) this.#onEnd(child, `could not be started: ${error.message}`, false);
+      if (child.pid === undefined)
+        this.#onEnd(child, `could not be started: ${error.message}`, { bySignal: false, inOrder: false });
     });
     // `close` and not `exit`: its last lines were read by then.
     child.once("close", (code, signal) => {
       const how = signal === null ? `ended with exit code ${code}` : `was ended by ${signal}`;
-      this.#onEnd(child, how, signal !== null);
+      this.#onEnd(child, how, { bySignal: signal !== null, inOrder: code === 0 });
     });
   }
 
@@ -101,7 +103,7 @@ export class SupervisedProcess {
     this.#ready.resolve(ready.facts);
   }
 
-  #onEnd(child: ChildProcess, how: string, bySignal: boolean): void {
+  #onEnd(child: ChildProcess, how: string, { bySignal, inOrder }: { bySignal: boolean; inOrder: boolean }): void {
     if (this.#child !== child) return;
     this.#child = undefined;
     if (this.#stopping) {
@@ -116,7 +118,8 @@ export class SupervisedProcess {
       return;
     }
     const { clock, onNotice } = this.#options;
-    const pauseMs = this.#backOff.next(clock.monotonicMs() - this.#startedMs);
+    // Somebody told it to leave, and it finished what it had: a restart that was asked for is no crash.
+    const pauseMs = this.#backOff.next(inOrder ? Infinity : clock.monotonicMs() - this.#startedMs);
     onNotice(`${this.name} (pid ${child.pid}) ${how}; restarting in ${pauseMs / 1_000} s`);
     this.#restartTimer = clock.setTimer(pauseMs, () => this.start());
   }

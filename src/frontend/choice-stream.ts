@@ -70,6 +70,7 @@ export class ChoiceStream implements AttemptOwner {
   /** undefined: no traces are exported. */
   readonly #trace: ChoiceTrace | undefined;
   #refusals = 0;
+  #refusal: DynamoError | undefined;
   #hasEngineFailed = false;
   /** Why the last attempt ended, and when: -1 = no migration under way. */
   #lastFailure: DynamoError | undefined;
@@ -415,6 +416,7 @@ export class ChoiceStream implements AttemptOwner {
     this.#attempt = undefined;
     this.#excluded.add(decision.instanceId);
     this.#lastFailure = error;
+    if (REFUSALS.has(error.reason)) this.#refusal = error;
     const { clock, logger } = this.#run.planes;
     if (this.#migratingSinceMs < 0) this.#migratingSinceMs = clock.monotonicMs();
     this.#run.model.metrics.migration(this.#count > 0 ? "ongoing_request" : "new_request");
@@ -464,7 +466,8 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#ended) return;
     this.#attempt?.abandon(outcome, error);
     this.#close(outcome);
-    this.#run.choiceFailed(this, error);
+    // Some worker was full and the others are gone: full is what a client can do something about.
+    this.#run.choiceFailed(this, isWorkerFault(error.reason) ? (this.#refusal ?? error) : error);
   }
 
   #close(outcome: string): void {

@@ -359,7 +359,7 @@ export class ModelRegistry {
     const preprocessor = await Preprocessor.create(
       decodeArtifact(bytes),
       card,
-      this.#planes.clock,
+      clock,
       this.#tokenizerCacheBytes,
     );
     this.#evictIdle();
@@ -371,7 +371,7 @@ export class ModelRegistry {
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
       preprocessor,
       metrics: new ModelMetrics(metrics, card.name),
-      progress: new ProgressWatch({ clock: this.#planes.clock, limitMs: this.#stallLimitMs }),
+      progress: new ProgressWatch({ clock, limitMs: this.#stallLimitMs }),
       migration: this.#migration,
       places: new ModelPlaces(() => capacityOf(modelRouter.router.workers.length, card, this.#limits)),
       workerGauges: new Map(),

@@ -31,7 +31,7 @@ export interface GenerateServiceOptions {
   readonly clock: Clock;
   readonly logger: Logger;
   readonly tracing?: Tracing | undefined;
-  /** Streams taken at once, running and waiting; above it `worker-full`. */
+  /** Streams taken at once, running and waiting; above it `worker-full`. Continuations may go up to twice as many. */
   readonly maxStreams: number;
 }
 
@@ -55,13 +55,15 @@ export class GenerateService {
   readonly handle: EndpointHandler = (stream, payload): ServerStreamHandler => {
     const { engine, metrics, clock, maxStreams, logger } = this.#options;
     metrics.requestBytes.add(payload.length);
-    if (this.#active.size >= maxStreams) {
+    const request = decodeRequest(payload);
+    // An answer that is under way was let in by another worker, which is gone: it has room of its own, as much again.
+    const limit = request.resumedTokens === undefined ? maxStreams : 2 * maxStreams;
+    if (this.#active.size >= limit) {
       metrics.failed("worker-full");
       throw new DynamoError("worker-full", `the worker already has ${this.#active.size} requests`, {
         retryAfterMs: this.#rate.retryAfterMs(clock.monotonicMs()),
       });
     }
-    const request = decodeRequest(payload);
     const id = this.#takeId();
     const startMs = clock.monotonicMs();
     const span = this.#options.tracing?.span("handle_payload", stream.traceparent, {

@@ -2,7 +2,10 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { DynamoError, type Reason } from "../../src/errors/index.ts";
 import { mockerConfig } from "../../src/engines/mocker/index.ts";
+import { EchoEngine } from "../../src/engines/echo/echo-engine.ts";
 import type { EchoEngineConfig } from "../../src/engines/index.ts";
+import { ManualClock } from "../../src/std/index.ts";
+import type { WorkerParts } from "../../src/worker/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
 import {
   ECHO,
@@ -465,6 +468,67 @@ describe("migration between real engines", { timeout: 120_000 }, () => {
       );
       for (const worker of cluster.workers) assert.equal(worker.load().activeBlocks, 0);
       assert.equal(await bookings(cluster.baseUrl, "mocker"), 0);
+    } finally {
+      await cluster.stop();
+    }
+  });
+
+  test("a worker whose engine hangs finds out itself: it leaves with an error, and its streams go on elsewhere", async () => {
+    const cluster = await startInProcessCluster({ workers: 0, worker: { engine: SLOW_ECHO } });
+    try {
+      // Its time stands still: after the first token of a request it makes no step.
+      const makeEngine: WorkerParts["makeEngine"] = (config) =>
+        Promise.resolve(new EchoEngine(config as EchoEngineConfig, { clock: new ManualClock() }));
+      const hung = await cluster.addWorker({ engineStallMs: 300 }, { makeEngine });
+      await cluster.addWorker();
+      await cluster.settled(2);
+      const ask = async (): Promise<Answer> => {
+        const response = await fetch(`${cluster.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "echo", prompt: "abc", max_tokens: 50 }),
+        });
+        return (await response.json()) as Answer;
+      };
+      const asked = Promise.all(Array.from({ length: 6 }, ask));
+      await assert.rejects(hung.done, /hangs/);
+      for (const { choices } of await asked) assert.equal(choices[0]!.text, "abc".repeat(17).slice(0, 50));
+      await cluster.settled(1);
+      assert.equal(await metric(cluster.baseUrl, "dynamo_frontend_model_migration_total"), 3);
+    } finally {
+      await cluster.stop();
+    }
+  });
+
+  test("a full worker takes over what runs on a lost one, though it refuses new requests", async () => {
+    const cluster = await startInProcessCluster({
+      workers: 2,
+      worker: { engine: { ...SLOW_ECHO, maxSequences: 4 }, maxQueuedRequests: 0 },
+    });
+    try {
+      const ask = async (): Promise<{ status: number; answer: Answer }> => {
+        const response = await fetch(`${cluster.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "echo", prompt: "abc", max_tokens: 200 }),
+        });
+        return { status: response.status, answer: (await response.json()) as Answer };
+      };
+      const asked = Promise.all(Array.from({ length: 8 }, ask));
+      await until(
+        () => cluster.workers.every((worker) => worker.load().generatedTokens > 20),
+        "both workers to be full",
+      );
+      cluster.kill(await cluster.addressOf(cluster.workers[0]!.instanceId));
+      await until(
+        async () => (await metric(cluster.baseUrl, "dynamo_frontend_model_migration_total")) === 4,
+        "four to move",
+      );
+      assert.equal((await ask()).status, 529, "no room for a new one");
+      for (const { status, answer } of await asked) {
+        assert.equal(status, 200);
+        assert.equal(answer.choices[0]!.text, "abc".repeat(67).slice(0, 200));
+      }
     } finally {
       await cluster.stop();
     }

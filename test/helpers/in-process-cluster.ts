@@ -6,14 +6,14 @@ import { MemoryEventBus, MemoryEventPlane, type MemoryEventBusOptions } from "..
 import { MemoryNetwork, MemoryRequestPlane } from "../../src/runtime/request-plane/index.ts";
 import { startRouter, type RouterServiceConfig, type RunningRouter } from "../../src/router-service/index.ts";
 import { systemClock, SeededRandom } from "../../src/std/index.ts";
-import { startWorker, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
+import { startWorker, type RunningWorker, type WorkerConfig, type WorkerParts } from "../../src/worker/index.ts";
 
 export interface InProcessCluster {
   readonly baseUrl: string;
   readonly frontend: RunningFrontend;
   readonly frontendPlanes: Planes;
   readonly workers: RunningWorker[];
-  addWorker(overrides?: Partial<WorkerConfig>): Promise<RunningWorker>;
+  addWorker(overrides?: Partial<WorkerConfig>, parts?: WorkerParts): Promise<RunningWorker>;
   /** One more frontend on the same planes, as the first one but for `overrides`. */
   addFrontend(overrides?: InProcessOptions["frontend"]): Promise<InProcessFrontend>;
   /** A router service on the same planes. */
@@ -100,7 +100,7 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
   };
   const { baseUrl, frontend, planes: frontendPlanes } = await addFrontend();
   const workers: RunningWorker[] = [];
-  const addWorker = async (overrides: Partial<WorkerConfig> = {}): Promise<RunningWorker> => {
+  const addWorker = async (overrides: Partial<WorkerConfig> = {}, parts: WorkerParts = {}): Promise<RunningWorker> => {
     const worker = await startWorker(
       {
         namespace: "dynamo",
@@ -115,6 +115,7 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
       },
       planes(),
       never,
+      parts,
     );
     workers.push(worker);
     return worker;

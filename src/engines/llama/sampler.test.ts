@@ -43,7 +43,9 @@ void test("sampler: the same tokens as the naive one, over whole generations", (
       fc.array(fc.nat(750), { maxLength: 20 }),
       fc.array(fc.nat(750), { maxLength: 3 }),
       (rows, sampling, seed, prompt, suppress) => {
-        const options = { vocabularySize: rows[0]!.length, promptTokenIds: Uint32Array.from(prompt), seed };
+        const resumedTokenIds = Uint32Array.from(prompt.slice(0, prompt.length >> 1));
+        const promptTokenIds = Uint32Array.from(prompt);
+        const options = { vocabularySize: rows[0]!.length, promptTokenIds, resumedTokenIds, seed };
         const sampler = new Sampler(sampling, options);
         const naive = new NaiveSampler(sampling, options);
         for (const row of rows) {
@@ -190,4 +192,31 @@ void test("sampler: logprobs are those of the unmodified distribution", () => {
   const sampling = { ...GREEDY, temperature: 2, logitBias: [[1, 50]] as const };
   const sampler = new Sampler(sampling, { vocabularySize: 2, promptTokenIds: new Uint32Array(0), seed: 1 });
   assert.ok(Math.abs(sampler.logprobs(Float32Array.of(0, 0), 1, 0).logprob + Math.LN2) < 1e-6);
+});
+
+void test("sampler: one that resumes behind any token goes on as the one that drew them all", () => {
+  fc.assert(
+    fc.property(
+      aRow,
+      someSampling,
+      fc.nat(0xffffffff),
+      fc.array(fc.nat(750), { maxLength: 10 }),
+      fc.nat(12),
+      (logits, sampling, seed, prompt, cut) => {
+        const options = { vocabularySize: logits.length, promptTokenIds: Uint32Array.from(prompt), seed };
+        const whole = new Sampler(sampling, options);
+        const tokens = Array.from({ length: 12 }, () => {
+          const token = whole.sample(logits);
+          whole.accept(token);
+          return token;
+        });
+        const resumed = new Sampler(sampling, { ...options, resumedTokenIds: Uint32Array.from(tokens.slice(0, cut)) });
+        for (const token of tokens.slice(cut)) {
+          assert.equal(resumed.sample(logits), token);
+          resumed.accept(token);
+        }
+      },
+    ),
+    { numRuns: 200 },
+  );
 });
