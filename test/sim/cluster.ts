@@ -38,6 +38,15 @@ const DISCOVERY_DELAY_MS = 200;
 
 export type RoleKind = "frontend" | "worker";
 
+/** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
+export interface Trouble {
+  readonly fromMs: number;
+  untilMs: number;
+}
+
+/** After a role is ready: others have seen it in discovery, fetched its tokenizer and made a connection. */
+const JOINED_MS = 1_000;
+
 /** One place in the cluster: the role that runs there now, and its earlier lives. */
 export class Seat {
   readonly kind: RoleKind;
@@ -53,6 +62,7 @@ export class Seat {
   /** The supervisor's: false = stays down. */
   restarts = true;
   life = 0;
+  readonly troubles: Trouble[] = [];
 
   constructor(kind: RoleKind, host: string, process: SimProcess) {
     this.kind = kind;
@@ -93,10 +103,17 @@ export class Cluster {
     });
     this.#logger = pino(
       { level: "info", base: null, timestamp: false, messageKey: "message" },
-      { write: (line: string) => world.record(line.trimEnd()) },
+      { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
     for (let i = 0; i < shape.workers; i++) this.workers.push(this.#seat("worker", `w${i}`));
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
+  }
+
+  #onLogLine(line: string): void {
+    const { world } = this;
+    world.record(line.trimEnd());
+    if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
+    if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 
   get seats(): Seat[] {
@@ -128,6 +145,7 @@ export class Cluster {
         (role) => {
           if (seat.process !== process || process.state === "dead") return;
           seat.role = role;
+          this.#recovered(seat);
           this.world.record(`${process.name} is ready`);
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
           role.done.then(
@@ -144,6 +162,7 @@ export class Cluster {
   kill(seat: Seat, isSilent = false): void {
     const { process } = seat;
     if (process.state === "dead") return;
+    this.trouble(seat);
     this.world.record(`${process.name} is killed${isSilent ? " with its host" : ""}`);
     process.kill();
     this.network.closeAllOf(process, isSilent);
@@ -155,13 +174,25 @@ export class Cluster {
   drain(seat: Seat): void {
     if (!seat.isServing) return;
     seat.isDraining = true;
+    this.trouble(seat);
     const { role, process } = seat;
     this.world.record(`${process.name} is drained`);
     process.enqueue(() => void role!.drain(DRAIN_MS));
   }
 
+  /** The seat is in trouble, for a time or until its next life is up. */
+  trouble(seat: Seat, forMs = Infinity): void {
+    seat.troubles.push({ fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
+  }
+
+  #recovered({ troubles }: Seat): void {
+    const untilMs = this.world.nowMs + JOINED_MS;
+    for (const trouble of troubles) if (trouble.untilMs === Infinity) trouble.untilMs = untilMs;
+  }
+
   #exited(seat: Seat, process: SimProcess, how: string): void {
     if (seat.process !== process || process.state === "dead") return;
+    this.trouble(seat);
     this.world.record(`${process.name} exited: ${how}`);
     if (how.includes("lease was lost")) this.world.marks.mark("lease lost");
     const { planes } = seat;

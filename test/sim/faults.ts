@@ -87,6 +87,7 @@ export class Nemesis {
         const seat = this.#serving(kind === "freeze worker" ? workers : frontends);
         if (seat === undefined) return;
         took();
+        this.#cluster.trouble(seat, forMs);
         if (kind === "freeze frontend") marks.mark("frontend frozen");
         else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
         const { process } = seat;
@@ -113,6 +114,7 @@ export class Nemesis {
         const seat = this.#serving(workers);
         if (seat?.engine === undefined) return;
         took();
+        this.#cluster.trouble(seat);
         marks.mark("engine died");
         const { engine } = seat;
         seat.process.enqueue(() => void engine.die());
@@ -122,6 +124,7 @@ export class Nemesis {
         const seat = this.#serving(workers);
         if (seat?.engine === undefined) return;
         took();
+        this.#cluster.trouble(seat, forMs);
         if (isBusy(seat)) marks.mark("engine hung");
         const { engine, process } = seat;
         engine.hang();
@@ -147,6 +150,8 @@ export class Nemesis {
           ? { blocked: false, bytesPerMs: this.#draw.real(0.5, 50), extraLatencyMs: this.#draw.real(5, 300) }
           : { blocked: true, bytesPerMs: Infinity, extraLatencyMs: 0 };
         world.record(`${from} > ${to}: ${JSON.stringify(fault)}`);
+        for (const seat of this.#cluster.seats)
+          if (seat.host === from || seat.host === to) this.#cluster.trouble(seat, forMs);
         network.setFault(from, to, fault);
         if (kind !== "partition one way") network.setFault(to, from, fault);
         this.#later(forMs, () => {
@@ -161,7 +166,11 @@ export class Nemesis {
         );
         if (ends.length === 0) return;
         took();
-        this.#draw.pick(ends).reset();
+        const end = this.#draw.pick(ends);
+        for (const seat of this.#cluster.seats) {
+          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.trouble(seat, 0);
+        }
+        end.reset();
         return;
       }
       case "discovery unreachable":
@@ -171,6 +180,7 @@ export class Nemesis {
         took();
         marks.mark("discovery unreachable");
         const discoveries = chosen.flatMap(({ discovery }) => (discovery === undefined ? [] : [discovery]));
+        for (const seat of chosen) this.#cluster.trouble(seat, forMs);
         for (const discovery of discoveries) discovery.isReachable = false;
         this.#later(forMs, () => {
           for (const discovery of discoveries) discovery.isReachable = true;
