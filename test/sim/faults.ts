@@ -188,10 +188,13 @@ export class Nemesis {
         return;
       }
       case "revoke lease": {
-        const leases = [...new Set([...this.#cluster.store.entries.values()].map(({ entry }) => entry.leaseId))];
-        if (leases.length === 0) return;
+        const seat = this.#serving(workers);
+        const entries = [...this.#cluster.store.entries.values()];
+        const held = entries.find(({ entry }) => seat !== undefined && entry.key.includes(seat.worker!.instanceId));
+        if (seat === undefined || held === undefined) return;
         took();
-        this.#cluster.store.revoke(this.#draw.pick(leases));
+        this.#cluster.trouble(seat);
+        this.#cluster.store.revoke(held.entry.leaseId);
         return;
       }
       case "clock jump": {
