@@ -91,6 +91,9 @@ function checkProper(call: ClientCall, { hadFaults }: CallContext, bad: (what: s
   }
 }
 
+/** Workers that queue this many push nobody back: a run has fewer requests. */
+export const PLENTY_QUEUED = 64;
+
 /** Migrations per choice, the product's default. */
 const MIGRATIONS = 3;
 
@@ -98,7 +101,9 @@ const MIGRATIONS = 3;
  * A request whose frontend was well, and for which one worker was well all the time, is answered, whatever happened to the
  * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity.
  */
-function checkSurvival(call: ClientCall, { frontends, workers }: Cluster, bad: (what: string) => void): void {
+function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
+  // The well one may have been full, and the one after it broken.
+  if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
   if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;
   if (OVERLOAD_CODES.has(call.code) || call.code === "request_deadline") return;
   const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;

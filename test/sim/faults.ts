@@ -180,7 +180,6 @@ export class Nemesis {
         took();
         marks.mark("discovery unreachable");
         const discoveries = chosen.flatMap(({ discovery }) => (discovery === undefined ? [] : [discovery]));
-        for (const seat of chosen) this.#cluster.trouble(seat, forMs);
         for (const discovery of discoveries) discovery.isReachable = false;
         this.#later(forMs, () => {
           for (const discovery of discoveries) discovery.isReachable = true;
@@ -193,7 +192,8 @@ export class Nemesis {
         const held = entries.find(({ entry }) => seat !== undefined && entry.key.includes(seat.worker!.instanceId));
         if (seat === undefined || held === undefined) return;
         took();
-        this.#cluster.trouble(seat);
+        // Nobody knows it until it has registered again.
+        this.#cluster.trouble(seat, 0);
         this.#cluster.store.revoke(held.entry.leaseId);
         return;
       }

@@ -1,7 +1,7 @@
 import { mockerConfig } from "../../src/engines/mocker/index.ts";
 import { DEFAULT_LIMITS } from "../../src/frontend/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
-import { checkAtRest, checkCalls, checkHealthy, type CallContext } from "./checkers.ts";
+import { PLENTY_QUEUED, checkAtRest, checkCalls, checkHealthy, type CallContext } from "./checkers.ts";
 import { ClientCall } from "./client.ts";
 import { Cluster, MODEL, type ClusterShape } from "./cluster.ts";
 import { EventLog } from "./event-log.ts";
@@ -104,7 +104,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     frontends: draw.int(1, 3),
     workers: draw.int(1, 5),
     engine,
-    maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : 64,
+    maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),
