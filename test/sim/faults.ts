@@ -29,6 +29,8 @@ export interface PlannedFault {
   readonly kind: FaultKind;
   readonly atMs: number;
   readonly forMs: number;
+  /** Index of the worker or frontend. @default drawn when it happens */
+  readonly seat?: number;
 }
 
 export function planFaults(count: number, spanMs: number, kinds: readonly FaultKind[], random: Random): PlannedFault[] {
@@ -64,7 +66,7 @@ export class Nemesis {
     this.#cluster.eventsAreLost = false;
   }
 
-  #strike({ kind, forMs }: PlannedFault): void {
+  #strike({ kind, forMs, seat: wanted }: PlannedFault): void {
     const { world, network, workers, frontends } = this.#cluster;
     const { marks } = world;
     const took = (): void => {
@@ -74,7 +76,7 @@ export class Nemesis {
     switch (kind) {
       case "kill worker":
       case "power off worker": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat === undefined) return;
         took();
         if (kind === "power off worker") marks.mark("worker host lost power");
@@ -84,7 +86,7 @@ export class Nemesis {
       }
       case "freeze worker":
       case "freeze frontend": {
-        const seat = this.#serving(kind === "freeze worker" ? workers : frontends);
+        const seat = this.#serving(kind === "freeze worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
         this.#cluster.trouble(seat, forMs);
@@ -102,7 +104,7 @@ export class Nemesis {
       }
       case "drain worker":
       case "drain frontend": {
-        const seat = this.#serving(kind === "drain worker" ? workers : frontends);
+        const seat = this.#serving(kind === "drain worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
         if (isBusy(seat))
@@ -111,7 +113,7 @@ export class Nemesis {
         return;
       }
       case "engine dies": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat?.engine === undefined) return;
         took();
         this.#cluster.trouble(seat);
@@ -121,7 +123,7 @@ export class Nemesis {
         return;
       }
       case "engine hangs": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat?.engine === undefined) return;
         took();
         this.#cluster.trouble(seat, forMs);
@@ -132,7 +134,7 @@ export class Nemesis {
         return;
       }
       case "kill frontend": {
-        const seat = this.#serving(frontends);
+        const seat = this.#serving(frontends, wanted);
         if (seat === undefined) return;
         took();
         if (isBusy(seat)) marks.mark("frontend killed mid-stream");
@@ -187,7 +189,7 @@ export class Nemesis {
         return;
       }
       case "revoke lease": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         const entries = [...this.#cluster.store.entries.values()];
         const held = entries.find(({ entry }) => seat !== undefined && entry.key.includes(seat.worker!.instanceId));
         if (seat === undefined || held === undefined) return;
@@ -215,8 +217,8 @@ export class Nemesis {
     this.#cluster.world.timer(forMs, undo);
   }
 
-  #serving(seats: readonly Seat[]): Seat | undefined {
-    const serving = seats.filter((seat) => seat.isServing);
+  #serving(seats: readonly Seat[], wanted: number | undefined): Seat | undefined {
+    const serving = seats.filter((seat, index) => seat.isServing && (wanted ?? index) === index);
     return serving.length === 0 ? undefined : this.#draw.pick(serving);
   }
 

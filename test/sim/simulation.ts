@@ -18,8 +18,10 @@ export interface RunOptions {
   readonly seed: number;
   /** Log lines kept for people. @default 200 */
   readonly keepLines?: number;
-  /** @default drawn */
+  /** Only these kinds. @default all */
   readonly faults?: readonly FaultKind[];
+  /** Changes what the seed planned: for scenes of a known bug. */
+  readonly change?: (plan: RunPlan) => RunPlan;
 }
 
 export interface RunResult {
@@ -44,11 +46,12 @@ const RECOVER_MS = 14_000;
 const PROBES = 4;
 const START_LIMIT_MS = 10_000;
 
-export async function runSeed({ seed, keepLines = 200, faults }: RunOptions): Promise<RunResult> {
+export async function runSeed({ seed, keepLines = 200, faults, change }: RunOptions): Promise<RunResult> {
   const log = new EventLog(keepLines);
   const marks = new Marks();
   const world = new World(seed, log, marks);
-  const plan = planRun(seed, faults);
+  const drawn = planRun(seed, faults);
+  const plan = change?.(drawn) ?? drawn;
   const cluster = new Cluster(world, plan.cluster);
   const violations: string[] = [];
   const run = new Run(world, cluster, plan, violations);
