@@ -76,7 +76,13 @@ function checkHostile(
     if (!hadFaults) bad(`its connection broke without a fault: ${broken}`);
     return;
   }
-  if (outcome === "refused" && (statuses.includes(status) || (isTrouble(code) && hadFaults))) return;
+  // Some are only seen to be wrong once they have a place and the prompt its tokens.
+  if (
+    outcome === "refused" &&
+    (statuses.includes(status) || OVERLOAD_CODES.has(code) || (isTrouble(code) && hadFaults))
+  ) {
+    return;
+  }
   bad(`a hostile body got ${outcome} ${status} ${code}: ${plan.body.slice(0, 120)}`);
 }
 

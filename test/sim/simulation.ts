@@ -42,7 +42,7 @@ export interface RunResult {
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
-const RECOVER_MS = 14_000;
+const RECOVER_MS = 7_000;
 const PROBES = 4;
 const START_LIMIT_MS = 10_000;
 
@@ -129,7 +129,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     model: MODEL,
     vocabularySize: mockerConfig(engine).vocabularySize,
     contextLength,
-    maxTokens: draw.pick([8, 24, 64]),
+    maxTokens: draw.pick([8, 24, 64, 128]),
     oddShare: 0.1,
   };
   const faultCount = draw.chance(0.15) ? 0 : draw.int(1, 6);
