@@ -1,5 +1,5 @@
 import type { ClientCall } from "./client.ts";
-import { MODEL, type Cluster, type Trouble } from "./cluster.ts";
+import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
 import type { Marks } from "./marks.ts";
 import type { RunPlan } from "./simulation.ts";
 
@@ -20,6 +20,7 @@ const FAULT_CODES = new Set([
   "draining",
   "worker_lost",
   "worker_unreachable",
+  "worker_stalled",
   "engine_failed",
   "engine_stopped",
   "request_deadline",
@@ -52,6 +53,7 @@ export function checkCalls(
     else {
       checkProper(call, context, bad);
       checkSurvival(call, cluster, bad);
+      checkDrain(call, cluster, bad);
     }
   }
 }
@@ -123,6 +125,21 @@ function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster,
     `${call.outcome} ${call.status} ${call.code}, though ${left} could have answered and only ${hits} faults hit workers`,
   );
 }
+
+/** A frontend that drains finishes what it has begun, as far as its grace goes. */
+function checkDrain(call: ClientCall, { frontends }: Cluster, bad: (what: string) => void): void {
+  if (call.outcome !== "cut off" || call.plan.behaviour.kind !== "reads") return;
+  const { troubles } = frontends.find(({ host }) => host === call.host)!;
+  const hits = troubles.filter(({ fromMs, untilMs }) => fromMs <= call.endedMs && untilMs >= call.startedMs);
+  const isOnlyDrained = hits.length > 0 && hits.every(({ isDrain }) => isDrain);
+  // One that came after the drain began may find the door closing.
+  if (!isOnlyDrained || call.startedMs > hits[0]!.fromMs - MARGIN_OF_ARRIVAL_MS) return;
+  if (call.endedMs < hits[0]!.fromMs + DRAIN_MS - 100)
+    bad("cut off by a frontend that drained, before its grace was over");
+}
+
+/** A request that is still on its way to the frontend. */
+const MARGIN_OF_ARRIVAL_MS = 50;
 
 function isTrouble(code: string): boolean {
   return FAULT_CODES.has(code) || OVERLOAD_CODES.has(code);

@@ -22,7 +22,7 @@ export interface ClusterShape {
   readonly frontends: number;
   readonly workers: number;
   readonly engine: Partial<Omit<MockerEngineConfig, "kind">>;
-  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits">;
+  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs">;
   readonly maxQueuedRequests: number;
   /** Share of the events, beacons and replay requests that get lost while faults go on. */
   readonly eventLossShare: number;
@@ -33,7 +33,7 @@ export const HTTP_PORT = 80;
 const RESTART_MS = 1_000;
 /** Shorter than the product's default, so that a run need not wait so long for the dead to be forgotten. */
 const LEASE_TTL_MS = 4_000;
-const DRAIN_MS = 5_000;
+export const DRAIN_MS = 5_000;
 /** The contract's bound on how late watchers are told. */
 const DISCOVERY_DELAY_MS = 200;
 
@@ -41,6 +41,8 @@ export type RoleKind = "frontend" | "worker";
 
 /** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
 export interface Trouble {
+  /** Told to end, not ended: what it has begun it must finish. */
+  readonly isDrain: boolean;
   readonly fromMs: number;
   untilMs: number;
 }
@@ -176,15 +178,15 @@ export class Cluster {
   drain(seat: Seat): void {
     if (!seat.isServing) return;
     seat.isDraining = true;
-    this.trouble(seat);
+    this.trouble(seat, Infinity, true);
     const { role, process } = seat;
     this.world.record(`${process.name} is drained`);
     process.enqueue(() => void role!.drain(DRAIN_MS));
   }
 
   /** The seat is in trouble, for a time or until its next life is up. */
-  trouble(seat: Seat, forMs = Infinity): void {
-    seat.troubles.push({ fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
+  trouble(seat: Seat, forMs = Infinity, isDrain = false): void {
+    seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
   }
 
   #recovered({ troubles }: Seat): void {
@@ -194,7 +196,7 @@ export class Cluster {
 
   #exited(seat: Seat, process: SimProcess, how: string): void {
     if (seat.process !== process || process.state === "dead") return;
-    this.trouble(seat);
+    if (!seat.isDraining) this.trouble(seat);
     this.world.record(`${process.name} exited: ${how}`);
     const { planes } = seat;
     // What `cli/` does after a role: close the planes, then the process ends.

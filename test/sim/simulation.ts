@@ -112,6 +112,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),
       routerReplicaSync: draw.chance(0.4),
+      stallLimitMs: draw.pick([1_500, 5_000, 30_000]),
       ...(draw.chance(0.2) ? { router: { queueThreshold: draw.real(0.2, 2) } } : {}),
       limits: {
         ...DEFAULT_LIMITS,
