@@ -286,6 +286,7 @@ export class ModelRegistry {
       return;
     }
     let loading = this.#loading.get(card.name);
+    const isFromThisOne = loading === undefined;
     if (loading === undefined) {
       loading = this.#load(instance, card);
       this.#loading.set(card.name, loading);
@@ -295,6 +296,8 @@ export class ModelRegistry {
     loading.then(
       () => this.#join(instanceId),
       (thrown: unknown) => {
+        // Another worker could not give it, a dead one maybe that discovery still knows: this one is asked next.
+        if (!isFromThisOne) return this.#join(instanceId);
         const error = toDynamoError(thrown);
         record.problem = error.publicMessage;
         this.#logger.warn(

@@ -1,5 +1,6 @@
 import type { ClientCall } from "./client.ts";
-import { MODEL, type Cluster } from "./cluster.ts";
+import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
+import type { Marks } from "./marks.ts";
 import type { RunPlan } from "./simulation.ts";
 
 /** What must hold, whatever happened. Each checker adds one line per violation. */
@@ -19,6 +20,7 @@ const FAULT_CODES = new Set([
   "draining",
   "worker_lost",
   "worker_unreachable",
+  "worker_stalled",
   "engine_failed",
   "engine_stopped",
   "request_deadline",
@@ -36,7 +38,6 @@ export function checkCalls(
   cluster: Cluster,
   violations: string[],
 ): void {
-  const { marks } = cluster.world;
   for (const call of calls) {
     const bad = (what: string): void => void violations.push(`${call.plan.id} at ${call.host}: ${what}`);
     for (const problem of call.problems) bad(problem);
@@ -47,39 +48,98 @@ export function checkCalls(
     checkTime(call, context, plan, bad);
     const { behaviour } = call.plan;
     if (behaviour.kind === "garbage") continue;
-    if (call.outcome === "refused") {
-      marks.mark("request failed before its headers");
-      if (call.status === 529) marks.mark("request refused for overload");
-      if (call.code === "draining") marks.mark("request refused while draining");
-    }
-    if (call.outcome === "failed") marks.mark("stream failed after its headers");
-    if (call.code === "request_deadline") marks.mark("request ran out of time");
-    if (call.outcome === "cut off")
-      marks.mark(
-        behaviour.kind === "reads slowly" && !context.hadFaults
-          ? "client cut off as a slow reader"
-          : "connection lost with its frontend",
-      );
-    if (behaviour.kind === "hostile") {
-      const isExpected = call.outcome === "refused" && behaviour.statuses.includes(call.status);
-      const isExcused =
-        call.outcome === "cut off" || (call.outcome === "refused" && isTrouble(call.code) && context.hadFaults);
-      if (!isExpected && !isExcused)
-        bad(`a hostile body got ${call.outcome} ${call.status} ${call.code}: ${call.plan.body.slice(0, 120)}`);
-      if (call.outcome === "cut off" && !context.hadFaults) bad("its connection broke without a fault");
-      continue;
-    }
-    if (call.outcome === "refused" || call.outcome === "failed") {
-      if (OVERLOAD_CODES.has(call.code)) continue;
-      if (call.code === "request_deadline") continue;
-      if (!isTrouble(call.code)) bad(`a proper request got ${call.status} ${call.code}`);
-      else if (!context.hadFaults) bad(`got ${call.status} ${call.code} without a fault`);
-    }
-    if (call.outcome === "cut off" && !context.hadFaults && behaviour.kind !== "reads slowly") {
-      bad(`its connection broke without a fault: ${call.broken}`);
+    markOutcome(call, cluster.world.marks);
+    if (behaviour.kind === "hostile") checkHostile(call, behaviour.statuses, context, bad);
+    else {
+      checkProper(call, context, bad);
+      checkSurvival(call, cluster, bad);
+      checkDrain(call, cluster, bad);
     }
   }
 }
+
+function markOutcome({ outcome, status, code }: ClientCall, marks: Marks): void {
+  if (outcome === "refused") marks.mark("request failed before its headers");
+  if (outcome === "refused" && status === 529) marks.mark("request refused for overload");
+  if (outcome === "refused" && code === "draining") marks.mark("request refused while draining");
+  if (outcome === "failed") marks.mark("stream failed after its headers");
+  if (outcome === "unreachable") marks.mark("frontend unreachable");
+  if (outcome === "cut off") marks.mark("connection lost with its frontend");
+  if (code === "request_deadline") marks.mark("request ran out of time");
+}
+
+function checkHostile(
+  { outcome, status, code, broken, plan }: ClientCall,
+  statuses: readonly number[],
+  { hadFaults }: CallContext,
+  bad: (what: string) => void,
+): void {
+  if (broken !== undefined) {
+    if (!hadFaults) bad(`its connection broke without a fault: ${broken}`);
+    return;
+  }
+  // Some are only seen to be wrong once they have a place and the prompt its tokens.
+  if (
+    outcome === "refused" &&
+    (statuses.includes(status) || OVERLOAD_CODES.has(code) || (isTrouble(code) && hadFaults))
+  ) {
+    return;
+  }
+  bad(`a hostile body got ${outcome} ${status} ${code}: ${plan.body.slice(0, 120)}`);
+}
+
+function checkProper(call: ClientCall, { hadFaults }: CallContext, bad: (what: string) => void): void {
+  const { outcome, status, code, broken, plan } = call;
+  if (outcome === "refused" || outcome === "failed") {
+    if (OVERLOAD_CODES.has(code) || code === "request_deadline") return;
+    if (!isTrouble(code)) bad(`a proper request got ${status} ${code}`);
+    else if (!hadFaults) bad(`got ${status} ${code} without a fault`);
+  } else if (broken !== undefined && !hadFaults && plan.behaviour.kind !== "reads slowly") {
+    bad(`its connection broke without a fault: ${broken}`);
+  }
+}
+
+/** Workers that queue this many push nobody back: a run has fewer requests. */
+export const PLENTY_QUEUED = 64;
+
+/** Migrations per choice, the product's default. */
+const MIGRATIONS = 3;
+
+/**
+ * A request whose frontend was well, and for which one worker was well all the time, is answered, whatever happened to the
+ * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity.
+ */
+function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
+  // The well one may have been full, and the one after it broken.
+  if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
+  if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;
+  if (OVERLOAD_CODES.has(call.code) || call.code === "request_deadline") return;
+  const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;
+  const frontend = frontends.find(({ host }) => host === call.host)!;
+  if (frontend.troubles.some(isHit)) return;
+  const steady = workers.filter(({ troubles }) => !troubles.some(isHit));
+  const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);
+  if (steady.length === 0 || hits > MIGRATIONS) return;
+  const left = steady.map(({ host }) => host).join();
+  bad(
+    `${call.outcome} ${call.status} ${call.code}, though ${left} could have answered and only ${hits} faults hit workers`,
+  );
+}
+
+/** A frontend that drains finishes what it has begun, as far as its grace goes. */
+function checkDrain(call: ClientCall, { frontends }: Cluster, bad: (what: string) => void): void {
+  if (call.outcome !== "cut off" || call.plan.behaviour.kind !== "reads") return;
+  const { troubles } = frontends.find(({ host }) => host === call.host)!;
+  const hits = troubles.filter(({ fromMs, untilMs }) => fromMs <= call.endedMs && untilMs >= call.startedMs);
+  const isOnlyDrained = hits.length > 0 && hits.every(({ isDrain }) => isDrain);
+  // One that came after the drain began may find the door closing.
+  if (!isOnlyDrained || call.startedMs > hits[0]!.fromMs - MARGIN_OF_ARRIVAL_MS) return;
+  if (call.endedMs < hits[0]!.fromMs + DRAIN_MS - 100)
+    bad("cut off by a frontend that drained, before its grace was over");
+}
+
+/** A request that is still on its way to the frontend. */
+const MARGIN_OF_ARRIVAL_MS = 50;
 
 function isTrouble(code: string): boolean {
   return FAULT_CODES.has(code) || OVERLOAD_CODES.has(code);
@@ -136,6 +196,10 @@ export function checkAtRest(cluster: Cluster, violations: string[]): void {
   for (const seat of cluster.frontends) {
     const { frontend, process } = seat;
     const model = frontend!.models.find(MODEL)!;
+    for (const kind of ["incremental", "full"]) {
+      const restores = seat.planes!.metrics.counter("dynamo_router_kv_restores_total").labels(kind, "ok");
+      if (restores.value > 0) cluster.world.marks.mark(`index restored: ${kind as "incremental" | "full"}`);
+    }
     if (frontend!.pipeline.live.size > 0) {
       violations.push(`${process.name} still has ${frontend!.pipeline.live.size} requests`);
     }

@@ -14,6 +14,8 @@ export type Outcome =
   | "failed"
   /** The connection ended before the answer was whole. */
   | "cut off"
+  /** There was no connection. */
+  | "unreachable"
   | "left";
 
 /** One planned call under way, and the judgement of what came back. Whatever is wrong is in `problems`. */
@@ -87,7 +89,8 @@ export class ClientCall {
     const { status, isWhole, body } = this.#call;
     if (!isWhole) {
       this.#checkPart(body);
-      this.#end("cut off");
+      const isUnreachable = this.broken === "ECONNREFUSED" || this.broken === "ETIMEDOUT";
+      this.#end(isUnreachable ? "unreachable" : "cut off");
     } else if (status !== 200) {
       this.#checkError(body);
       this.#end("refused");

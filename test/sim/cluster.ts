@@ -22,7 +22,7 @@ export interface ClusterShape {
   readonly frontends: number;
   readonly workers: number;
   readonly engine: Partial<Omit<MockerEngineConfig, "kind">>;
-  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits">;
+  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs">;
   readonly maxQueuedRequests: number;
   /** Share of the events, beacons and replay requests that get lost while faults go on. */
   readonly eventLossShare: number;
@@ -31,12 +31,24 @@ export interface ClusterShape {
 export const MODEL = "mock";
 export const HTTP_PORT = 80;
 const RESTART_MS = 1_000;
-const LEASE_TTL_MS = 10_000;
-const DRAIN_MS = 5_000;
+/** Shorter than the product's default, so that a run need not wait so long for the dead to be forgotten. */
+const LEASE_TTL_MS = 4_000;
+export const DRAIN_MS = 5_000;
 /** The contract's bound on how late watchers are told. */
 const DISCOVERY_DELAY_MS = 200;
 
 export type RoleKind = "frontend" | "worker";
+
+/** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
+export interface Trouble {
+  /** Told to end, not ended: what it has begun it must finish. */
+  readonly isDrain: boolean;
+  readonly fromMs: number;
+  untilMs: number;
+}
+
+/** After a role is ready: others have seen it in discovery, fetched its tokenizer and made a connection. */
+const JOINED_MS = 1_000;
 
 /** One place in the cluster: the role that runs there now, and its earlier lives. */
 export class Seat {
@@ -53,6 +65,7 @@ export class Seat {
   /** The supervisor's: false = stays down. */
   restarts = true;
   life = 0;
+  readonly troubles: Trouble[] = [];
 
   constructor(kind: RoleKind, host: string, process: SimProcess) {
     this.kind = kind;
@@ -93,10 +106,18 @@ export class Cluster {
     });
     this.#logger = pino(
       { level: "info", base: null, timestamp: false, messageKey: "message" },
-      { write: (line: string) => world.record(line.trimEnd()) },
+      { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
     for (let i = 0; i < shape.workers; i++) this.workers.push(this.#seat("worker", `w${i}`));
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
+  }
+
+  #onLogLine(line: string): void {
+    const { world } = this;
+    world.record(line.trimEnd());
+    if (line.includes("lease was lost: registering again")) world.marks.mark("lease lost");
+    if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
+    if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 
   get seats(): Seat[] {
@@ -128,6 +149,7 @@ export class Cluster {
         (role) => {
           if (seat.process !== process || process.state === "dead") return;
           seat.role = role;
+          this.#recovered(seat);
           this.world.record(`${process.name} is ready`);
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
           role.done.then(
@@ -144,6 +166,7 @@ export class Cluster {
   kill(seat: Seat, isSilent = false): void {
     const { process } = seat;
     if (process.state === "dead") return;
+    this.trouble(seat);
     this.world.record(`${process.name} is killed${isSilent ? " with its host" : ""}`);
     process.kill();
     this.network.closeAllOf(process, isSilent);
@@ -155,15 +178,26 @@ export class Cluster {
   drain(seat: Seat): void {
     if (!seat.isServing) return;
     seat.isDraining = true;
+    this.trouble(seat, Infinity, true);
     const { role, process } = seat;
     this.world.record(`${process.name} is drained`);
     process.enqueue(() => void role!.drain(DRAIN_MS));
   }
 
+  /** The seat is in trouble, for a time or until its next life is up. */
+  trouble(seat: Seat, forMs = Infinity, isDrain = false): void {
+    seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
+  }
+
+  #recovered({ troubles }: Seat): void {
+    const untilMs = this.world.nowMs + JOINED_MS;
+    for (const trouble of troubles) if (trouble.untilMs === Infinity) trouble.untilMs = untilMs;
+  }
+
   #exited(seat: Seat, process: SimProcess, how: string): void {
     if (seat.process !== process || process.state === "dead") return;
+    if (!seat.isDraining) this.trouble(seat);
     this.world.record(`${process.name} exited: ${how}`);
-    if (how.includes("lease was lost")) this.world.marks.mark("lease lost");
     const { planes } = seat;
     // What `cli/` does after a role: close the planes, then the process ends.
     const closing = Promise.all([planes!.events.close(), planes!.request.close(), planes!.discovery.close()]);
@@ -197,13 +231,14 @@ export class Cluster {
     const logger = this.#logger.child({ p: process.name });
     const metrics = new Metrics();
     const later = (maxMs: number) => (run: () => void) => {
-      this.world.timer(this.#random.nextFloat() * maxMs, () => process.enqueue(run));
+      this.world.timer(this.#random.nextFloat() * maxMs, () => process.interrupt(run));
     };
     const discovery = new MemoryDiscovery({
       store: this.store,
       clock,
       logger,
       random,
+      ttlMs: LEASE_TTL_MS,
       schedule: later(DISCOVERY_DELAY_MS),
     });
     const planes: Planes = {

@@ -29,6 +29,8 @@ export interface PlannedFault {
   readonly kind: FaultKind;
   readonly atMs: number;
   readonly forMs: number;
+  /** Index of the worker or frontend. @default drawn when it happens */
+  readonly seat?: number;
 }
 
 export function planFaults(count: number, spanMs: number, kinds: readonly FaultKind[], random: Random): PlannedFault[] {
@@ -64,7 +66,7 @@ export class Nemesis {
     this.#cluster.eventsAreLost = false;
   }
 
-  #strike({ kind, forMs }: PlannedFault): void {
+  #strike({ kind, forMs, seat: wanted }: PlannedFault): void {
     const { world, network, workers, frontends } = this.#cluster;
     const { marks } = world;
     const took = (): void => {
@@ -74,7 +76,7 @@ export class Nemesis {
     switch (kind) {
       case "kill worker":
       case "power off worker": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat === undefined) return;
         took();
         if (kind === "power off worker") marks.mark("worker host lost power");
@@ -84,9 +86,10 @@ export class Nemesis {
       }
       case "freeze worker":
       case "freeze frontend": {
-        const seat = this.#serving(kind === "freeze worker" ? workers : frontends);
+        const seat = this.#serving(kind === "freeze worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
+        this.#cluster.trouble(seat, forMs);
         if (kind === "freeze frontend") marks.mark("frontend frozen");
         else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
         const { process } = seat;
@@ -101,7 +104,7 @@ export class Nemesis {
       }
       case "drain worker":
       case "drain frontend": {
-        const seat = this.#serving(kind === "drain worker" ? workers : frontends);
+        const seat = this.#serving(kind === "drain worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
         if (isBusy(seat))
@@ -110,18 +113,20 @@ export class Nemesis {
         return;
       }
       case "engine dies": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat?.engine === undefined) return;
         took();
+        this.#cluster.trouble(seat);
         marks.mark("engine died");
         const { engine } = seat;
         seat.process.enqueue(() => void engine.die());
         return;
       }
       case "engine hangs": {
-        const seat = this.#serving(workers);
+        const seat = this.#serving(workers, wanted);
         if (seat?.engine === undefined) return;
         took();
+        this.#cluster.trouble(seat, forMs);
         if (isBusy(seat)) marks.mark("engine hung");
         const { engine, process } = seat;
         engine.hang();
@@ -129,7 +134,7 @@ export class Nemesis {
         return;
       }
       case "kill frontend": {
-        const seat = this.#serving(frontends);
+        const seat = this.#serving(frontends, wanted);
         if (seat === undefined) return;
         took();
         if (isBusy(seat)) marks.mark("frontend killed mid-stream");
@@ -147,6 +152,8 @@ export class Nemesis {
           ? { blocked: false, bytesPerMs: this.#draw.real(0.5, 50), extraLatencyMs: this.#draw.real(5, 300) }
           : { blocked: true, bytesPerMs: Infinity, extraLatencyMs: 0 };
         world.record(`${from} > ${to}: ${JSON.stringify(fault)}`);
+        for (const seat of this.#cluster.seats)
+          if (seat.host === from || seat.host === to) this.#cluster.trouble(seat, forMs);
         network.setFault(from, to, fault);
         if (kind !== "partition one way") network.setFault(to, from, fault);
         this.#later(forMs, () => {
@@ -161,7 +168,11 @@ export class Nemesis {
         );
         if (ends.length === 0) return;
         took();
-        this.#draw.pick(ends).reset();
+        const end = this.#draw.pick(ends);
+        for (const seat of this.#cluster.seats) {
+          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.trouble(seat, 0);
+        }
+        end.reset();
         return;
       }
       case "discovery unreachable":
@@ -178,10 +189,14 @@ export class Nemesis {
         return;
       }
       case "revoke lease": {
-        const leases = [...new Set([...this.#cluster.store.entries.values()].map(({ entry }) => entry.leaseId))];
-        if (leases.length === 0) return;
+        const seat = this.#serving(workers, wanted);
+        const entries = [...this.#cluster.store.entries.values()];
+        const held = entries.find(({ entry }) => seat !== undefined && entry.key.includes(seat.worker!.instanceId));
+        if (seat === undefined || held === undefined) return;
         took();
-        this.#cluster.store.revoke(this.#draw.pick(leases));
+        // Nobody knows it until it has registered again.
+        this.#cluster.trouble(seat, 0);
+        this.#cluster.store.revoke(held.entry.leaseId);
         return;
       }
       case "clock jump": {
@@ -202,8 +217,8 @@ export class Nemesis {
     this.#cluster.world.timer(forMs, undo);
   }
 
-  #serving(seats: readonly Seat[]): Seat | undefined {
-    const serving = seats.filter((seat) => seat.isServing);
+  #serving(seats: readonly Seat[], wanted: number | undefined): Seat | undefined {
+    const serving = seats.filter((seat, index) => seat.isServing && (wanted ?? index) === index);
     return serving.length === 0 ? undefined : this.#draw.pick(serving);
   }
 

@@ -44,7 +44,10 @@ export const MARKS = [
   "request ran out of time",
   "prefix reused",
   "sequence preempted",
-  "index recovered by query",
+  "index restored: incremental",
+  "index restored: full",
+  "request migrated",
+  "frontend unreachable",
 ] as const;
 
 export type Mark = (typeof MARKS)[number];

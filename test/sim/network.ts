@@ -12,8 +12,8 @@ import type { SimProcess, World } from "./world.ts";
  */
 const LATENCY_MS = 0.2;
 const JITTER_MS = 0.6;
-/** Bytes on the way or unread, above which a sender's kernel takes no more. */
-const WINDOW_BYTES = 64 * 1024;
+/** Bytes on the way or unread, above which a sender's kernel takes no more; small, as the answers of a run are. */
+const WINDOW_BYTES = 8 * 1024;
 const SYN_TIMEOUT_MS = 60_000;
 /** Share of the packets that arrive in two pieces. */
 const SPLIT_SHARE = 0.02;
@@ -348,7 +348,9 @@ export class TcpEnd {
       if (packet.kind === "data") this.#other?.receive({ kind: "reset" });
     } else {
       this.#received.push(packet);
-      this.#wake();
+      if (this.#isScheduled || !this.isOpen || !this.#isReading) return;
+      this.#isScheduled = true;
+      this.process.interrupt(() => this.#read());
     }
   }
 

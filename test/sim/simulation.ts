@@ -1,7 +1,7 @@
 import { mockerConfig } from "../../src/engines/mocker/index.ts";
 import { DEFAULT_LIMITS } from "../../src/frontend/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
-import { checkAtRest, checkCalls, checkHealthy, type CallContext } from "./checkers.ts";
+import { PLENTY_QUEUED, checkAtRest, checkCalls, checkHealthy, type CallContext } from "./checkers.ts";
 import { ClientCall } from "./client.ts";
 import { Cluster, MODEL, type ClusterShape } from "./cluster.ts";
 import { EventLog } from "./event-log.ts";
@@ -18,8 +18,10 @@ export interface RunOptions {
   readonly seed: number;
   /** Log lines kept for people. @default 200 */
   readonly keepLines?: number;
-  /** @default drawn */
+  /** Only these kinds. @default all */
   readonly faults?: readonly FaultKind[];
+  /** Changes what the seed planned: for scenes of a known bug. */
+  readonly change?: (plan: RunPlan) => RunPlan;
 }
 
 export interface RunResult {
@@ -40,15 +42,16 @@ export interface RunResult {
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
-const RECOVER_MS = 14_000;
+const RECOVER_MS = 7_000;
 const PROBES = 4;
 const START_LIMIT_MS = 10_000;
 
-export async function runSeed({ seed, keepLines = 200, faults }: RunOptions): Promise<RunResult> {
+export async function runSeed({ seed, keepLines = 200, faults, change }: RunOptions): Promise<RunResult> {
   const log = new EventLog(keepLines);
   const marks = new Marks();
   const world = new World(seed, log, marks);
-  const plan = planRun(seed, faults);
+  const drawn = planRun(seed, faults);
+  const plan = change?.(drawn) ?? drawn;
   const cluster = new Cluster(world, plan.cluster);
   const violations: string[] = [];
   const run = new Run(world, cluster, plan, violations);
@@ -104,11 +107,12 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     frontends: draw.int(1, 3),
     workers: draw.int(1, 5),
     engine,
-    maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : 64,
+    maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),
       routerReplicaSync: draw.chance(0.4),
+      stallLimitMs: draw.pick([1_500, 5_000, 30_000]),
       ...(draw.chance(0.2) ? { router: { queueThreshold: draw.real(0.2, 2) } } : {}),
       limits: {
         ...DEFAULT_LIMITS,
@@ -126,7 +130,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     model: MODEL,
     vocabularySize: mockerConfig(engine).vocabularySize,
     contextLength,
-    maxTokens: draw.pick([8, 24, 64]),
+    maxTokens: draw.pick([8, 24, 64, 128]),
     oddShare: 0.1,
   };
   const faultCount = draw.chance(0.15) ? 0 : draw.int(1, 6);

@@ -94,7 +94,8 @@ function properCall(
     const count = draw.chance(0.1) ? 2 : 1;
     const texts = Array.from({ length: count }, (_, i) => (i === 0 ? text : draw.text(1, 80)));
     for (const one of texts) prompts.push(Uint32Array.from(bytesOf(one)));
-    body = { ...common, prompt: count === 1 ? texts[0] : texts };
+    const given: readonly (string | number[])[] = draw.chance(0.2) ? prompts.map((tokens) => [...tokens]) : texts;
+    body = { ...common, prompt: count === 1 ? given[0] : given };
   }
   const asked = prompts.flatMap((prompt) =>
     Array.from({ length: n }, (_, copy) => ({

@@ -187,6 +187,20 @@ export class SimProcess {
     this.#wake();
   }
 
+  /** As `enqueue`, from a timer of the world: at once if nothing else of this process waits, which saves a step. */
+  interrupt(run: () => void): void {
+    if (this.state === "running" && this.#next === this.#turns.length) this.#run(run);
+    else this.enqueue(run);
+  }
+
+  #run(run: () => void): void {
+    try {
+      run();
+    } catch (error) {
+      this.#world.crashes.push({ process: this.name, error });
+    }
+  }
+
   /** SIGSTOP: nothing of it runs; what happens to it waits. */
   freeze(): void {
     if (this.state === "running") this.state = "frozen";
@@ -216,11 +230,7 @@ export class SimProcess {
         this.#turns = [];
         this.#next = 0;
       }
-      try {
-        run();
-      } catch (error) {
-        this.#world.crashes.push({ process: this.name, error });
-      }
+      this.#run(run);
     }
     this.#isReady = this.state === "running" && this.#next < this.#turns.length;
     return this.#isReady;
@@ -237,7 +247,7 @@ export class SimProcess {
     let isCancelled = false;
     const timer = this.#world.timer(delayMs, () => {
       this.#timers.delete(timer);
-      this.enqueue(() => {
+      this.interrupt(() => {
         if (!isCancelled) run();
       });
     });

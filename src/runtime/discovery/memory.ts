@@ -218,6 +218,8 @@ export interface MemoryDiscoveryOptions {
   readonly store?: MemoryStore;
   readonly clock?: Clock;
   readonly logger?: Logger;
+  /** Of leases that name none. @default 10000 */
+  readonly ttlMs?: number;
   /** Of lease ids. @default the system's */
   readonly random?: Random;
   /** Runs the telling of watchers later, never at once. @default a microtask */
@@ -231,6 +233,7 @@ export class MemoryDiscovery implements Discovery, LeaseHolder {
   #isReachable = true;
   readonly #logger: Logger;
   readonly #random: Random;
+  readonly #ttlMs: number;
   readonly #leases = new Set<MemoryLease>();
   readonly #feeds = new Set<ChangeFeed>();
   #open = true;
@@ -241,11 +244,12 @@ export class MemoryDiscovery implements Discovery, LeaseHolder {
     this.#schedule = options.schedule;
     this.#logger = options.logger ?? silentLogger;
     this.#random = options.random ?? systemRandom;
+    this.#ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
   }
 
   openLease(options: { readonly ttlMs?: number } = {}): Promise<Lease> {
     return attempt(() => {
-      const ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
+      const ttlMs = options.ttlMs ?? this.#ttlMs;
       checkTtl(ttlMs);
       this.#requireOpen();
       const lease = new MemoryLease(randomHexId(this.#random), this.#store, ttlMs, this);
