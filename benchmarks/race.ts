@@ -200,6 +200,8 @@ interface ChatShape {
   readonly stream?: boolean;
   /** Distinct bodies, used in turn. */
   readonly variants?: number;
+  /** Of the parts that are not shared: another one, other texts. @default 1 */
+  readonly seed?: number;
 }
 
 /** Bodies by request number; the same for both sides. */
@@ -209,7 +211,7 @@ export function chat(shape: ChatShape): (index: number) => string {
   const bodies = Array.from({ length: variants }, (_, i) =>
     JSON.stringify({
       model: shape.model ?? "qwen3",
-      messages: [{ role: "user", content: `${shared} ${i} ${text(shape.chars, i * 7919 + 1)}` }],
+      messages: [{ role: "user", content: `${shared} ${i} ${text(shape.chars, i * 7919 + (shape.seed ?? 1))}` }],
       max_tokens: shape.out,
       stream: shape.stream ?? true,
       ignore_eos: true,
