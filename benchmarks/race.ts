@@ -1,5 +1,5 @@
 import { execFileSync, spawn, type ChildProcess } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, openSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, openSync, rmSync, symlinkSync } from "node:fs";
 import { homedir, tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { generateLoad, type LoadReport } from "../src/bench/index.ts";
@@ -44,6 +44,8 @@ export function prepare(): string | undefined {
       execFileSync(PYTHON, ["-m", "pip", "install", "-q", "ai-dynamo==1.4.2"], { stdio: "inherit" });
     }
     if (!existsSync(join(MODEL_FOLDER, "config.json"))) writeModelFolder();
+    // Dynamo looks for it under the model's name.
+    if (!existsSync(join(FOLDER, "steady"))) symlinkSync("qwen3", join(FOLDER, "steady"));
     return undefined;
   } catch (error) {
     return error instanceof Error ? error.message.split("\n")[0] : String(error);
@@ -110,8 +112,9 @@ export async function startSide(name: Side["name"], workers: number, steadyWorke
       ["-m", "dynamo.frontend", "--http-port", String(port), "--router-mode", "kv", ...planes, "--event-plane", "zmq"],
       env,
     );
-    for (const flags of mockers) {
-      launch(PYTHON, ["-m", "dynamo.mocker", ...flags, ...planes, "--event-plane", "zmq"], env);
+    for (const [index, flags] of mockers.entries()) {
+      const endpoint = ["--endpoint", `dyn://dynamo.mocker${index}.generate`];
+      launch(PYTHON, ["-m", "dynamo.mocker", ...flags, ...endpoint, ...planes, "--event-plane", "zmq"], env);
     }
   } else {
     const env = { DYN_LOG: "warn" };
@@ -197,6 +200,8 @@ interface ChatShape {
   readonly stream?: boolean;
   /** Distinct bodies, used in turn. */
   readonly variants?: number;
+  /** Of the parts that are not shared: another one, other texts. @default 1 */
+  readonly seed?: number;
 }
 
 /** Bodies by request number; the same for both sides. */
@@ -206,7 +211,7 @@ export function chat(shape: ChatShape): (index: number) => string {
   const bodies = Array.from({ length: variants }, (_, i) =>
     JSON.stringify({
       model: shape.model ?? "qwen3",
-      messages: [{ role: "user", content: `${shared} ${i} ${text(shape.chars, i * 7919 + 1)}` }],
+      messages: [{ role: "user", content: `${shared} ${i} ${text(shape.chars, i * 7919 + (shape.seed ?? 1))}` }],
       max_tokens: shape.out,
       stream: shape.stream ?? true,
       ignore_eos: true,

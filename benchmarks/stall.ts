@@ -79,7 +79,8 @@ async function longPromptsProcess(port: number, name: string): Promise<void> {
   const load = LOADS.find((each) => each.name === name)!;
   const stop = new AbortController();
   process.once("message", () => stop.abort());
-  const body = chat({ chars: load.own, shared: load.shared, out: 1, variants: 100 });
+  // Texts that no run before this one has sent.
+  const body = chat({ chars: load.own, shared: load.shared, out: 1, variants: 400, seed: process.pid * 4_001 });
   const running = generateLoad({
     host: "127.0.0.1",
     port,

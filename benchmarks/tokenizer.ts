@@ -4,8 +4,10 @@ import { Tokenizer as Library } from "@huggingface/tokenizers";
 import { Detokenizer } from "../src/frontend/postprocess/index.ts";
 import { ChatTemplate, loadTokenizer, type Tokenizer } from "../src/frontend/preprocess/index.ts";
 import type { TokenizerArtifact } from "../src/model/index.ts";
+import { systemClock } from "../src/std/index.ts";
 import { prose, stitchedTexts } from "../test/fixtures/corpus/mixed-corpus.ts";
 import { modelArtifact, packageArtifact } from "../test/fixtures/corpus/tokenizer-artifacts.ts";
+import { median } from "./harness.ts";
 
 /**
  * Tokenizing, detokenizing and chat templates. Encoding is compared with `@huggingface/tokenizers` in the same process on
@@ -33,6 +35,7 @@ export async function run(): Promise<void> {
     measureDetokenizer(tokenizer);
     measureHostile(tokenizer);
     await measureSlices(tokenizer);
+    await measureTextCache(artifact);
     measureTemplate(artifact);
   }
 }
@@ -114,6 +117,23 @@ async function measureSlices(tokenizer: Tokenizer): Promise<void> {
       `  in slices: ${kind}, ${ids.length} tokens in ${ms.toFixed(0)} ms, event loop late by at most ${(delay.max / 1e6).toFixed(1)} ms`,
     );
   }
+}
+
+/** Prompts of 288,000 characters that come again, or share their first 230,000: with the text cache and without. */
+async function measureTextCache(artifact: TokenizerArtifact): Promise<void> {
+  const shared = prose(21, 230_000);
+  const ends = Array.from({ length: 12 }, (_, index) => prose(100 + index, 58_000));
+  const repeated = ends.slice(0, 4).map((end) => shared + end);
+  const parts: string[] = [];
+  for (const cacheBytes of [0, 64 * 1024 * 1024]) {
+    const tokenizer = await loadTokenizer(artifact, systemClock, cacheBytes);
+    for (let round = 0; round < 3; round++) repeated.forEach((text) => tokenizer.encode(text, RAW));
+    const againMs = best(15, () => repeated.forEach((text) => tokenizer.encode(text, RAW))) / repeated.length;
+    const newEnds = ends.slice(4).map((end) => shared + end);
+    const times = newEnds.map((text) => best(1, () => tokenizer.encode(text, RAW)));
+    parts.push(`${cacheBytes === 0 ? "without" : "with"} ${againMs.toFixed(2)} / ${median(times).toFixed(2)}`);
+  }
+  console.log(`  text cache, ms for 288,000 characters, all known / 230,000 known: ${parts.join(", ")}`);
 }
 
 function measureTemplate({ chatTemplate, bosToken, eosToken }: TokenizerArtifact): void {

@@ -359,12 +359,7 @@ export class ModelRegistry {
       sha256: card.tokenizerSha256,
       timeoutMs: FETCH_TIMEOUT_MS,
     });
-    const preprocessor = await Preprocessor.create(
-      decodeArtifact(bytes),
-      card,
-      clock,
-      this.#tokenizerCacheBytes,
-    );
+    const preprocessor = await Preprocessor.create(decodeArtifact(bytes), card, clock, this.#tokenizerCacheBytes);
     this.#evictIdle();
     const modelRouter = this.#routers.create(card);
     const model: ServedModel = {
