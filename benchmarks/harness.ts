@@ -1,6 +1,7 @@
 import { execFileSync } from "node:child_process";
 import { readFileSync } from "node:fs";
-import { cpus, totalmem } from "node:os";
+import { cpus, homedir, totalmem } from "node:os";
+import { join } from "node:path";
 
 /**
  * What benchmarks share: the line that says where they ran, paired measurement, the kernel's accounting of another
@@ -85,6 +86,10 @@ export function median(values: readonly number[]): number {
   const middle = sorted.length >> 1;
   return sorted.length % 2 === 1 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }
+
+/** Where `race` keeps the real Dynamo 1.4.2. */
+export const RACE_FOLDER = process.env["RACE_FOLDER"] ?? join(homedir(), ".cache/dynamo-ts/race");
+export const DYNAMO_PYTHON = join(RACE_FOLDER, "dynamo/bin/python");
 
 /** The kernel counts in ticks of 1/100 s on every Linux that Node runs on: measure over seconds, not milliseconds. */
 const TICK_MS = 10;

@@ -1,3 +1,4 @@
+import { execFileSync } from "node:child_process";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { existsSync, readFileSync } from "node:fs";
@@ -5,7 +6,7 @@ import { join } from "node:path";
 import type { KvEvent } from "../src/protocol/index.ts";
 import { FlatKvIndex, NaiveKvIndex, OverlapScores, type KvIndex } from "../src/router/indexer/index.ts";
 import { SeededRandom } from "../src/std/index.ts";
-import { machineLine, median, table } from "./harness.ts";
+import { DYNAMO_PYTHON, machineLine, median, table } from "./harness.ts";
 
 /**
  * The KV index under a router's load, after the method of Dynamo's indexer benchmark (open loop, drain counted): requests
@@ -186,7 +187,7 @@ function quantile(values: readonly number[], q: number): number {
   return sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))] ?? Number.NaN;
 }
 
-/** The load of Dynamo's own figure (1.3 M/s, 54 / 80 us, 45 bytes, through its binding): first all events, then queries. */
+/** First all events, then queries; dynamo-radix-tree.py puts the same on the real Dynamo's tree. */
 function sharedChains(random: SeededRandom): Operation[] {
   const chains = Array.from({ length: 200 }, (_, i) =>
     Uint32Array.from({ length: 200 }, (_unused, j) => scramble(i * 200 + j)),
@@ -307,6 +308,25 @@ function headOf({ title, workers, operations }: Load): Load {
   return loadOf(title, workers, end === -1 ? operations : operations.slice(0, end));
 }
 
+/** The real thing under the first load, where `race` has installed it. */
+function printDynamosTree(): void {
+  if (!existsSync(DYNAMO_PYTHON)) {
+    console.log("Dynamo 1.4.2's radix tree: not measured, `npm run bench -- race` installs it\n");
+    return;
+  }
+  const text = execFileSync(DYNAMO_PYTHON, [join(import.meta.dirname, "dynamo-radix-tree.py")], { encoding: "utf8" });
+  const { millionPerCpuSecond, p50Us, p99Us, memberships, bytesEach } = JSON.parse(text) as Record<string, number>;
+  const row = {
+    index: "Dynamo 1.4.2's radix tree, through its Python binding",
+    "applied M/CPU-s": millionPerCpuSecond!,
+    "repeated p50": p50Us!,
+    p99: p99Us!,
+    memberships: memberships!,
+    "bytes each": bytesEach!,
+  };
+  console.log(`${table([row], 1)}\n`);
+}
+
 export async function run(): Promise<void> {
   const random = new SeededRandom(42);
   const { name, requests } = loadRequests(random);
@@ -329,6 +349,7 @@ export async function run(): Promise<void> {
       measure(`naive (first ${blocksOf(head.operations)})`, () => new NaiveKvIndex(), 1, head),
     ];
     console.log(`${table(rows, 1)}\n`);
+    if (load === loads[0]) printDynamosTree();
   }
   await Promise.resolve();
 }

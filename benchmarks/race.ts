@@ -1,10 +1,10 @@
 import { execFileSync, spawn, type ChildProcess } from "node:child_process";
 import { existsSync, mkdirSync, mkdtempSync, openSync, rmSync, symlinkSync } from "node:fs";
-import { homedir, tmpdir } from "node:os";
+import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { generateLoad, type LoadReport } from "../src/bench/index.ts";
 import { freePort } from "../test/helpers/process-cluster.ts";
-import { cpuTimeOf, machineLine, median, residentBytes, table } from "./harness.ts";
+import { DYNAMO_PYTHON, RACE_FOLDER, cpuTimeOf, machineLine, median, residentBytes, table } from "./harness.ts";
 
 /**
  * Side by side with the real Dynamo 1.4.2 on this machine: its own frontend and mock workers against ours, the same
@@ -19,10 +19,10 @@ import { cpuTimeOf, machineLine, median, residentBytes, table } from "./harness.
  */
 const SECONDS = Number(process.env["RACE_SECONDS"] ?? 6);
 const ROUNDS = Number(process.env["RACE_ROUNDS"] ?? 3);
-const FOLDER = process.env["RACE_FOLDER"] ?? join(homedir(), ".cache/dynamo-ts/race");
+const FOLDER = RACE_FOLDER;
 const ROOT = resolve(import.meta.dirname, "..");
 const COMMAND = join(ROOT, "bin/dynamo.mjs");
-const PYTHON = join(FOLDER, "dynamo/bin/python");
+const PYTHON = DYNAMO_PYTHON;
 const MODEL_FOLDER = join(FOLDER, "qwen3");
 
 export interface Side {

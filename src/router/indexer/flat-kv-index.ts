@@ -33,7 +33,7 @@ import { WriteGate } from "./write-gate.ts";
  * The records are a forest that is closed towards the root: a block that nobody holds stays while it has descendants, so
  * that parents are always known, removal works in any order, and a re-stored block makes what lies behind it count again.
  *
- * Cost: 50 to 100 ns per stored block that is known, up to 400 ns for a new one; a lookup is about 10 ns per block. `clearRank`
+ * Cost: 50 to 100 ns per stored block that is known, up to 250 ns for a new one; a lookup is about 10 ns per block. `clearRank`
  * passes once over all records (3 to 15 ms per million), `dump` takes about 1 us per block of the rank.
  */
 export interface FlatKvIndexOptions {
