@@ -506,6 +506,15 @@ export const OPTIONS = {
     commands: ROUTERS_AND_REPLAY,
     help: "How a worker is chosen for a request.",
   },
+  "router-policy-module": {
+    type: "text",
+    default: undefined,
+    defaultText: "none",
+    env: "DYN_ROUTER_POLICY_MODULE",
+    group: "Routing",
+    commands: ROUTERS_AND_REPLAY,
+    help: "JavaScript or TypeScript module whose default export is a routing policy of one's own, { name, choose(snapshot) }; in place of --router-mode.",
+  },
   "router-kv-events": {
     type: "switch",
     default: true,
