@@ -136,7 +136,7 @@ export const OPTIONS = {
     default: "agg",
     env: "DYN_DISAGGREGATION_MODE",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "agg: each worker does prefill and decode. Separate prefill and decode workers are not there yet.",
   },
   "context-length": {
