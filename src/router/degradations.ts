@@ -17,6 +17,8 @@ const KINDS: readonly (readonly [RegExp, string])[] = [
   [/^kv: .*recovering/, "recovering"],
   [/^session: /, "session_moved"],
   [/^router service: /, "router_service"],
+  [/^discovery: /, "discovery"],
+  [/^events: /, "events"],
 ];
 const LOG_EVERY_MS = 60_000;
 
