@@ -1,3 +1,4 @@
+import { DYNAMO_FLAGS } from "./dynamo-flags.ts";
 import { COMMAND_NAMES, OPTION_NAMES, RETIRED_FLAGS, specOf, type OptionGroup } from "./options.ts";
 import { expectation } from "./resolve-options.ts";
 import { isSecret } from "./help.ts";
@@ -30,6 +31,17 @@ Flags of 0.9.1 are accepted with a warning that names the new one.
 ${markdownTable(
   ["Old", "Now"],
   Object.entries(RETIRED_FLAGS).map(([old, { now }]) => [`\`--${old}\``, `\`${now}\``]),
+)}
+
+## Dynamo's flags that are no options here
+
+${markdownTable(
+  ["Flag", "Answer", "Why"],
+  Object.entries(DYNAMO_FLAGS).map(([flag, { why, ignored }]) => [
+    `\`--${flag}\``,
+    ignored === true ? "ignored, with a line" : "refused",
+    why,
+  ]),
 )}
 
 Words that mean the same as a choice are accepted silently: ${synonyms().join(", ")}.

@@ -3,6 +3,7 @@ import { serveFrontendThread, type ThreadSeat } from "../frontend/index.ts";
 import { createLogger } from "../observability/index.ts";
 import type { OptionValues } from "./options.ts";
 import { buildPlanes } from "./planes.ts";
+import { loadPolicyModule } from "./policy-module.ts";
 import { frontendConfig } from "./role-config.ts";
 
 /** A thread of `dynamo frontend --frontend-threads`: planes of its own, and the frontend on them until the host ends it. */
@@ -19,5 +20,6 @@ const logger = createLogger({
   fields: { role: "frontend", pid: process.pid, thread: index },
 });
 const planes = await buildPlanes(values, logger, { role: "frontend" });
-await serveFrontendThread(frontendConfig(values), planes, parentPort!, seat);
+const routerMode = await loadPolicyModule(values["router-policy-module"]);
+await serveFrontendThread(frontendConfig(values, routerMode), planes, parentPort!, seat);
 await planes.close();

@@ -1,9 +1,11 @@
 import { extname } from "node:path";
 import { setFlagsFromString } from "node:v8";
 import { DynamoError } from "../errors/index.ts";
+import { findPolicy } from "../router/index.ts";
 import type { CommandContext } from "./commands.ts";
 import type { FrontendThreadData } from "./frontend-thread.ts";
 import type { OptionValues } from "./options.ts";
+import { checkOnePolicy, loadPolicyModule } from "./policy-module.ts";
 import { resolveOptions } from "./resolve-options.ts";
 import { frontendConfig } from "./role-config.ts";
 import { runRole } from "./run-role.ts";
@@ -12,7 +14,10 @@ import { urlHost } from "./url-host.ts";
 /** `dynamo frontend` */
 export async function run({ argv, env }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "frontend", argv, env });
-  checkThreads(resolved.values);
+  checkOnePolicy(resolved);
+  const routerMode =
+    (await loadPolicyModule(resolved.values["router-policy-module"])) ?? resolved.values["router-mode"];
+  checkThreads(resolved.values, findPolicy(routerMode)?.usesOverlap === true);
   // Collect garbage when the heap has grown by 60 % of what lives, not by several times: 50 MB less resident, no CPU that we could measure.
   setFlagsFromString("--heap-growing-percent=100");
   const { startFrontend, startFrontendThreads } = await import("../frontend/index.ts");
@@ -23,7 +28,7 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
     resolved,
     shown: ["http-host", "http-port", "namespace", "discovery-backend", "file-kv", "router-mode"],
     start: async (planes, signal) => {
-      const config = frontendConfig(resolved.values);
+      const config = frontendConfig(resolved.values, routerMode);
       const role =
         threadCount === 1
           ? await startFrontend(config, planes, signal)
@@ -45,7 +50,7 @@ function threadModule(): URL {
 }
 
 /** Threads share through the planes, the index and what they tell each other of their bookings; what needs more is refused. */
-function checkThreads(values: OptionValues): void {
+function checkThreads(values: OptionValues, usesOverlap: boolean): void {
   if (values["frontend-threads"] === 1) return;
   const problems: string[] = [];
   for (const name of ["discovery-backend", "request-plane", "event-plane"] as const) {
@@ -54,7 +59,6 @@ function checkThreads(values: OptionValues): void {
   if (values["router-service"]) {
     problems.push("--router-service: a router service is asked by one frontend thread alone");
   }
-  const usesOverlap = ["kv", "stay-until-saturated"].includes(values["router-mode"]);
   const usesDecisions = !values["router-kv-events"] || values["router-predicted-ttl-secs"] !== undefined;
   if (usesOverlap && usesDecisions && !values["router-assume-kv-reuse"]) {
     problems.push(

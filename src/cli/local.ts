@@ -8,6 +8,7 @@ import { systemClock } from "../std/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { urlHost } from "./url-host.ts";
 import type { OptionValues } from "./options.ts";
+import { checkOnePolicy } from "./policy-module.ts";
 import { checkPortFree } from "./port-check.ts";
 import { pullWithProgress } from "./pull-with-progress.ts";
 import { describeOptions, forwardedFlags, resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
@@ -28,6 +29,7 @@ export async function run({ argv, env, err }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "local", argv, env });
   const { values } = resolved;
   for (const warning of resolved.warnings) err(`${warning}\n`);
+  checkOnePolicy(resolved);
   await checkPortFree(values["http-host"], values["http-port"]);
   const model = await presentModel(values, env);
   err(`configuration: ${describeOptions(resolved, ["engine", "workers", "http-port", "router-mode"]).join(" ")}\n`);
@@ -80,8 +82,8 @@ class LocalCluster {
     const threads = this.#values.threads || Math.max(1, Math.floor(availableParallelism() / this.#values.workers));
     const workerFlags = [`--threads=${threads}`, `--model-name=${this.#modelName}`];
     if (model !== undefined) workerFlags.push(`--model=${model.path}`);
-    // Not the frontend's own default.
-    const frontendFlags = [`--router-mode=${this.#values["router-mode"]}`];
+    // Not the frontend's own default; a policy of one's own is in place of it.
+    const frontendFlags = this.#values["router-policy-module"] === undefined ? [`--router-mode=${this.#routing}`] : [];
     this.#frontend = this.#child("frontend", "frontend", frontendFlags, env);
     this.#workers = Array.from({ length: this.#values.workers }, (_, index) =>
       this.#child("worker", `worker-${index}`, workerFlags, env),
@@ -144,6 +146,10 @@ class LocalCluster {
   /** Keeps a stranger on this machine from talking to our workers. Never on a command line, where all can read it. */
   readonly #secret = randomBytes(32).toString("hex");
 
+  get #routing(): string {
+    return this.#values["router-policy-module"] ?? this.#values["router-mode"];
+  }
+
   async #serves(): Promise<Facts> {
     const timeoutSeconds = this.#values["start-timeout-secs"];
     const timeout = AbortSignal.timeout(milliseconds(timeoutSeconds));
@@ -174,7 +180,7 @@ class LocalCluster {
     this.#err(`
 ${this.#modelName} is served at ${address}
 
-  frontend  pid ${this.#frontend.pid}  port ${frontend.port}: OpenAI API, tokenizer, router (${this.#values["router-mode"]})
+  frontend  pid ${this.#frontend.pid}  port ${frontend.port}: OpenAI API, tokenizer, router (${this.#routing})
 ${workers}
 
 Try it:

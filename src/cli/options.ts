@@ -137,7 +137,7 @@ export const OPTIONS = {
     default: "agg",
     env: "DYN_DISAGGREGATION_MODE",
     group: "Model and engine",
-    commands: WORKERS,
+    commands: [...WORKERS, "mocker"],
     help: "agg: each worker does prefill and decode. Separate prefill and decode workers are not there yet.",
   },
   "context-length": {
@@ -567,6 +567,15 @@ export const OPTIONS = {
     group: "Routing",
     commands: ROUTERS_AND_REPLAY,
     help: "How a worker is chosen for a request.",
+  },
+  "router-policy-module": {
+    type: "text",
+    default: undefined,
+    defaultText: "none",
+    env: "DYN_ROUTER_POLICY_MODULE",
+    group: "Routing",
+    commands: ROUTERS_AND_REPLAY,
+    help: "JavaScript or TypeScript module whose default export is a routing policy of one's own, { name, choose(snapshot) }; in place of --router-mode.",
   },
   "router-kv-events": {
     type: "switch",

@@ -2,10 +2,11 @@ import { readFile } from "node:fs/promises";
 import { DynamoError } from "../errors/index.ts";
 import { parseProfile, profileTiming, type TimingModel } from "../perf-model/index.ts";
 import { readTrace, renderReports, runReplay, syntheticTrace, type ReplayReport, type Trace } from "../replay/index.ts"; // prettier-ignore
-import { ROUTING_POLICIES, type RouterMode, type RoutingPolicy } from "../router/index.ts";
+import { ROUTING_POLICIES, findPolicy, type RouterMode, type RoutingPolicy } from "../router/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { mockEngineConfig } from "./mocker.ts";
 import type { OptionName, OptionValues } from "./options.ts";
+import { checkOnePolicy, loadPolicyModule } from "./policy-module.ts";
 import { describeTrace, type ReplayOutput } from "./replay-output.ts";
 import { replayOnline } from "./replay-online.ts";
 import { resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
@@ -19,7 +20,9 @@ import { routerConfig } from "./role-config.ts";
 export async function run({ argv, env, out, err }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "replay", argv, env, maxPositionals: 1 });
   checkFlags(resolved);
-  const policies = resolved.values.url === undefined ? policiesOf(resolved.values["router-mode"]) : [];
+  checkOnePolicy(resolved);
+  const own = await loadPolicyModule(resolved.values["router-policy-module"]);
+  const policies = resolved.values.url !== undefined ? [] : own === undefined ? policiesOf(resolved.values["router-mode"]) : [findPolicy(own)!]; // prettier-ignore
   const trace = await traceOf(resolved);
   const leave = new AbortController();
   const onSignal = (): void => leave.abort();

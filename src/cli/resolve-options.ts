@@ -1,6 +1,7 @@
 import { parseArgs } from "node:util";
 import { DynamoError } from "../errors/index.ts";
 import { closestWord } from "./closest-word.ts";
+import { dynamoFlag } from "./dynamo-flags.ts";
 import {
   COMMAND_NAMES,
   OPTION_NAMES,
@@ -90,8 +91,11 @@ function readFlags(
     const flag = all.get(token.name);
     const shown = token.rawName.startsWith("--") ? `--${token.name}` : token.rawName;
     if (flag === undefined || shown !== `--${token.name}`) {
-      mistakes.push(unknownFlag(shown, allowed));
       skipIndex = token.index + 1;
+      const foreign = shown === `--${token.name}` ? dynamoFlag(token.name) : shown === "-i" ? dynamoFlag("interactive") : undefined; // prettier-ignore
+      if (foreign === undefined) mistakes.push(unknownFlag(shown, allowed));
+      else if (foreign.ignored === true) warnings.push(`${shown} is ignored: ${foreign.why}`);
+      else mistakes.push(`${shown}: an option of Dynamo that is none here: ${foreign.why}`);
       continue;
     }
     const { name, fixedValue } = flag;

@@ -7,13 +7,13 @@ import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
 import type { OptionValues } from "./options.ts";
 
 /** Options as the roles' own configurations. Units change here: the command line has seconds and MiB, the code ms and bytes. */
-export function frontendConfig(values: OptionValues): FrontendConfig {
+export function frontendConfig(values: OptionValues, routerMode: string = values["router-mode"]): FrontendConfig {
   return {
     namespace: values.namespace,
     httpHost: values["http-host"],
     httpPort: values["http-port"],
     // With a router service the mode is only for when none answers, and that must not need what only a service knows.
-    routerMode: values["router-service"] ? "round-robin" : values["router-mode"],
+    routerMode: values["router-service"] ? "round-robin" : routerMode,
     router: routerConfig(values),
     routerReplicaSync: values["router-replica-sync"],
     ...(values["router-service"]
@@ -49,10 +49,13 @@ export function frontendConfig(values: OptionValues): FrontendConfig {
   };
 }
 
-export function routerServiceConfig(values: OptionValues): RouterServiceConfig {
+export function routerServiceConfig(
+  values: OptionValues,
+  routerMode: string = values["router-mode"],
+): RouterServiceConfig {
   return {
     namespace: values.namespace,
-    routerMode: values["router-mode"],
+    routerMode,
     router: routerConfig(values),
     replicaSync: values["router-replica-sync"],
     systemPort: values["system-port"],

@@ -286,6 +286,11 @@ export const METRICS = {
     labels: ["model"],
     help: "Time between tokens of a routed request.",
   },
+  dynamo_router_degraded_decisions_total: {
+    type: "counter",
+    labels: ["model", "kind"],
+    help: "Routing decisions that knew less than they should; their explanations say what.",
+  },
   // Router: KV events.
   dynamo_component_kv_cache_events_applied: {
     type: "counter",

@@ -85,7 +85,7 @@ export class ModelRouters {
 
   /** A router for the model of `card`, without workers. */
   create(card: ModelCard): ModelRouter {
-    const { clock, random, metrics } = this.#planes;
+    const { clock, random, metrics, logger } = this.#planes;
     const shared = this.#usesKvEvents ? this.#shared?.kvIndex(card.name) : undefined;
     const kvIndex = this.#usesKvEvents && shared === undefined ? new FlatKvIndex({ random }) : undefined;
     const index = kvIndex ?? shared?.index;
@@ -95,6 +95,7 @@ export class ModelRouters {
       clock,
       random,
       metrics,
+      logger,
       blockSizeTokens: card.blockSizeTokens,
       config: this.#config,
       ...(index === undefined ? {} : { index }),

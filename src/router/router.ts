@@ -1,11 +1,12 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
-import type { Metrics } from "../observability/index.ts";
+import { silentLogger, type Logger, type Metrics } from "../observability/index.ts";
 import type { PlaneHealth } from "../runtime/component/index.ts";
 import type { LoadSnapshot } from "../protocol/index.ts";
 import type { Clock, Random } from "../std/index.ts";
 import { blockHashSeed, hashBlocks, type BlockHashes } from "../tokens/index.ts";
 import { BookedDecision, type DecisionOwner } from "./booked-decision.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
+import { Degradations, EMPTY_INDEX, NO_DEGRADATION, NO_INDEX, SESSION_MOVED } from "./degradations.ts";
 import { eligibleRanks, isRankBusy, type Eligible } from "./eligibility.ts";
 import { DecisionLog, DecisionRecord } from "./explain/decision-log.ts";
 import { renderDecision, type DecisionExplanation } from "./explain/render.ts";
@@ -36,6 +37,8 @@ export interface RouterOptions {
   readonly clock: Clock;
   readonly random: Random;
   readonly metrics: Metrics;
+  /** @default says nothing */
+  readonly logger?: Logger;
   /** Of the model. @default 16 */
   readonly blockSizeTokens?: number;
   /** What is not given has Dynamo's default. */
@@ -76,11 +79,6 @@ interface Evaluation {
   readonly degradations: readonly string[];
 }
 
-const NO_DEGRADATION: readonly string[] = Object.freeze([]);
-const NO_INDEX: readonly string[] = Object.freeze(["kv: no index, choosing by load"]);
-const EMPTY_INDEX: readonly string[] = Object.freeze(["kv: index empty, choosing by load"]);
-const SESSION_MOVED = "session: its worker could not take the request";
-
 export class Router implements DecisionOwner {
   readonly #options: RouterOptions;
   readonly #config: RouterConfig;
@@ -94,6 +92,7 @@ export class Router implements DecisionOwner {
   readonly #queue: RouteQueue<QueuedRoute, RoutingDecision>;
   readonly #sessions: SessionAffinity | undefined;
   readonly #log: DecisionLog;
+  readonly #degraded: Degradations;
   readonly #live = new Set<BookedDecision>();
   /** Of decisions whose session is bound by them. */
   readonly #leases = new Map<BookedDecision, Binding>();
@@ -126,6 +125,7 @@ export class Router implements DecisionOwner {
     this.#blockSizeTokens = options.blockSizeTokens ?? 16;
     this.#sequences = new ActiveSequences(this.#blockSizeTokens);
     this.#log = options.log ?? new DecisionLog();
+    this.#degraded = new Degradations({ ...options, logger: options.logger ?? silentLogger });
     this.#thresholds = this.#config.busyThresholds;
     this.metrics = new RouterMetrics(options.metrics, options.model, options.policy.name);
     const { clock } = options;
@@ -566,6 +566,7 @@ export class Router implements DecisionOwner {
     const record = this.#choose(request, evaluation, queuedMs);
     this.#turn = (this.#turn + 1) % 0x40000000;
     this.#log.add(record, this.#columns);
+    this.#degraded.note(record.degradations);
     this.#countOverlap(record);
     const decision = this.#hold(request, evaluation, record, startMs);
     this.metrics.routed.add();

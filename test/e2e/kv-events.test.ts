@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import type OpenAI from "openai";
+import { createLogger } from "../../src/observability/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
 import { mockerConfig } from "../../src/engines/mocker/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
@@ -203,7 +204,9 @@ describe("KV events of a whole cluster", () => {
   });
 
   test("a worker with another block size is left out with the reason, and the model goes on", async () => {
-    await withCluster({ workers: 1, frontend: KV }, async (cluster) => {
+    const lines: string[] = [];
+    const logger = createLogger({ level: "info", format: "jsonl", write: (line) => lines.push(line) });
+    await withCluster({ workers: 1, frontend: KV, logger }, async (cluster) => {
       const odd = await cluster.addWorker({ engine: { ...ECHO, blockSizeTokens: 32 } });
       let problem: string | undefined;
       await until(async () => {
@@ -214,7 +217,16 @@ describe("KV events of a whole cluster", () => {
         return problem !== undefined && problem !== "no model card yet";
       }, "the worker to be refused");
       assert.equal(problem, "its blockSizeTokens is 32, the model's other workers have 16");
+      assert.equal(lines.filter((line) => line.includes(`worker left out: ${problem}`)).length, 1);
       assert.equal((await preview(cluster.baseUrl, "abc")).candidates.length, 1);
+      // While there is nothing in the index, that is marked in each explanation, counted, and said once.
+      for (const id of ["a", "b"]) {
+        const { decision } = await complete(cluster.baseUrl, "echo", "short", id);
+        assert.deepEqual(decision.degradations, ["kv: index empty, choosing by load"]);
+      }
+      const degraded = /^dynamo_router_degraded_decisions_total\{model="echo",kind="index_empty"\}/;
+      assert.equal(await metric(cluster.baseUrl, degraded), 2);
+      assert.equal(lines.filter((line) => line.includes("routing is degraded: kv: index empty")).length, 1);
     });
   });
 

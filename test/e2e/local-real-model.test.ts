@@ -3,6 +3,7 @@ import { execFile } from "node:child_process";
 import { after, before, describe, test } from "node:test";
 import { promisify } from "node:util";
 import OpenAI from "openai";
+import type { DecisionExplanation } from "../../src/router/index.ts";
 import { until } from "../helpers/in-process-cluster.ts";
 import { assertSameGreedy, greedyAnswer, type GreedyToken } from "../helpers/greedy.ts";
 import { alive, startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
@@ -82,6 +83,21 @@ describe(
         streamed += chunk.choices[0]?.delta.content ?? "";
       }
       assert.equal(streamed, texts[0]);
+    });
+
+    test("what the router predicted is what the engine reused", async () => {
+      const story = "Once upon a time there was a small model that answered every question it was asked. ";
+      for (let turns = 1; turns <= 6; turns++) {
+        const id = `turn-${turns}`;
+        const messages = [{ role: "user" as const, content: story.repeat(turns) }];
+        const body = { model, messages, max_tokens: 2, temperature: 0 };
+        const answer = await client.chat.completions.create(body, { headers: { "x-request-id": id } });
+        const explained = await fetch(`${cluster.baseUrl}/v1/route/explain/${id}`);
+        const decision = ((await explained.json()) as { decisions: DecisionExplanation[] }).decisions[0]!;
+        assert.equal(decision.policy, "kv");
+        assert.equal(decision.predicted.cached_tokens, answer.usage!.prompt_tokens_details!.cached_tokens);
+        if (turns > 1) assert.ok(decision.predicted.cached_tokens > 0, JSON.stringify(decision));
+      }
     });
 
     test("sampling options are honoured: seeds repeat, logit bias forbids, stop strings stop, logprobs sum up", async () => {

@@ -8,6 +8,7 @@ import { roundRobinPolicy } from "./round-robin-policy.ts";
 import { stayUntilSaturatedPolicy } from "./stay-until-saturated-policy.ts";
 
 export * from "./base.ts";
+export { userPolicy } from "./user-policy.ts";
 export {
   directPolicy,
   kvPolicy,
