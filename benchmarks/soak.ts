@@ -10,7 +10,7 @@ import { machineLine, residentBytes, table } from "./harness.ts";
 
 /**
  * Soak: a million mixed requests (short, long, whole and streamed, refused, cancelled half-way, read slowly) against a
- * frontend and two mock workers as processes. Memory must be flat and handles back to the start. At each of up to 40 samples the
+ * frontend and two mock workers as processes. Memory must be flat and handles back to the start. At each of up to 80 samples the
  * load pauses, the processes collect their garbage (over the inspector), and what is in use, resident and open is taken;
  * the slope is fitted over the second half and stated per 100,000 requests.
  *
@@ -18,7 +18,7 @@ import { machineLine, residentBytes, table } from "./harness.ts";
  */
 const REQUESTS = Number(process.env["SOAK_REQUESTS"] ?? 1_000_000);
 const MAX_MS = Number(process.env["SOAK_SECONDS"] ?? Infinity) * 1_000;
-const SAMPLES = Math.min(40, Math.max(4, Math.floor(REQUESTS / 2_500)));
+const SAMPLES = Math.min(80, Math.max(4, Math.floor(REQUESTS / 2_500)));
 const WORKERS = 2;
 const MAIN = resolve(import.meta.dirname, "../src/cli/main.ts");
 const MODEL = "mock";
