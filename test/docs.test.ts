@@ -100,11 +100,34 @@ test("docs: walk.md names the spans that the product makes, and no others", () =
   assert.deepEqual([...named].toSorted(), [...made].toSorted());
 });
 
+test("docs: every test, metric and reason that faults.md names exists", () => {
+  const page = readFileSync(join(ROOT, "docs/faults.md"), "utf8");
+  const rows = page.split("\n").filter((line) => line.startsWith("| ") && !/^\| (?:fault|-+) /.test(line));
+  assert.ok(rows.length >= 25, `${rows.length} faults`);
+  for (const row of rows) {
+    const tests = [
+      ...row
+        .split("|")
+        .at(-2)!
+        .matchAll(/`([^`]+)`/g),
+    ].map((match) => match[1]!);
+    assert.ok(tests.length > 0, `no test for: ${row}`);
+    for (const file of tests) assert.ok(existsSync(join(ROOT, file)), `${file} of docs/faults.md does not exist`);
+  }
+  for (const [, metric] of page.matchAll(/`(dynamo_\w+)`/g)) {
+    assert.ok(Object.hasOwn(METRICS, metric!), `faults.md names the unknown metric ${metric}`);
+  }
+  for (const [, reason] of page.matchAll(/`reason:([\w-]+)`/g)) {
+    assert.ok(Object.hasOwn(REASONS, reason!), `faults.md names the unknown reason ${reason}`);
+  }
+});
+
 test("docs: every link between pages of this repository leads somewhere", () => {
   const pages = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/walk.md",
+    "docs/faults.md",
     "docs/errors.md",
     "docs/metrics.md",
     "docs/dependencies.md",

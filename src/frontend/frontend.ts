@@ -25,8 +25,11 @@ export interface RunningFrontendLoop extends RunningFrontend {
   readonly pipeline: Pipeline;
 }
 
-/** How long a start waits for the models of the workers that are there: a fetch of a tokenizer takes a tenth of a second. */
-const FIRST_MODELS_MS = 5_000;
+/**
+ * How long a start waits for the models of the workers that are there. A fetch of a tokenizer takes a tenth of a second; of
+ * a frozen worker, three until it is given up and the next one is asked.
+ */
+const FIRST_MODELS_MS = 15_000;
 
 /**
  * The frontend role: the OpenAI API over HTTP in front of whatever workers discovery knows. Listens once it knows the

@@ -16,9 +16,9 @@ export function artifactFromFolder(folder: string): TokenizerArtifact {
   if (tokenizerJson === undefined) throw new DynamoError("model-file-invalid", `${path}: no such file`);
   for (const step of ["normalizer", "pre_tokenizer", "post_processor", "decoder"]) tokenizerJson[step] ??= null;
   tokenizerJson.added_tokens ??= [];
-  const model = tokenizerJson.model as { type?: unknown; merges?: unknown } | undefined;
+  const model = tokenizerJson.model as { type?: unknown; merges?: unknown } | null | undefined;
   // Files from before the field existed have no type; only BPE has merges.
-  if (model !== undefined && model.type === undefined && model.merges !== undefined) model.type = "BPE";
+  if (typeof model === "object" && model?.type === undefined && model?.merges !== undefined) model.type = "BPE";
   checkTokenizerJson(tokenizerJson, path);
   const config = readJson(join(folder, "tokenizer_config.json")) ?? {};
   const generation = readJson(join(folder, "generation_config.json")) ?? {};
@@ -90,8 +90,8 @@ function tokenText(value: unknown): string | undefined {
 function templateOf(value: unknown): string | undefined {
   if (typeof value === "string") return value;
   if (!Array.isArray(value)) return undefined;
-  const named = value as { name?: unknown; template?: unknown }[];
-  const chosen = named.find(({ name }) => name === "default");
+  const named = value as ({ name?: unknown; template?: unknown } | null)[];
+  const chosen = named.find((one) => one?.name === "default");
   return typeof chosen?.template === "string" ? chosen.template : undefined;
 }
 

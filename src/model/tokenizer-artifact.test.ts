@@ -313,3 +313,18 @@ test("artifact: the real SmolLM2's tokenizer gives the ids of its published toke
     [1, 4093, 198, 1780, 314, 216, 36, 34, 47, 2],
   );
 });
+
+test("artifact: parts of a wrong type are a damaged file, wherever they stand", () => {
+  const json = { model: { type: "BPE", vocab: {}, merges: [] } };
+  const load = (files: Record<string, unknown>): TokenizerArtifact => artifactFromFolder(writeFolder(files));
+  assert.throws(() => load({ "tokenizer.json": { model: null } }), { reason: "model-file-invalid" });
+  assert.equal(
+    load({ "tokenizer.json": json, "tokenizer_config.json": { chat_template: [null, { name: "default" }] } })
+      .chatTemplate,
+    undefined,
+  );
+  for (const version of [{ toString: {} }, [], 2, "1"]) {
+    const bytes = Buffer.from(JSON.stringify({ version }));
+    assert.throws(() => decodeArtifact(bytes), { reason: "model-file-invalid", message: /version: expected 1/ });
+  }
+});

@@ -58,7 +58,9 @@ export function decodeArtifact(bytes: Uint8Array): TokenizerArtifact {
 export function checkArtifact(value: unknown): TokenizerArtifact {
   if (typeof value !== "object" || value === null || Array.isArray(value)) throw invalid("expected an object");
   const artifact = value as Record<string, unknown>;
-  if (artifact.version !== 1) throw invalid(`version: expected 1, got ${String(artifact.version)}`);
+  const { version } = artifact;
+  if (version !== 1)
+    throw invalid(`version: expected 1, got ${typeof version === "number" ? version : typeof version}`);
   if (artifact.source !== "gguf" && artifact.source !== "tokenizer.json" && artifact.source !== "bytes") {
     throw invalid("source: expected gguf, tokenizer.json or bytes");
   }

@@ -8,7 +8,7 @@ import { FaultProxy } from "./fault-proxy.ts";
 /** A server that echoes, a proxy in front of it, and a client through both. */
 async function echoThroughProxy(t: TestContext) {
   const sockets: Socket[] = [];
-  const server = createServer((socket) => {
+  const server = createServer({ allowHalfOpen: true }, (socket) => {
     sockets.push(socket);
     socket.on("error", () => undefined);
     socket.pipe(socket);
@@ -66,6 +66,15 @@ test("fault proxy: a reset is a reset, a hold holds both ways without a word, an
   await until(() => first.seen.bytes === 7 && second.seen.bytes === 2, "what was held");
   assert.equal(proxy.reset(), 2);
   await until(() => first.seen.error === "ECONNRESET" && second.seen.error === "ECONNRESET", "the resets");
+  proxy.refuse(true);
+  // One side gone while the other is held: closing the proxy (after the test) still ends both.
+  proxy.refuse(false);
+  const fourth = await open();
+  fourth.socket.write("x");
+  await until(() => fourth.seen.bytes === 1, "the echo");
+  proxy.hold();
+  fourth.socket.destroy();
+  await until(() => fourth.socket.closed, "our end to close");
   proxy.refuse(true);
   const refused = connect({ port: proxy.port, host: "127.0.0.1" });
   const [error] = (await once(refused, "error", { signal: AbortSignal.timeout(5_000) })) as [NodeJS.ErrnoException];

@@ -25,7 +25,7 @@ export class FaultProxy {
 
   /** On a free port of the loopback interface, to `targetPort` there. */
   static async listen(targetPort = 0): Promise<FaultProxy> {
-    const server = createServer({ noDelay: true });
+    const server = createServer({ noDelay: true, allowHalfOpen: true });
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     server.once("error", reject).listen(0, "127.0.0.1", resolve);
     await promise;
@@ -75,7 +75,7 @@ export class FaultProxy {
       return;
     }
     this.connectionCount++;
-    const far = connect({ port: this.#target, host: "127.0.0.1", noDelay: true, allowHalfOpen: false });
+    const far = connect({ port: this.#target, host: "127.0.0.1", noDelay: true, allowHalfOpen: true });
     const pair = new Pair(near, far, () => this.#pairs.delete(pair));
     this.#pairs.add(pair);
     if (this.#isHolding) pair.hold();
@@ -123,7 +123,8 @@ class Pair {
     from.on("error", () => to.resetAndDestroy());
     from.on("close", () => {
       to.end();
-      onGone();
+      // A held socket reads no end of its other side either: it stays here until it is reset.
+      if (to.destroyed) onGone();
     });
   }
 }

@@ -142,7 +142,8 @@ export class Nemesis {
     const worker = cluster.workers[index]!;
     if (fault === "connection-reset") {
       worker.proxy.reset();
-      // Frontends leave out who broke for five seconds; the next of its kind may come at once.
+      // Frontends leave out who broke for five seconds: until then it is not the one that is left alone.
+      await sleep(6_000);
       return;
     }
     if (fault === "network-hold") {

@@ -541,6 +541,43 @@ describe("file discovery: a store that goes away", () => {
   );
 
   it(
+    "watchers of a store that comes back look at it spread over a second, not all at once",
+    bench(async (b) => {
+      const holder = b.open();
+      const lease = await holder.openLease();
+      await lease.put("v1/a", 1);
+      const watchers = await Promise.all(
+        Array.from({ length: 20 }, async () => {
+          const view = b.open();
+          await view.watch("v1/", () => undefined);
+          return view;
+        }),
+      );
+      const timers = watchers.length + 1;
+      await rename(b.root, `${b.root}.aside`);
+      await writeFile(b.root, "in the way");
+      await pass(b.clock, 2_000, timers);
+      assert.ok(watchers.every((view) => !view.health().healthy));
+      await rm(b.root);
+      await rename(`${b.root}.aside`, b.root);
+      const perStep: number[] = [];
+      for (let well = 0; well < watchers.length && perStep.length < 20;) {
+        await pass(b.clock, 100, timers);
+        const now = watchers.filter((view) => view.health().healthy).length;
+        perStep.push(now - well);
+        well = now;
+      }
+      assert.equal(
+        perStep.reduce((sum, count) => sum + count, 0),
+        watchers.length,
+        perStep.join(" "),
+      );
+      assert.ok(perStep.length <= 11, `back after ${perStep.length * 100} ms`);
+      assert.ok(Math.max(...perStep) <= 9, `looks per 100 ms: ${perStep.join(" ")}`);
+    }),
+  );
+
+  it(
     "a store that can be written again in time saves the lease",
     bench(async (b) => {
       const discovery = b.open();

@@ -43,6 +43,12 @@ import {
   isBeacon,
   u64Frame,
 } from "../../../src/runtime/event-plane/zmq-frames.ts";
+import { DynamoError } from "../../../src/errors/index.ts";
+import { parseTraceparent } from "../../../src/observability/tracing.ts";
+import { ByteReader, NONCE_BYTES } from "../../../src/std/index.ts";
+import { DescriptorList } from "../../../src/transfer/descriptor-list.ts";
+import { decodeMetadata, encodeMetadata } from "../../../src/transfer/metadata.ts";
+import * as transferWire from "../../../src/transfer/tcp/wire.ts";
 import type { AnyTarget } from "../fuzzer.ts";
 import { allowing } from "../allowed.ts";
 import { bytesTarget } from "../mutate-bytes.ts";
@@ -296,6 +302,47 @@ function zmqFrames(): AnyTarget {
   });
 }
 
+/** Frames of the transfer library's TCP back end, and what agents tell of their memory. */
+function transfer(): AnyTarget {
+  const destination = new DescriptorList(Uint32Array.of(1, 2), Float64Array.of(0, 64), Uint32Array.of(16, 32));
+  const hello = {
+    serverIncarnation: 1n,
+    incarnation: 2n,
+    port: 5,
+    name: "agent",
+    nonce: Buffer.alloc(NONCE_BYTES, 7),
+    proof: Buffer.alloc(32),
+  };
+  const bodyOf = (frame: Buffer): Buffer => frame.subarray(transferWire.REQUEST_HEADER_BYTES);
+  const textOf = (frame: Buffer): Buffer => frame.subarray(transferWire.RESPONSE_HEADER_BYTES);
+  const pull = { id: 1, grant: 9n, timeoutMs: 500, message: Buffer.from("done"), destination };
+  return bytesTarget({
+    name: "transfer",
+    about: "the transfer library's requests, answers and metadata",
+    corpus: [
+      bodyOf(transferWire.encodeHello(hello)),
+      bodyOf(transferWire.encodePull(pull)),
+      bodyOf(transferWire.encodePull(pull)).subarray(24),
+      textOf(transferWire.encodeServerHello(hello.nonce)),
+      textOf(transferWire.encodeError(1, new DynamoError("cancelled", "stopped"))),
+      encodeMetadata({ name: "agent", incarnation: 3n, hostId: "h" }, new Map([["tcp", Buffer.from("part")]]), []),
+    ],
+    run(bytes) {
+      const reasons = [...MALFORMED, "protocol-version"] as const;
+      const { decoding } = transferWire;
+      allowing(reasons, () => decoding(() => transferWire.decodeHello(new ByteReader(bytes))));
+      const list = allowing(reasons, () => decoding(() => transferWire.decodeDescriptors(new ByteReader(bytes))));
+      if (list !== undefined) assert.ok(list.count * 16 <= bytes.length);
+      allowing(reasons, () => decoding(() => transferWire.decodePull(new ByteReader(bytes))));
+      allowing(reasons, () => decoding(() => transferWire.decodeServerHello(bytes)));
+      assert.ok(transferWire.decodeError(bytes) instanceof DynamoError);
+      const metadata = allowing(reasons, () => decodeMetadata(bytes));
+      if (metadata !== undefined) assert.notEqual(metadata.name, "");
+      parseTraceparent(bytes.toString("latin1"));
+    },
+  });
+}
+
 export const WIRE_TARGETS: Record<string, () => AnyTarget> = {
   "kv-events": kvEvents,
   "kv-recovery": kvRecovery,
@@ -304,4 +351,5 @@ export const WIRE_TARGETS: Record<string, () => AnyTarget> = {
   "engine-output": engineOutput,
   requests,
   "zmq-frames": zmqFrames,
+  transfer,
 };
