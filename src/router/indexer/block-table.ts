@@ -56,22 +56,6 @@ export function findBlock(memory: FlatKvMemory, lo: number, hi: number): number 
   return 0;
 }
 
-/**
- * Loads where blocks `from` to `to` - 1 of a chain would stand, so that looking each one up afterwards does not wait for
- * memory: in a loop of its own the processor waits for many cache lines at a time. The result means nothing; use it, so
- * that the compiler keeps the loads.
- */
-export function touchSlots(memory: FlatKvMemory, hashes: Uint32Array, from: number, to: number): number {
-  const { control, slots, directory } = memory;
-  const shift = control[CONTROL.directoryShift]!;
-  let sum = 0;
-  for (let block = from; block < to; block++) {
-    const hash = mix(control, hashes[2 * block]!, hashes[2 * block + 1]!);
-    sum = (sum + slots[directory[hash >>> shift]! + (hash & SLOT_MASK)]!) | 0;
-  }
-  return sum;
-}
-
 /** The writer's side: adds and removes. */
 export class BlockTable {
   readonly #memory: FlatKvMemory;
@@ -82,6 +66,8 @@ export class BlockTable {
   readonly #taken: number[] = [];
   readonly #bits: number[] = [];
   #directoryBits = 1;
+  /** What `warm` read: means nothing, but as it is kept the compiler keeps the loads. */
+  warmth = 0;
   /** A segment being written anew: its entries and their hashes. */
   readonly #spreadRecords = new Uint32Array(SEGMENT_SLOTS);
   readonly #spreadHashes = new Int32Array(SEGMENT_SLOTS);
@@ -117,6 +103,21 @@ export class BlockTable {
         this.#spread(segment, base, base, 0);
       }
     }
+  }
+
+  /**
+   * Loads where blocks `from` to `to` - 1 of a chain would stand, so that looking up and adding each one afterwards does not
+   * wait for memory: in a loop of its own the processor waits for many cache lines at a time.
+   */
+  warm(hashes: Uint32Array, from: number, to: number): void {
+    const { control, slots, directory } = this.#memory;
+    const shift = 32 - this.#directoryBits;
+    let sum = 0;
+    for (let block = from; block < to; block++) {
+      const hash = mix(control, hashes[2 * block]!, hashes[2 * block + 1]!);
+      sum = (sum + slots[directory[hash >>> shift]! + (hash & SLOT_MASK)]!) | 0;
+    }
+    this.warmth = sum;
   }
 
   /** Removes a record that is in the table, while its hash still stands in it. */

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import type { KvEvent, KvRemoved, KvStored, StorageTier } from "../../protocol/index.ts";
 import type { Random } from "../../std/index.ts";
 import type { ApplyStatus, KvIndex, KvIndexStats, OverlapScores } from "./base.ts";
-import { BlockTable, findBlock, touchSlots } from "./block-table.ts";
+import { BlockTable, findBlock } from "./block-table.ts";
 import { dumpRank } from "./dump-rank.ts";
 import {
   CONTROL,
@@ -82,8 +82,6 @@ export class FlatKvIndex implements KvIndex {
   #hand = 1;
   /** The record that the next block will be attached to; the hand spares it. */
   #pinned = 0;
-  /** Of `touchSlots`; means nothing. */
-  #warmth = 0;
   #blocks = 0;
   #memberships = 0;
   #evictedBlocks = 0;
@@ -184,7 +182,7 @@ export class FlatKvIndex implements KvIndex {
       if (isNew && block >= warmEnd) {
         // Behind a new block there are only new ones, each at a place of the table that no cache has.
         warmEnd = Math.min(blockCount, block + SECTION_BLOCKS);
-        this.#warmth = touchSlots(memory, hashes, block + 1, warmEnd);
+        this.#table.warm(hashes, block + 1, warmEnd);
       }
       if (record === 0) {
         record = this.#tryCreate(parent, lo, hi);
