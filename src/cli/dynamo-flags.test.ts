@@ -132,7 +132,7 @@ test(
       assert.equal(warm.worker.instance_id, cold.worker.instance_id);
       assert.deepEqual([warm.predicted.cached_tokens, warm.actual!.cached_tokens], [320, 320]);
     } finally {
-      const exits = children.map((child) => (child.exitCode === null ? once(child, "exit") : undefined));
+      const exits = children.filter((child) => child.exitCode === null).map((child) => once(child, "exit"));
       for (const child of children) child.kill("SIGKILL");
       await Promise.all(exits);
       await rm(folder, { recursive: true });

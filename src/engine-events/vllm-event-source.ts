@@ -44,6 +44,8 @@ export class VllmEventSource implements EngineLinkHandler {
   #link: EngineLink | undefined;
   /** The number that comes next; undefined before the first batch of a life. */
   #next: number | undefined;
+  /** Highest number that came live over this connection, where numbers only grow. */
+  #lastLive = -1;
   #waiting: Batch[] = [];
   #cancelReplay: (() => void) | undefined;
   #hasConnected = false;
@@ -87,6 +89,7 @@ export class VllmEventSource implements EngineLinkHandler {
   onConnected(): void {
     if (this.#hasConnected) this.#reset("reconnected");
     this.#hasConnected = true;
+    this.#lastLive = -1;
     this.#waiting = [];
     if (this.#link?.canReplay === true) this.#replay(0);
   }
@@ -95,6 +98,9 @@ export class VllmEventSource implements EngineLinkHandler {
     const batch = liveBatch(frames);
     if (batch === undefined)
       return this.#malformed(`frames of ${frames.map((frame) => frame.length).join(", ")} bytes`);
+    const isBack = batch.sequence <= this.#lastLive;
+    this.#lastLive = batch.sequence;
+    if (isBack) return this.#restarted(batch);
     if (this.#cancelReplay === undefined) return this.#take(batch);
     if (this.#waiting.length >= MAX_WAITING) this.#waiting.shift();
     this.#waiting.push(batch);
@@ -112,12 +118,14 @@ export class VllmEventSource implements EngineLinkHandler {
     const next = this.#next;
     if (next === undefined || batch.sequence === next) this.#apply(batch);
     else if (batch.sequence > next) this.#hole(batch, next);
-    else {
-      this.#reset("restarted");
-      if (this.#link?.canReplay !== true) return this.#apply(batch);
-      this.#waiting = [batch];
-      this.#replay(0);
-    }
+    // Else it was replayed before it came live: the two sockets do not wait for each other.
+  }
+
+  #restarted(batch: Batch): void {
+    this.#reset("restarted");
+    if (this.#link?.canReplay !== true) return this.#apply(batch);
+    this.#waiting = [batch];
+    this.#replay(0);
   }
 
   #hole(batch: Batch, next: number): void {

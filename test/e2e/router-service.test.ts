@@ -317,7 +317,9 @@ async function explainLocally(cluster: InProcessCluster, id: string): Promise<De
 
 interface Commands {
   /** Starts `dynamo` with these arguments; gives what it says when it is ready. */
-  start(...argv: string[]): Promise<{ readonly child: ChildProcess; readonly facts: Record<string, unknown> }>;
+  readonly start: (
+    ...argv: string[]
+  ) => Promise<{ readonly child: ChildProcess; readonly facts: Record<string, unknown> }>;
 }
 
 /** Commands of one cluster, all gone afterwards. */
