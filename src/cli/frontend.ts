@@ -18,7 +18,7 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
   const routerMode =
     (await loadPolicyModule(resolved.values["router-policy-module"])) ?? resolved.values["router-mode"];
   checkThreads(resolved.values, findPolicy(routerMode)?.usesOverlap === true);
-  // Collect garbage when the heap has grown by 60 % of what lives, not by several times: 50 MB less resident, no CPU that we could measure.
+  // Collect garbage when the heap has doubled, not at several times its size: less resident. Earlier costs CPU: see benchmarks/README.md.
   setFlagsFromString("--heap-growing-percent=100");
   const { startFrontend, startFrontendThreads } = await import("../frontend/index.ts");
   const threadCount = resolved.values["frontend-threads"];
