@@ -173,7 +173,7 @@ export class TransferAgent implements JobOwner {
     try {
       return await this.#register(memory, { ...options, address: mapped.address }, mapped);
     } catch (thrown) {
-      mapped.free();
+      shm.discard(mapped);
       throw thrown;
     }
   }
