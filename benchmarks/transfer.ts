@@ -18,8 +18,8 @@ import { cpuTimeOf, median, table } from "./harness.ts";
  * ratios. CPU is that of both processes, per gigabyte (10^9 bytes).
  */
 const REGION_BYTES = 64 * 1024 * 1024;
-const ROUNDS = 7;
-const PASSES = { fast: 12, slow: 4 };
+const ROUNDS = 5;
+const PASSES = { fast: 6, slow: 3 };
 const BLOCKS = [360 * 1024, 33 * 1024] as const;
 
 const PLAIN_C = String.raw`

@@ -166,3 +166,25 @@ test("transfer agent: messages nobody takes are bounded, and their sender is tol
     await agent.notify(peer, message);
   });
 });
+
+test("transfer agent: a pair that is slower than asked for is told once, and telemetry says why its back end was chosen", async () => {
+  const lines: string[] = [];
+  const logger = createLogger({ level: "warn", format: "jsonl", write: (line) => void lines.push(line) });
+  // Nothing is as fast as that, so that each transfer is slow.
+  await withPair({ logger, slowGigabytesPerSecond: 1e9, shm: false }, { shm: false }, async (agent, owner) => {
+    const byteLength = 512 * BLOCK;
+    const local = await agent.register({ kind: "host", bytes: Buffer.alloc(byteLength) });
+    await owner.register({ kind: "host", bytes: Buffer.alloc(byteLength) }, { label: "plain" });
+    const table = prepare(agent, owner, local, "plain");
+    const all = Uint32Array.from({ length: 512 }, (_, i) => i);
+    await agent.read(table, FIRST, FIRST).done;
+    assert.equal(lines.length, 0, "too small to tell");
+    for (let i = 0; i < 3; i++) await agent.read(table, all, all).done;
+    assert.equal(lines.length, 1);
+    assert.match(lines[0]!, /slower than they should be/);
+    assert.deepEqual(
+      agent.telemetry().map(({ reason, isSlowPath }) => ({ reason, isSlowPath })),
+      [{ reason: table.reason, isSlowPath: false }],
+    );
+  });
+});

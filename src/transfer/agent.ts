@@ -56,6 +56,8 @@ export interface TransferAgentOptions {
   readonly clusterSecret?: string | undefined;
   /** @default "warn" */
   readonly slowPath?: SlowPathPolicy;
+  /** A transfer of a megabyte or more below this rate is told in the log and counted, once per pair. @default 0 */
+  readonly slowGigabytesPerSecond?: number;
   /** Agents of this process that should reach each other share one. @default one of its own */
   readonly memory?: MemoryNetwork;
   /** @default loopback, any port */
@@ -76,6 +78,7 @@ export class TransferAgent implements JobOwner {
   readonly #logger: Logger;
   readonly #metrics: Metrics | undefined;
   readonly #slowPath: SlowPathPolicy;
+  readonly #slowGigabytesPerSecond: number;
   readonly #regions = new RegionTable();
   readonly #mappings = new Map<Region, MappedMemory>();
   readonly #backends = new Map<BackendName, TransferBackend>();
@@ -115,6 +118,7 @@ export class TransferAgent implements JobOwner {
     this.#logger = options.logger ?? silentLogger;
     this.#metrics = options.metrics;
     this.#slowPath = options.slowPath ?? "warn";
+    this.#slowGigabytesPerSecond = options.slowGigabytesPerSecond ?? 0;
     this.#statistics = new PairStatistics(options.metrics);
     this.#context = {
       name: this.name,
@@ -169,7 +173,7 @@ export class TransferAgent implements JobOwner {
     try {
       return await this.#register(memory, { ...options, address: mapped.address }, mapped);
     } catch (thrown) {
-      mapped.free();
+      shm.discard(mapped);
       throw thrown;
     }
   }
@@ -311,6 +315,7 @@ export class TransferAgent implements JobOwner {
       wanted: options.backend,
     });
     if (chosen.isSlowPath && options.backend === undefined) this.#onSlowPath(peer, chosen);
+    this.#statistics.onChoice(peer.name, chosen);
     return new PreparedTable({ peer, ...lists, localRegions, remoteRegionIds, chosen });
   }
 
@@ -412,6 +417,13 @@ export class TransferAgent implements JobOwner {
     this.#stopping.delete(job);
     this.#active.delete(job);
     this.#statistics.onEnd(job, this.#clock.monotonicMs(), job.error);
+    if (job.error === undefined && this.#statistics.isNewlySlow(job, this.#slowGigabytesPerSecond)) this.#onSlow(job);
+  }
+
+  #onSlow({ backend, peer, operation }: TransferJob): void {
+    this.#metrics?.counter("dynamo_transfer_slow_paths_total").labels(backend).add();
+    const limit = this.#slowGigabytesPerSecond;
+    this.#logger.warn({ peer: peer.name, backend, operation, limit }, "transfers are slower than they should be");
   }
 
   onJobRelease(job: TransferJob): void {

@@ -131,6 +131,9 @@ export interface PairTelemetry {
   readonly peer: string;
   readonly backend: BackendName;
   readonly operation: Operation;
+  /** Why this back end, as of the last prepared table. */
+  readonly reason: string;
+  readonly isSlowPath: boolean;
   readonly transferCount: number;
   readonly byteCount: number;
   readonly descriptorCount: number;

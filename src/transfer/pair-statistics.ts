@@ -1,6 +1,7 @@
 import type { DynamoError } from "../errors/index.ts";
 import type { Metrics } from "../observability/index.ts";
 import type { BackendName, Operation, PairTelemetry } from "./base.ts";
+import type { Chosen } from "./choose-backend.ts";
 import { CostModel, type TypicalCost } from "./cost-model.ts";
 import type { TransferJob } from "./transfer-job.ts";
 
@@ -15,6 +16,10 @@ interface Entry {
   readonly backend: BackendName;
   readonly operation: Operation;
   readonly cost: CostModel;
+  reason: string;
+  isSlowPath: boolean;
+  /** Somebody was told that it is slow. */
+  isToldSlow: boolean;
   transferCount: number;
   byteCount: number;
   descriptorCount: number;
@@ -55,11 +60,31 @@ export class PairStatistics {
         seconds: 0,
         errorCount: 0,
         lastGigabytesPerSecond: 0,
+        reason: "",
+        isSlowPath: false,
+        isToldSlow: false,
       };
       entry = { peer, backend: backend.name, operation, cost, ...zero };
       this.#entries.set(key, entry);
     }
     return entry;
+  }
+
+  /** Remembers why the pair's tables use this back end. */
+  onChoice(peer: string, { handler, reason, isSlowPath }: Chosen): void {
+    for (const operation of ["read", "write"] as const) {
+      const entry = this.#entry(peer, handler, operation);
+      entry.reason = reason;
+      entry.isSlowPath = isSlowPath;
+    }
+  }
+
+  /** True once per pair, when a transfer large enough to tell was slower than that. */
+  isNewlySlow(job: TransferJob, gigabytesPerSecond: number): boolean {
+    const entry = this.#entry(job.peer.name, job.handler, job.operation);
+    if (entry.isToldSlow || job.byteCount < RATE_SAMPLE_BYTES) return false;
+    entry.isToldSlow = entry.lastGigabytesPerSecond < gigabytesPerSecond;
+    return entry.isToldSlow;
   }
 
   onEnd(job: TransferJob, nowMs: number, error: DynamoError | undefined): void {
@@ -97,9 +122,11 @@ export class PairStatistics {
   }
 
   telemetry(): PairTelemetry[] {
-    return [...this.#entries.values()].map(({ cost: _cost, ...entry }) => ({
-      ...entry,
-      meanGigabytesPerSecond: entry.seconds > 0 ? entry.byteCount / 1e9 / entry.seconds : 0,
-    }));
+    return [...this.#entries.values()]
+      .filter((entry) => entry.transferCount + entry.errorCount > 0)
+      .map(({ cost: _cost, isToldSlow: _told, ...entry }) => ({
+        ...entry,
+        meanGigabytesPerSecond: entry.seconds > 0 ? entry.byteCount / 1e9 / entry.seconds : 0,
+      }));
   }
 }

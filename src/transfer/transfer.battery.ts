@@ -340,6 +340,8 @@ export function transferBattery(world: World): void {
         peer: pair.peer.name,
         backend: world.backend,
         operation: "read",
+        reason: table.reason,
+        isSlowPath: table.isSlowPath,
         transferCount: 4,
         byteCount: 4 * BLOCK_COUNT * BLOCK_BYTES,
         descriptorCount: 4 * BLOCK_COUNT,

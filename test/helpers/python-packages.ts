@@ -70,17 +70,17 @@ async function install(folder: string, { packages, unpack, works }: PackageSet):
   await run(python, ["--version"], 10_000);
   await mkdir(dirname(folder), { recursive: true });
   const building = await mkdtemp(`${folder}.building-`);
+  // A system's Python may come without pip: an environment has one.
+  const environment = unpack === undefined ? building : `${building}-pip`;
   try {
-    if (unpack === undefined) {
-      await run(python, ["-m", "venv", building], INSTALL_TIMEOUT_MS);
-      await run(interpreterOf(building), [...PIP, ...packages], INSTALL_TIMEOUT_MS);
-    } else {
-      await run(python, [...PIP, ...unpack, "--no-deps", "--target", building, ...packages], INSTALL_TIMEOUT_MS);
-    }
+    await run(python, ["-m", "venv", environment], INSTALL_TIMEOUT_MS);
+    const target = unpack === undefined ? [] : [...unpack, "--no-deps", "--target", building];
+    await run(interpreterOf(environment), [...PIP, ...target, ...packages], INSTALL_TIMEOUT_MS);
     if (!(await works(building))) throw new Error("it was installed and does not work");
     await moveInto(building, folder, works);
   } finally {
     await rm(building, { recursive: true, force: true });
+    await rm(environment, { recursive: true, force: true });
   }
 }
 

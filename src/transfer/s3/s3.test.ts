@@ -125,20 +125,6 @@ test("s3: an object that is not there is object-not-found, a bucket that is not 
   }
 });
 
-test("s3: a wrong secret is refused by the server, and told as storage-failed without a retry", async () => {
-  const client = aClient({ secretAccessKey: "wrong" });
-  try {
-    const put = client.put({ bucket: BUCKET, key: "x" }, [Buffer.from("x")], { ...anyTime(), ifAbsent: false });
-    await assert.rejects(put, (thrown) => {
-      assertReason(thrown, "storage-failed");
-      assert.match((thrown as { diagnostic?: string }).diagnostic ?? "", /SignatureDoesNotMatch/);
-      return true;
-    });
-  } finally {
-    await client.close();
-  }
-});
-
 test("s3: a large object goes up in parts from several pieces and comes back whole", async () => {
   const client = aClient({ partBytes: 5 * 1024 * 1024 });
   try {

@@ -121,6 +121,12 @@ export class ShmBackend implements TransferBackend, ServingOwner {
     return mapped;
   }
 
+  /** Memory that could not be registered. */
+  discard(mapped: MappedMemory): void {
+    this.#unregistered.delete(mapped.address);
+    mapped.free();
+  }
+
   register(region: Region): Promise<void> {
     if (region.address === undefined) return Promise.resolve();
     const owned = this.#unregistered.get(region.address);

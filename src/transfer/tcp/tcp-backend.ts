@@ -53,6 +53,8 @@ const MAX_CONNECTIONS = 4_096;
 /** Writes of one connection's peer that we fetch at a time. */
 const MAX_PULLS = 4_096;
 const MAX_HOST_BYTES = 256;
+/** Longer ones fire at once. */
+const MAX_TIMER_MS = 0x7fff_ffff;
 
 /** A running write of ours: what the peer may fetch. */
 interface Grant {
@@ -229,7 +231,9 @@ export class TcpBackend implements TransferBackend, ServingOwner {
       this.#end(job);
       return;
     }
-    // The peer writes to its own memory for us: it is over when the peer says so, or its connection is gone.
+    // From here on the peer gets no more bytes. It writes to its own memory for us: it is over when the peer says so, or its
+    // connection is gone.
+    if (active.grant !== undefined) this.#grants.delete(active.grant);
     if (active.requestId !== undefined) active.link.cancelRequest(active.requestId);
   }
 
@@ -331,7 +335,7 @@ export class TcpBackend implements TransferBackend, ServingOwner {
       bytesOf: bytesOf(pinned),
       onEnd: (error) => this.#fetched(connection, request, error),
     });
-    const timer = this.#context.clock.setTimer(request.timeoutMs, () => {
+    const timer = this.#context.clock.setTimer(Math.min(request.timeoutMs, MAX_TIMER_MS), () => {
       this.#stopFetching(
         connection,
         request.id,
