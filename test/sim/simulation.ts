@@ -197,6 +197,7 @@ class Run {
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
     checkHealthy(cluster, this.#violations);
+    checkAtRest(cluster, this.#violations);
     await this.#probe();
     await this.#pass(1_000);
     checkAtRest(cluster, this.#violations);
