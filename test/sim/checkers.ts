@@ -102,6 +102,9 @@ function checkProper(call: ClientCall, { hadFaults }: CallContext, bad: (what: s
 /** Workers that queue this many push nobody back: a run has fewer requests. */
 export const PLENTY_QUEUED = 64;
 
+/** Time enough for a fault to be found (heartbeats take 3.25 s) and for the answer. */
+const PLENTY_MS = 20_000;
+
 /** Migrations per choice, the product's default. */
 const MIGRATIONS = 3;
 
@@ -110,10 +113,12 @@ const MIGRATIONS = 3;
  * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity.
  */
 function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
+  const hadTime =
+    shape.frontend.limits.requestTimeoutMs >= PLENTY_MS && (shape.frontend.stallLimitMs ?? Infinity) < PLENTY_MS;
   // The well one may have been full, and the one after it broken.
   if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
   if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;
-  if (OVERLOAD_CODES.has(call.code) || call.code === "request_deadline") return;
+  if (OVERLOAD_CODES.has(call.code) || (call.code === "request_deadline" && !hadTime)) return;
   const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;
   const frontend = frontends.find(({ host }) => host === call.host)!;
   if (frontend.troubles.some(isHit)) return;

@@ -18,6 +18,9 @@ export type Outcome =
   | "unreachable"
   | "left";
 
+/** A step of the slowest engine, with a full batch to prefill, and the network. */
+const CANCEL_MS = 1_000;
+
 /** One planned call under way, and the judgement of what came back. Whatever is wrong is in `problems`. */
 export class ClientCall {
   readonly plan: PlannedCall;
@@ -83,6 +86,23 @@ export class ClientCall {
       marks.mark(this.#call.body.length > 0 ? "client left mid-stream" : "client left early");
     this.#call.leave();
     this.#end("left");
+    const { clock } = this.#cluster.clients;
+    clock.setTimer(CANCEL_MS, () => this.#checkCancelled());
+  }
+
+  /** Nobody works for a client that left: to the engine, within a step and two ways through the network. */
+  #checkCancelled(): void {
+    const sinceMs = this.endedMs - CANCEL_MS;
+    for (const { host, engine, troubles } of [...this.#cluster.workers, ...this.#cluster.frontends]) {
+      // A fault may have eaten the word, or keep it waiting.
+      if (troubles.some(({ untilMs }) => untilMs >= sinceMs)) return;
+      for (const id of engine?.live.values() ?? []) {
+        // Samples and further prompts have a suffix.
+        if (id === this.plan.id || id.startsWith(`${this.plan.id}-`)) {
+          this.problems.push(`${host} still works on ${id}, ${CANCEL_MS} ms after its client left`);
+        }
+      }
+    }
   }
 
   #onOver(): void {

@@ -189,7 +189,13 @@ export class Cluster {
     seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
   }
 
+  /** Discovery can be read by all again: who came up meanwhile will be known. */
+  discoveryIsBack(): void {
+    for (const seat of this.seats) if (seat.isServing) this.#recovered(seat);
+  }
+
   #recovered({ troubles }: Seat): void {
+    if (this.seats.some(({ discovery }) => discovery?.isReachable === false)) return;
     const untilMs = this.world.nowMs + JOINED_MS;
     for (const trouble of troubles) if (trouble.untilMs === Infinity) trouble.untilMs = untilMs;
   }

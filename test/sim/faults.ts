@@ -185,6 +185,7 @@ export class Nemesis {
         for (const discovery of discoveries) discovery.isReachable = false;
         this.#later(forMs, () => {
           for (const discovery of discoveries) discovery.isReachable = true;
+          this.#cluster.discoveryIsBack();
         });
         return;
       }

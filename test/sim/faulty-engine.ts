@@ -1,12 +1,22 @@
 import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
 import type { MockerEngine } from "../../src/engines/mocker/index.ts";
 import { DynamoError } from "../../src/errors/index.ts";
-import type { KvEvent, LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
+import {
+  forEachStepEntry,
+  type KvEvent,
+  type LoadSnapshot,
+  type PreprocessedRequest,
+} from "../../src/protocol/index.ts";
 
-/** The mock engine with two faults: it can hang (nothing comes out of it until it is let go) and die. */
+/**
+ * The mock engine with two faults: it can hang (nothing comes out of it until it is let go) and die. It remembers whom it
+ * works for.
+ */
 export class FaultyEngine implements Engine {
   readonly mocker: MockerEngine;
   #sink: EngineSink | undefined = undefined;
+  /** Request ids by stream, of those that have not ended. */
+  readonly live = new Map<number, string>();
   /** What came out while it hung. */
   #held: (() => void)[] | undefined = undefined;
 
@@ -19,6 +29,9 @@ export class FaultyEngine implements Engine {
     return this.mocker.start(
       {
         onStep: (step) => {
+          forEachStepEntry(step, (id, _start, _end, final) => {
+            if (final) this.live.delete(id);
+          });
           const copy = this.#held === undefined ? step : Uint8Array.from(step);
           this.#pass(() => sink.onStep(copy));
         },
@@ -51,6 +64,7 @@ export class FaultyEngine implements Engine {
   }
 
   submit(streamId: number, request: PreprocessedRequest): void {
+    this.live.set(streamId, request.requestId);
     this.mocker.submit(streamId, request);
   }
   abort(streamId: number): void {

@@ -197,6 +197,7 @@ class Run {
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
     checkHealthy(cluster, this.#violations);
+    checkAtRest(cluster, this.#violations);
     await this.#probe();
     await this.#pass(1_000);
     checkAtRest(cluster, this.#violations);
@@ -242,11 +243,11 @@ class Run {
     const world = this.#world;
     const random = world.fork();
     const probes: ClientCall[] = [];
-    for (const { host } of this.#cluster.frontends) {
+    for (const [index, { host }] of this.#cluster.frontends.entries()) {
       for (let i = 0; i < PROBES; i++) {
         const call = probeCall(`probe-${host}-${i}`, 0, { ...this.#plan.workload, maxTokens: 8 }, random);
         // One after the other, so that even the tightest gate takes them.
-        world.timer(i * 500, () => probes.push(new ClientCall(this.#cluster, call, host)));
+        world.timer(i * 600 + index * 200, () => probes.push(new ClientCall(this.#cluster, call, host)));
       }
     }
     const count = PROBES * this.#cluster.frontends.length;

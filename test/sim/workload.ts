@@ -68,7 +68,8 @@ function properCall(
   const isChat = draw.chance(0.5);
   const isStream = draw.chance(0.6);
   const includesUsage = isStream && draw.chance(0.7);
-  const n = draw.chance(0.15) ? draw.int(2, 3) : 1;
+  const isProbe = fixed !== undefined;
+  const n = !isProbe && draw.chance(0.15) ? draw.int(2, 3) : 1;
   const maxTokens = draw.int(1, shape.maxTokens);
   const isSampled = draw.chance(0.5);
   const seed = isSampled ? draw.int(0, 0xffff_fff0) : undefined;
@@ -91,7 +92,7 @@ function properCall(
     prompts.push(chatPrompt(messages));
     body = { ...common, messages };
   } else {
-    const count = draw.chance(0.1) ? 2 : 1;
+    const count = !isProbe && draw.chance(0.1) ? 2 : 1;
     const texts = Array.from({ length: count }, (_, i) => (i === 0 ? text : draw.text(1, 80)));
     for (const one of texts) prompts.push(Uint32Array.from(bytesOf(one)));
     const given: readonly (string | number[])[] = draw.chance(0.2) ? prompts.map((tokens) => [...tokens]) : texts;

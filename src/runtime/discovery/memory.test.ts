@@ -47,6 +47,69 @@ describe("memory discovery", () => {
     await assert.rejects(lease.put("v1/a", 1), rejectsWith("lease-lost"));
   });
 
+  it("in a store with a clock a lease lives as long as its holder renews it", async () => {
+    const [world, holders] = [new ManualClock(), new ManualClock()];
+    const store = new MemoryStore({ clock: world });
+    const discovery = new MemoryDiscovery({ store, clock: holders, ttlMs: 1_000 });
+    const lease = await discovery.openLease();
+    await lease.put("v1/a", 1);
+    for (let i = 0; i < 20; i++) {
+      world.advance(250);
+      holders.advance(250);
+    }
+    assert.equal(store.entries.size, 1);
+    // Its process stands still: others see it go, and it learns of that when it goes on.
+    world.advance(1_000);
+    assert.equal(store.entries.size, 0);
+    await assert.rejects(lease.put("v1/a", 1), rejectsWith("lease-lost"));
+    holders.advance(250);
+    await lease.lost;
+    await discovery.close();
+    assert.equal(world.pendingTimerCount + holders.pendingTimerCount, 0);
+  });
+
+  it("a holder out of reach keeps what it was told, and is told the difference when it is back", async () => {
+    const clock = new ManualClock();
+    const store = new MemoryStore({ clock });
+    const [far, near] = [new MemoryDiscovery({ store, clock }), new MemoryDiscovery({ store, clock })];
+    const seen = new ChangeRecorder();
+    await far.watch("", seen.listener);
+    const [gone, stays] = [await near.openLease(), await near.openLease()];
+    await gone.put("v1/a", 1);
+    await stays.put("v1/b", 1);
+    await seen.becomes({ "v1/a": 1, "v1/b": 1 });
+    far.isReachable = false;
+    assert.equal(far.health().healthy, false);
+    await assert.rejects(far.list(""), rejectsWith("discovery-unavailable"));
+    await assert.rejects(far.openLease(), rejectsWith("discovery-unavailable"));
+    await gone.close();
+    await stays.put("v1/b", 2);
+    await stays.put("v1/c", 3);
+    await new Promise<void>((resolve) => clock.nextTurn(resolve));
+    assert.deepEqual(seen.values, { "v1/a": 1, "v1/b": 1 });
+    far.isReachable = true;
+    await seen.becomes({ "v1/b": 2, "v1/c": 3 });
+    await Promise.all([far.close(), near.close()]);
+  });
+
+  it("a holder out of reach for longer than its lease loses it; a shorter time harms nothing", async () => {
+    const clock = new ManualClock();
+    const store = new MemoryStore({ clock });
+    const discovery = new MemoryDiscovery({ store, clock, ttlMs: 1_000 });
+    const lease = await discovery.openLease();
+    await lease.put("v1/a", 1);
+    discovery.isReachable = false;
+    clock.advance(700);
+    discovery.isReachable = true;
+    clock.advance(5_000);
+    assert.equal(store.entries.size, 1);
+    discovery.isReachable = false;
+    clock.advance(1_500);
+    await lease.lost;
+    assert.equal(store.entries.size, 0);
+    await discovery.close();
+  });
+
   it("a listener that throws does not silence the others", async () => {
     const discovery = new MemoryDiscovery();
     const seen = new ChangeRecorder();

@@ -189,3 +189,61 @@ test("memory event plane: one subscription does not wait for another's handler",
   assert.equal(plane.statistics.handlerErrors, 1);
   await plane.close();
 });
+
+test("memory event plane: a publisher that leaves while its last event is lost reports it lost, and throws nothing", async () => {
+  const { plane, settle } = aPlane({ drop: (kind) => kind !== "replay" });
+  const witness = new Witness();
+  await plane.subscribe("load", witness);
+  const publisher = await plane.publish("load");
+  settle();
+  publisher.publish(text("x"));
+  settle();
+  assert.equal(witness.calls.length, 0);
+  await publisher.close();
+  settle();
+  assert.deepEqual([witness.sequences, witness.gaps.length, witness.gone.length], [[], 1, 1]);
+  await plane.close();
+});
+
+test("memory event plane: a beacon that was lost comes again, and brings the event back", async () => {
+  let isCut = true;
+  const { plane, clock, settle } = aPlane({ drop: () => isCut });
+  const witness = new Witness();
+  await plane.subscribe("load", witness);
+  const publisher = await plane.publish("load");
+  publisher.publish(text("x"));
+  settle();
+  clock.advance(1_000);
+  settle();
+  assert.equal(witness.calls.length, 0);
+  isCut = false;
+  clock.advance(1_000);
+  settle();
+  assert.deepEqual([witness.sequences, witness.gaps.length], [[1], 0]);
+  await plane.close();
+  assert.equal(clock.pendingTimerCount, 0);
+});
+
+test("memory event plane: an abandoned plane hears, says and answers nothing; losses are told whose they are", async () => {
+  const bus = new MemoryEventBus({ drop: (_kind, _topic, _id, _sequence, to) => to === "deaf" });
+  const turns: (() => void)[] = [];
+  const open = (name: string): MemoryEventPlane =>
+    new MemoryEventPlane({ bus, name, schedule: (run) => turns.push(run) });
+  const settle = (): void => {
+    for (let run = turns.shift(); run !== undefined; run = turns.shift()) run();
+  };
+  const [speaker, hearer, deaf] = [open("speaker"), open("hearer"), open("deaf")];
+  const [heard, missed] = [new Witness(), new Witness()];
+  await hearer.subscribe("load", heard);
+  await deaf.subscribe("load", missed);
+  const publisher = await speaker.publish("load");
+  publisher.publish(text("x"));
+  settle();
+  assert.deepEqual([heard.calls.length, missed.calls.length], [1, 0]);
+  hearer.abandon();
+  publisher.publish(text("x"));
+  settle();
+  assert.equal(heard.calls.length, 1);
+  await Promise.all([speaker.close(), hearer.close(), deaf.close()]);
+  assert.equal(bus.topicCount, 0);
+});
