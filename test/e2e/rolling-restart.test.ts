@@ -20,7 +20,8 @@ test(
       const startRouter = (): Promise<RoleProcess> => roles.start("router", "--router-mode=kv");
       const startWorker = (): Promise<RoleProcess> =>
         roles.start("mocker", "--model-name=mock", "--graceful-shutdown-timeout-secs=0.5");
-      const startFrontend = (): Promise<RoleProcess> => roles.start("frontend", "--http-port=0", "--router-service");
+      const startFrontend = (): Promise<RoleProcess> =>
+        roles.start("frontend", "--http-port=0", "--router-service", "--graceful-shutdown-grace-period-secs=5");
       const [routers, workers, frontends] = await Promise.all([
         Promise.all([startRouter(), startRouter()]),
         Promise.all([startWorker(), startWorker()]),
@@ -81,24 +82,24 @@ test(
         await Promise.race([until(() => served >= from + count, `${count} more answers`, 60_000), load]);
       };
       for (const [i, worker] of workers.entries()) {
-        await more(20);
+        await more(10);
         await leave(worker);
         workers[i] = await startWorker();
         await Promise.all(urls.map((url) => serves(url, workers.length)));
       }
       for (const router of routers) {
-        await more(20);
+        await more(10);
         await leave(router);
         await startRouter();
       }
       for (const frontend of frontends) {
-        await more(20);
+        await more(10);
         await leave(frontend);
         const next = await startFrontend();
         await serves(urlOf(next), workers.length);
         urls = [...urls, urlOf(next)];
       }
-      await more(20);
+      await more(10);
       isOver = true;
       await load;
       t.diagnostic(`${served} answers through six restarts, ${elsewhere} of them asked again at the other frontend`);
