@@ -43,11 +43,12 @@ test(
         ...(i % 2 === 0 ? { temperature: 0 } : { temperature: 1, seed: i % 10 }),
       });
       const expected = new Map<string, string>();
-      for (let i = 0; i < 30; i++) {
+      const undisturbed = async (i: number): Promise<void> => {
         const answer = await streamCompletion(urls[0]!, body(i));
         assert.equal(answer.error, undefined);
         expected.set(JSON.stringify(body(i)), answer.text);
-      }
+      };
+      await Promise.all(Array.from({ length: 30 }, (_, i) => undisturbed(i)));
 
       let isOver = false;
       let served = 0;
