@@ -10,12 +10,12 @@ import { machineLine, median, table } from "./harness.ts";
  *   1. Short requests in a closed loop, undisturbed and with a kill every 2 s: failures, rate, latency.
  *   2. 64 long streams, a fault while all of them run: the longest silence of each stream that had to move.
  *
- * Usage: node benchmarks/recovery.ts [--seconds=12] [--rounds=5]
+ * Usage: node benchmarks/recovery.ts [--seconds=12] [--rounds=3]
  */
 const option = (name: string, fallback: number): number =>
   Number(process.argv.find((argument) => argument.startsWith(`--${name}=`))?.split("=")[1] ?? fallback);
 const SECONDS = option("seconds", 12);
-const ROUNDS = option("rounds", 5);
+const ROUNDS = option("rounds", 3);
 const CONCURRENCY = 64;
 const STREAMS = 64;
 const KILL_EVERY_MS = 2_000;
@@ -134,7 +134,8 @@ export async function run(): Promise<void> {
     await generateLoad({ host: "127.0.0.1", port: cluster.port, path: "/v1/completions", body: shortBody, concurrency: CONCURRENCY, requestCount: 2_000 }); // prettier-ignore
     console.log(table([await shortRequests(cluster, false), await shortRequests(cluster, true)]));
     console.log();
-    console.log(table([await longStreams(cluster, "SIGKILL"), await longStreams(cluster, "SIGSTOP")]));
+    for (const signal of ["SIGKILL", "SIGSTOP"] as const)
+      console.log(`${table([await longStreams(cluster, signal)])}\n`);
   } finally {
     await cluster.roles.stop();
   }

@@ -305,6 +305,17 @@ export const OPTIONS = {
     commands: ROLES,
     help: "How long running requests may finish after SIGTERM or Ctrl-C.",
   },
+  "graceful-shutdown-grace-period-secs": {
+    type: "number",
+    // Longer than a load balancer takes to look at /health; Dynamo's 5 would be felt at each Ctrl-C.
+    default: 1,
+    min: 0,
+    max: 3_600,
+    env: "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",
+    group: "HTTP",
+    commands: FRONTENDS,
+    help: "How long a leaving frontend still answers 503 to those who hold connections, so that they go elsewhere.",
+  },
   // ---- Faults ----
   "migration-limit": {
     type: "integer",

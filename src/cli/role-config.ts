@@ -21,6 +21,7 @@ export function frontendConfig(values: OptionValues, routerMode: string = values
       : {}),
     ...(values["admin-key"] === undefined ? {} : { adminKey: values["admin-key"] }),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
+    lingerMs: milliseconds(values["graceful-shutdown-grace-period-secs"]),
     migration: {
       limit: values["migration-limit"],
       maxSequenceTokens: values["migration-max-seq-len"] ?? Infinity,

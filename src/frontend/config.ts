@@ -24,6 +24,8 @@ export interface FrontendConfig {
   readonly stallLimitMs?: number;
   readonly limits: FrontendLimits;
   readonly drainTimeoutMs: number;
+  /** How long a frontend that leaves still answers with 503 while somebody holds a connection. @default 500 */
+  readonly lingerMs?: number;
 }
 
 /** How requests go on when their worker cannot. */

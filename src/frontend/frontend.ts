@@ -85,7 +85,7 @@ export async function startFrontend(
     lifecycle.onDrain(async () => {
       draining = true;
       pipeline.beginDrain();
-      const linger = server.linger(LINGER_MS);
+      const linger = server.linger(config.lingerMs ?? LINGER_MS);
       await live.idle();
       await linger;
     });
@@ -100,7 +100,6 @@ export async function startFrontend(
   }
 }
 
-/** How long a frontend that leaves still answers with 503: load balancers and clients learn it and go elsewhere. */
 const LINGER_MS = 500;
 
 interface RouteContext {

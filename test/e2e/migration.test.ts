@@ -400,6 +400,24 @@ describe("migration, break by break", { timeout: 120_000 }, () => {
     );
   });
 
+  test("through a router service it is the same, and the service holds no booking afterwards", async () => {
+    await withPool(
+      2,
+      async (pool) => {
+        const { router } = await pool.cluster.addRouter();
+        for (const at of [0, 9]) {
+          pool.plans = [{ at, how: "error-end" }];
+          pool.calls.length = 0;
+          const { answer, text } = await pool.complete();
+          assert.equal(answer.choices?.[0]?.text, ANSWER.toString(), text);
+          assert.equal(pool.calls.length, 2);
+        }
+        await until(() => router.bookingCount === 0, "the service to hold no booking");
+      },
+      { routerService: { answerTimeoutMs: 5_000 } },
+    );
+  });
+
   test("metrics and the routing explanation tell each attempt with its reason", async () => {
     await withPool(3, async (pool) => {
       const { baseUrl } = pool.cluster;

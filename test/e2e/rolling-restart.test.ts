@@ -20,7 +20,8 @@ test(
       const startRouter = (): Promise<RoleProcess> => roles.start("router", "--router-mode=kv");
       const startWorker = (): Promise<RoleProcess> =>
         roles.start("mocker", "--model-name=mock", "--graceful-shutdown-timeout-secs=0.5");
-      const startFrontend = (): Promise<RoleProcess> => roles.start("frontend", "--http-port=0", "--router-service");
+      const startFrontend = (): Promise<RoleProcess> =>
+        roles.start("frontend", "--http-port=0", "--router-service", "--graceful-shutdown-grace-period-secs=5");
       const [routers, workers, frontends] = await Promise.all([
         Promise.all([startRouter(), startRouter()]),
         Promise.all([startWorker(), startWorker()]),
@@ -42,11 +43,12 @@ test(
         ...(i % 2 === 0 ? { temperature: 0 } : { temperature: 1, seed: i % 10 }),
       });
       const expected = new Map<string, string>();
-      for (let i = 0; i < 30; i++) {
+      const undisturbed = async (i: number): Promise<void> => {
         const answer = await streamCompletion(urls[0]!, body(i));
         assert.equal(answer.error, undefined);
         expected.set(JSON.stringify(body(i)), answer.text);
-      }
+      };
+      await Promise.all(Array.from({ length: 30 }, (_, i) => undisturbed(i)));
 
       let isOver = false;
       let served = 0;
@@ -81,24 +83,24 @@ test(
         await Promise.race([until(() => served >= from + count, `${count} more answers`, 60_000), load]);
       };
       for (const [i, worker] of workers.entries()) {
-        await more(20);
+        await more(10);
         await leave(worker);
         workers[i] = await startWorker();
         await Promise.all(urls.map((url) => serves(url, workers.length)));
       }
       for (const router of routers) {
-        await more(20);
+        await more(10);
         await leave(router);
         await startRouter();
       }
       for (const frontend of frontends) {
-        await more(20);
+        await more(10);
         await leave(frontend);
         const next = await startFrontend();
         await serves(urlOf(next), workers.length);
         urls = [...urls, urlOf(next)];
       }
-      await more(20);
+      await more(10);
       isOver = true;
       await load;
       t.diagnostic(`${served} answers through six restarts, ${elsewhere} of them asked again at the other frontend`);
