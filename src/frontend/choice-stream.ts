@@ -431,7 +431,11 @@ export class ChoiceStream implements AttemptOwner {
       },
       "request goes on with another worker",
     );
-    this.dispatch();
+    // A turn later: whatever cut this connection may have cut others too (this process was frozen, a switch went), and by
+    // then the sockets have said so. Else one break after the other would use up all workers within a millisecond.
+    this.#run.planes.clock.nextTurn(() => {
+      if (!this.#ended) this.dispatch();
+    });
   }
 
   /** Counts it when it may. */

@@ -47,6 +47,8 @@ const MAX_SHOWN = 20;
 export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
   const { seed, durationMs, modelPath, onLine, workers = 3, frontends = 2 } = options;
   const random = new SeededRandom(seed);
+  const startMs = performance.now();
+  const since = (ms: number): string => `+${((ms - startMs) / 1_000).toFixed(2)} s`;
   const isMock = modelPath === undefined;
   const lines: string[] = [];
   const cluster = await ChaosCluster.start({
@@ -67,7 +69,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     random: new SeededRandom(seed + 1),
     meanGapMs: options.meanGapMs ?? 1_500,
     maxOutageMs: options.maxOutageMs ?? 6_000,
-    onFault: onLine,
+    onFault: (text) => onLine(`${since(performance.now())} ${text}`),
   });
   try {
     const expected = await learn(cluster, isMock ? mockPrompts(random) : modelPrompts(), isMock);
@@ -85,7 +87,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     await cluster.settled(60_000);
     await load.stop();
     if (load.sentCount !== ended.length) violations.push(`${load.sentCount} sent, ${ended.length} ended`);
-    violations.push(...judge(ended, nemesis.disturbances));
+    violations.push(...judge(ended, nemesis.disturbances, since));
     violations.push(...(await checkRecovered(load)));
     violations.push(...(await checkAtRest(cluster)));
     load.close();
@@ -169,11 +171,12 @@ function mockAnswer(prompt: string, maxTokens: number): string {
 
 // ---- Checkers ----
 
-function judge(ended: readonly Ended[], disturbances: readonly Disturbance[]): string[] {
+function judge(ended: readonly Ended[], disturbances: readonly Disturbance[], since: (ms: number) => string): string[] {
   const found: string[] = [];
   for (const one of ended) {
     const why = violationOf(one, disturbances);
-    if (why !== undefined) found.push(`${one.outcome}: ${one.detail} (${why})`);
+    if (why !== undefined)
+      found.push(`${since(one.startedMs)} to ${since(one.endedMs)} ${one.outcome}: ${one.detail} (${why})`);
   }
   const more = found.length - MAX_SHOWN;
   return more > 0 ? [...found.slice(0, MAX_SHOWN), `and ${more} more requests`] : found;
