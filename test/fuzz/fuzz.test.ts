@@ -21,10 +21,10 @@ describe(`fuzz, seeds ${FIXED_SEED} and ${FRESH_SEED}`, () => {
       try {
         for (const seed of [FIXED_SEED, FRESH_SEED]) {
           const watchdog = new Watchdog(name, seed);
-          const report = await target.fuzz({ seed, durationMs: SHARE_MS, onCase: (index) => watchdog.at(index) });
+          const onCase = (index: number): void => watchdog.at(index);
+          const report = await target.fuzz({ seed, durationMs: SHARE_MS, minCases: 30, onCase });
           await watchdog.close();
           assert.equal(failureText(report), "");
-          assert.ok(report.caseCount >= 10, `${report.caseCount} cases in ${SHARE_MS} ms`);
         }
       } finally {
         await target.close();
@@ -71,8 +71,8 @@ test("fuzzer: a rejection that nobody handles and a case that takes too long are
   assert.match(stdout, /reached the process.*nobody listens/);
   const slow = targetOf(
     target(() => {
-      const endMs = performance.now() + 2_050;
-      while (performance.now() < endMs);
+      const before = process.threadCpuUsage();
+      while (process.threadCpuUsage(before).user < 2_050_000);
     }),
   );
   assert.match((await slow.fuzz({ seed: 1, cases: 1 })).failure?.message ?? "", /longer than/);

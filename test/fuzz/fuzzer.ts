@@ -7,7 +7,7 @@ import { SeededRandom, type Random } from "../../src/std/index.ts";
  * (`mutate-bytes.ts`, `mutate-json.ts`), and says of each whether the code under test held: no exception but an allowed
  * error, no wrong result. The fuzzer adds what holds for all of them:
  *
- *     time      one input takes at most `MAX_CASE_MS`; a real hang is reported and ended by a thread (watchdog.ts)
+ *     time      one input takes at most `MAX_CPU_MS` of CPU and `MAX_CASE_MS`; a real hang is reported and ended by a thread (watchdog.ts)
  *     memory    what is in use after a collection grows by at most `MAX_GROWTH_BYTES` over a run
  *     process   no unhandled rejection, no uncaught exception
  *
@@ -50,6 +50,8 @@ export interface FuzzOptions {
   /** At least one of the two. */
   readonly durationMs?: number;
   readonly cases?: number;
+  /** However long they take: on a busy machine a time box alone may be over before anything was tried. @default 1 */
+  readonly minCases?: number;
   /** Only this one. */
   readonly onlyCase?: number;
   /** Told before each case, for the watchdog. */
@@ -72,7 +74,9 @@ export interface FuzzFailure {
   readonly input: string;
 }
 
-const MAX_CASE_MS = 2_000;
+const MAX_CPU_MS = 2_000;
+/** Of a machine that may be busy with other things. */
+const MAX_CASE_MS = 15_000;
 const MAX_GROWTH_BYTES = 128 * 1024 * 1024;
 /** Before the growth counts: code compiled, buffers of their usual size. */
 const WARM_UP_CASES = 200;
@@ -95,7 +99,7 @@ export function caseRandom(seed: number, index: number): Random {
 }
 
 async function fuzz<Input>(target: FuzzTarget<Input>, options: FuzzOptions): Promise<FuzzReport> {
-  const { seed, cases = Infinity, durationMs = Infinity, onlyCase, onCase } = options;
+  const { seed, cases = Infinity, durationMs = Infinity, minCases = 1, onlyCase, onCase } = options;
   const endMs = performance.now() + durationMs;
   const stray = new StrayErrors();
   let slowestMs = 0;
@@ -104,7 +108,7 @@ async function fuzz<Input>(target: FuzzTarget<Input>, options: FuzzOptions): Pro
   let caseCount = 0;
   let failure: FuzzFailure | undefined;
   try {
-    for (; caseCount < cases && performance.now() < endMs; index++) {
+    for (; caseCount < cases && (caseCount < minCases || performance.now() < endMs); index++) {
       onCase?.(index);
       const input = target.generate(caseRandom(seed, index));
       const startedMs = performance.now();
@@ -142,12 +146,17 @@ async function fuzz<Input>(target: FuzzTarget<Input>, options: FuzzOptions): Pro
 
 async function attempt<Input>(target: FuzzTarget<Input>, input: Input, stray: StrayErrors): Promise<unknown> {
   const startedMs = performance.now();
+  const before = process.threadCpuUsage();
   try {
     await target.run(input);
   } catch (thrown) {
     return thrown;
   }
   const tookMs = performance.now() - startedMs;
+  const { user, system } = process.threadCpuUsage(before);
+  if (user + system > MAX_CPU_MS * 1_000) {
+    return new Error(`took longer than ${MAX_CPU_MS} ms of CPU`, { cause: `${user + system} us` });
+  }
   if (tookMs > MAX_CASE_MS) return new Error(`took longer than ${MAX_CASE_MS} ms`, { cause: `${tookMs} ms` });
   return stray.take();
 }

@@ -405,7 +405,7 @@ async function open(port: number): Promise<Socket> {
 /** The other side must close what we ended within the fuzzer's time box. */
 async function closed(socket: Socket): Promise<void> {
   socket.resume();
-  const timer = setTimeout(() => socket.destroy(new Error("not closed")), 1_800);
+  const timer = setTimeout(() => socket.destroy(new Error("not closed")), 10_000);
   let late = false;
   socket.once("error", (error) => (late = error.message === "not closed"));
   if (!socket.closed) await once(socket, "close").catch(() => undefined);
