@@ -61,7 +61,7 @@ export class Nemesis {
 
   /** Ends every fault that is under way. */
   stop(): void {
-    for (const undo of [...this.#undo]) undo();
+    for (const undo of this.#undo) undo();
     this.#cluster.network.healAll();
     this.#cluster.eventsAreLost = false;
   }
