@@ -89,6 +89,8 @@ export class Cluster {
   readonly workers: Seat[] = [];
   readonly clients: SimProcess;
   eventsAreLost = true;
+  /** For all, those that start meanwhile too. */
+  discoveryIsDown = false;
   readonly #operator: SimProcess;
   readonly #random;
   readonly #logger: Logger;
@@ -189,8 +191,17 @@ export class Cluster {
     seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
   }
 
+  discoveryGoesDown(): void {
+    this.discoveryIsDown = true;
+    this.store.isDown = true;
+    for (const { discovery } of this.seats) if (discovery !== undefined) discovery.isReachable = false;
+  }
+
   /** Discovery can be read by all again: who came up meanwhile will be known. */
   discoveryIsBack(): void {
+    this.discoveryIsDown = false;
+    this.store.isDown = false;
+    for (const { discovery } of this.seats) if (discovery !== undefined) discovery.isReachable = true;
     for (const seat of this.seats) if (seat.isServing) this.#recovered(seat);
   }
 
@@ -264,6 +275,7 @@ export class Cluster {
       logger,
       metrics,
     };
+    if (this.discoveryIsDown) discovery.isReachable = false;
     seat.planes = planes;
     seat.discovery = discovery;
     return planes;

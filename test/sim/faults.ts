@@ -18,7 +18,7 @@ export const FAULT_KINDS = [
   "slow link",
   "reset connection",
   "discovery unreachable",
-  "discovery unreachable for all",
+  "discovery down",
   "revoke lease",
   "clock jump",
 ] as const;
@@ -61,7 +61,7 @@ export class Nemesis {
 
   /** Ends every fault that is under way. */
   stop(): void {
-    for (const undo of [...this.#undo]) undo();
+    for (const undo of this.#undo) undo();
     this.#cluster.network.healAll();
     this.#cluster.eventsAreLost = false;
   }
@@ -175,18 +175,26 @@ export class Nemesis {
         end.reset();
         return;
       }
-      case "discovery unreachable":
-      case "discovery unreachable for all": {
-        const seats = this.#cluster.seats.filter((seat) => seat.process.state !== "dead");
-        const chosen = kind === "discovery unreachable" ? [this.#draw.pick(seats)] : seats;
+      case "discovery unreachable": {
+        const seat = this.#draw.pick(this.#cluster.seats);
+        const { discovery } = seat;
+        if (discovery === undefined || this.#cluster.discoveryIsDown) return;
         took();
         marks.mark("discovery unreachable");
-        const discoveries = chosen.flatMap(({ discovery }) => (discovery === undefined ? [] : [discovery]));
-        for (const discovery of discoveries) discovery.isReachable = false;
+        // A worker that cannot renew its lease is forgotten by those who can read.
+        if (seat.kind === "worker") this.#cluster.trouble(seat, forMs);
+        discovery.isReachable = false;
         this.#later(forMs, () => {
-          for (const discovery of discoveries) discovery.isReachable = true;
-          this.#cluster.discoveryIsBack();
+          if (!this.#cluster.discoveryIsDown) discovery.isReachable = true;
         });
+        return;
+      }
+      case "discovery down": {
+        if (this.#cluster.discoveryIsDown) return;
+        took();
+        marks.mark("discovery down");
+        this.#cluster.discoveryGoesDown();
+        this.#later(forMs, () => this.#cluster.discoveryIsBack());
         return;
       }
       case "revoke lease": {

@@ -23,6 +23,7 @@ export const MARKS = [
   "packet split",
   "connection refused",
   "discovery unreachable",
+  "discovery down",
   "lease lost",
   "event lost",
   "replay lost",

@@ -125,7 +125,7 @@ export class SimNetwork {
 
   /** The connections of a process that is being killed: its kernel closes them, unless the whole host is gone. */
   closeAllOf(process: SimProcess, isSilent: boolean): void {
-    for (const end of [...this.ends]) {
+    for (const end of this.ends) {
       if (end.process !== process) continue;
       if (isSilent) end.vanish();
       else end.close();

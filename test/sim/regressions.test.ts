@@ -50,7 +50,7 @@ const SCENES: readonly Scene[] = [
   {
     name: "discovery out of reach for longer than a lease costs nobody an answer",
     cluster: { workers: 3, frontends: 2 },
-    faults: [{ kind: "discovery unreachable for all", atMs: 50, forMs: 30_000 }],
+    faults: [{ kind: "discovery down", atMs: 50, forMs: 30_000 }],
     seeds: [1, 2, 3],
   },
 ];

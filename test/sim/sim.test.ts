@@ -5,7 +5,7 @@ import { failureReport } from "./report.ts";
 import { runSeed } from "./simulation.ts";
 
 /** The standard seeds. docs/design/simulator.md tells what a run is and what is checked. */
-const SEEDS = 300;
+const SEEDS = 1_000;
 const REPEATED = 20;
 
 test("simulator: the standard seeds hold every invariant and reach every fault path", async () => {

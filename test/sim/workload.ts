@@ -108,9 +108,10 @@ function properCall(
     })),
   );
   let behaviour: Behaviour = { kind: "reads" };
-  if (draw.chance(0.1)) {
+  const manner = draw.real(0, 1);
+  if (manner < 0.1) {
     behaviour = { kind: "leaves", afterBytes: draw.int(0, 3_000), afterMs: draw.chance(0.5) ? draw.int(1, 400) : 1e9 };
-  } else if (isStream && draw.chance(0.1)) {
+  } else if (isStream && manner < 0.2) {
     behaviour = { kind: "reads slowly", pauseMs: draw.int(200, 20_000) };
   }
   return {

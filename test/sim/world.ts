@@ -1,5 +1,5 @@
 import { SeededRandom, VirtualClock, type Clock, type Random, type TimerHandle } from "../../src/std/index.ts";
-import { EventLog } from "./event-log.ts";
+import type { EventLog } from "./event-log.ts";
 import type { Marks } from "./marks.ts";
 
 /**

@@ -35,6 +35,7 @@ export class MemoryStore {
   readonly #entries = new Map<string, StoredEntry>();
   readonly #leases = new Map<string, MemoryLease>();
   readonly #expiries = new Map<string, TimerHandle>();
+  #isDown = false;
   readonly #feeds = new Set<ChangeFeed>();
 
   constructor({ clock }: MemoryStoreOptions = {}) {
@@ -60,10 +61,23 @@ export class MemoryStore {
     this.renew(lease);
   }
 
+  /**
+   * The store itself is down, for all: no lease expires meanwhile, and each has a whole TTL from its return on, in which its
+   * holder can renew it or register again. (That nobody can reach it then is said to each holder: `isReachable`.)
+   */
+  set isDown(isDown: boolean) {
+    if (isDown === this.#isDown) return;
+    this.#isDown = isDown;
+    for (const lease of this.#leases.values()) {
+      this.#expiries.get(lease.id)?.cancel();
+      if (!isDown) this.renew(lease);
+    }
+  }
+
   /** @internal False when the lease has ended. */
   renew({ id, ttlMs }: MemoryLease): boolean {
     if (!this.#leases.has(id)) return false;
-    if (this.#clock === undefined) return true;
+    if (this.#clock === undefined || this.#isDown) return true;
     this.#expiries.get(id)?.cancel();
     this.#expiries.set(
       id,
