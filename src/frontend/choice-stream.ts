@@ -59,6 +59,7 @@ export class ChoiceStream implements AttemptOwner {
   readonly #request: PreprocessedRequest;
   readonly #detokenizer: Detokenizer;
   readonly #stop: StopMatcher;
+  readonly #hasStops: boolean;
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
   /** Of the prompt; it remembers the prompt's hashes. */
@@ -106,6 +107,7 @@ export class ChoiceStream implements AttemptOwner {
     const { tokenizer } = run.model.preprocessor;
     this.#detokenizer = new Detokenizer(tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
+    this.#hasStops = stops.length > 0;
     this.#sibling = sibling;
     this.#trace = run.span === undefined ? undefined : new ChoiceTrace(run.span);
     this.#promptRoute = {
@@ -364,18 +366,18 @@ export class ChoiceStream implements AttemptOwner {
     const from = this.#written;
     const count = this.#count - from;
     this.#written = this.#count;
-    if (this.#logprobs === undefined) {
-      // Tokens after a stop match in the same turn are not looked at and not counted.
+    if (this.#logprobs === undefined && (count <= 1 || !this.#hasStops)) {
       this.tokenCount += count;
       return this.#stop.push(this.#detokenizer.push(this.#tokens, count, from));
     }
+    // One by one: tokens behind the one that completes a stop string are not looked at and not counted.
     let text = "";
     for (let i = from; i < this.#count && !this.#stop.matched; i++) {
       this.tokenCount++;
       const piece = this.#detokenizer.push(this.#tokens, 1, i);
       const shown = this.#stop.push(piece);
       text += shown;
-      this.#logprobs.advance(this.#tokens[i]!, piece.length, shown.length);
+      this.#logprobs?.advance(this.#tokens[i]!, piece.length, shown.length);
     }
     return text;
   }

@@ -48,6 +48,17 @@ const SCENES: readonly Scene[] = [
     seeds: [1, 2, 3, 4],
   },
   {
+    name: "usage ends with the token that completes a stop string, also when a pause brought many tokens at once",
+    cluster: { workers: 2, frontends: 2, eventLossShare: 0 },
+    faults: [0, 400, 800, 1_200, 1_600, 2_000].map((atMs, i) => ({
+      kind: "freeze frontend",
+      atMs,
+      forMs: 300,
+      seat: i % 2,
+    })),
+    seeds: [1, 2, 3, 4, 5, 6],
+  },
+  {
     name: "discovery out of reach for longer than a lease costs nobody an answer",
     cluster: { workers: 3, frontends: 2 },
     faults: [{ kind: "discovery down", atMs: 50, forMs: 30_000 }],
