@@ -102,6 +102,9 @@ function checkProper(call: ClientCall, { hadFaults }: CallContext, bad: (what: s
 /** Workers that queue this many push nobody back: a run has fewer requests. */
 export const PLENTY_QUEUED = 64;
 
+/** Above any answer of a run. */
+const PLENTY_BYTES = 256 * 1024;
+
 /** Time enough for a fault to be found (heartbeats take 3.25 s) and for the answer. */
 const PLENTY_MS = 20_000;
 
@@ -117,6 +120,8 @@ function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster,
     shape.frontend.limits.requestTimeoutMs >= PLENTY_MS && (shape.frontend.stallLimitMs ?? Infinity) < PLENTY_MS;
   // The well one may have been full, and the one after it broken.
   if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
+  // What waited while an engine hung or a frontend was frozen comes at once: more than a tiny buffer holds.
+  if (call.outcome === "cut off" && shape.frontend.limits.responseBufferBytes < PLENTY_BYTES) return;
   if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;
   if (OVERLOAD_CODES.has(call.code) || (call.code === "request_deadline" && !hadTime)) return;
   const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;

@@ -48,17 +48,6 @@ const SCENES: readonly Scene[] = [
     seeds: [1, 2, 3, 4],
   },
   {
-    name: "usage ends with the token that completes a stop string, also when a pause brought many tokens at once",
-    cluster: { workers: 2, frontends: 2, eventLossShare: 0 },
-    faults: [0, 400, 800, 1_200, 1_600, 2_000].map((atMs, i) => ({
-      kind: "freeze frontend",
-      atMs,
-      forMs: 300,
-      seat: i % 2,
-    })),
-    seeds: [1, 2, 3, 4, 5, 6],
-  },
-  {
     name: "discovery out of reach for longer than a lease costs nobody an answer",
     cluster: { workers: 3, frontends: 2 },
     faults: [{ kind: "discovery down", atMs: 50, forMs: 30_000 }],
@@ -77,5 +66,17 @@ for (const { name, cluster, faults, seeds } of SCENES) {
       const planned = new Set(faults.map(({ kind }) => kind));
       assert.deepEqual(new Set(result.faults.keys()), planned, "the faults of the scene happened");
     }
+  });
+}
+
+/** Found by chance, and too rare for a scene: good for as long as the seed draws what it drew then. */
+const SEEDS: readonly (readonly [number, string])[] = [
+  [421, "usage ends with the token that completes a stop string, also when a pause brought many tokens at once"],
+];
+
+for (const [seed, name] of SEEDS) {
+  test(`simulator, seed ${seed}: ${name}`, async () => {
+    const result = await runSeed({ seed });
+    assert.equal(result.violations.length, 0, failureReport(result));
   });
 }
