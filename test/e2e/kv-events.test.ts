@@ -9,6 +9,7 @@ import {
   ECHO,
   startInProcessCluster,
   until,
+  workersJoined,
   type InProcessCluster,
   type InProcessOptions,
 } from "../helpers/in-process-cluster.ts";
@@ -67,10 +68,7 @@ async function metric(baseUrl: string, pattern: RegExp): Promise<number> {
 
 /** All workers have joined this frontend, and it has what they have. */
 async function whole(baseUrl: string, workers: number): Promise<void> {
-  await until(async () => {
-    const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
-    return health.instances.filter((one) => one.problem === undefined).length === workers;
-  }, "the workers to join");
+  await workersJoined(baseUrl, workers);
   await until(
     async () => (await metric(baseUrl, /^dynamo_router_kv_ranks_recovering/)) === 0,
     "all ranks to be restored",

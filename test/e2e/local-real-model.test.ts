@@ -4,7 +4,7 @@ import { after, before, describe, test } from "node:test";
 import { promisify } from "node:util";
 import OpenAI from "openai";
 import type { DecisionExplanation } from "../../src/router/index.ts";
-import { until } from "../helpers/in-process-cluster.ts";
+import { until, workersJoined } from "../helpers/in-process-cluster.ts";
 import { assertSameGreedy, greedyAnswer, type GreedyToken } from "../helpers/greedy.ts";
 import { alive, startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
 
@@ -185,17 +185,7 @@ describe(
       messages: [{ role: "user", content: `Write a long story about the sea and ${i + 2} ships.` }],
       max_tokens: 24,
     });
-    const bothServe = (): Promise<void> =>
-      until(
-        async () => {
-          const health = (await (await fetch(`${cluster.baseUrl}/health`)).json()) as {
-            instances: { problem?: string }[];
-          };
-          return health.instances.filter((instance) => instance.problem === undefined).length === 2;
-        },
-        "both workers to serve",
-        30_000,
-      );
+    const bothServe = (): Promise<void> => workersJoined(cluster.baseUrl, 2, 30_000);
     let undisturbed: GreedyToken[][] = [];
 
     test("a worker killed under 32 streams: 32 whole answers, the same as undisturbed, no error among the next 100 requests, and it comes back", async (t) => {

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import type { DecisionExplanation } from "../../src/router/index.ts";
-import { until } from "../helpers/in-process-cluster.ts";
+import { until, workersJoined } from "../helpers/in-process-cluster.ts";
 import { startOtlpReceiver, type OtlpReceiver, type ReceivedSpan } from "../helpers/otlp-receiver.ts";
 import { startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
 
@@ -18,6 +18,7 @@ describe("traces of a cluster", { timeout: 60_000 }, () => {
     cluster = await startProcessCluster(["--engine=echo", "--workers=2"], {
       OTEL_EXPORTER_OTLP_ENDPOINT: receiver.endpoint,
     });
+    await workersJoined(cluster.baseUrl, 2);
   });
   after(async () => {
     await cluster.stop("SIGKILL");

@@ -129,12 +129,7 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
     return { router, planes: made };
   };
   const health = async (): Promise<Health> => (await (await fetch(`${baseUrl}/health`)).json()) as Health;
-  const settled = async (workerCount: number): Promise<void> => {
-    await until(async () => {
-      const { instances } = await health();
-      return instances.filter((instance) => instance.problem === undefined).length === workerCount;
-    }, `${workerCount} workers to join`);
-  };
+  const settled = (workerCount: number): Promise<void> => workersJoined(baseUrl, workerCount);
   for (let i = 0; i < (options.workers ?? 1); i++) await addWorker();
   await settled(options.workers ?? 1);
   return {
@@ -168,6 +163,18 @@ export async function startInProcessCluster(options: InProcessOptions = {}): Pro
 
 interface Health {
   readonly instances: { readonly problem?: string; instance_id: string; transport: { address: string } }[];
+}
+
+/** Waits until the frontend at `baseUrl` routes to `count` workers. */
+export async function workersJoined(baseUrl: string, count: number, timeoutMs?: number): Promise<void> {
+  await until(
+    async () => {
+      const health = (await (await fetch(`${baseUrl}/health`)).json()) as { instances: { problem?: string }[] };
+      return health.instances.filter((instance) => instance.problem === undefined).length === count;
+    },
+    `${count} workers to join`,
+    timeoutMs,
+  );
 }
 
 /** Polls `condition` each 10 ms until it holds; fails after `timeoutMs` with what it waited for. */
