@@ -175,7 +175,11 @@ test("options: a worker's engine is configured from them; a model that is not th
   const store = new ModelStore({ env: { DYN_MODEL_DIR: folder } });
   const own = join(folder, "own.gguf");
   writeFileSync(own, "");
-  const llama = workerConfig((await resolve([`--model=${own}`, "--threads=3"], { command: "worker" })).values, store);
+  const llama = workerConfig(
+    (await resolve([`--model=${own}`, "--threads=3"], { command: "worker" })).values,
+    store,
+    {},
+  );
   assert.equal(llama.modelName, "own");
   assert.deepEqual(llama.engine, {
     kind: "llama",
@@ -187,10 +191,10 @@ test("options: a worker's engine is configured from them; a model that is not th
     blockSizeTokens: 16,
     threads: 3,
   });
-  const echo = workerConfig((await resolve(["--engine=echo"], { command: "worker" })).values, store);
+  const echo = workerConfig((await resolve(["--engine=echo"], { command: "worker" })).values, store, {});
   assert.deepEqual([echo.modelName, echo.engine.kind, echo.engine.contextLength], ["echo", "echo", 8_192]);
   const { values } = await resolve([], { command: "worker" });
-  assert.throws(() => workerConfig(values, store), /run "dynamo model pull SmolLM2-135M-Instruct" first/);
+  assert.throws(() => workerConfig(values, store, {}), /run "dynamo model pull SmolLM2-135M-Instruct" first/);
   const unknown = await resolve(["--model=nothing"], { command: "worker" });
-  assert.throws(() => workerConfig(unknown.values, store), /no model "nothing"/);
+  assert.throws(() => workerConfig(unknown.values, store, {}), /no model "nothing"/);
 });

@@ -4,6 +4,7 @@ import type { FrontendConfig, RouterConfig } from "../frontend/index.ts";
 import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
 import type { RouterServiceConfig } from "../router-service/index.ts";
 import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
+import { kvTiersConfig } from "./kv-tiers-config.ts";
 import type { OptionValues } from "./options.ts";
 
 /** Options as the roles' own configurations. Units change here: the command line has seconds and MiB, the code ms and bytes. */
@@ -101,14 +102,16 @@ function optionalMilliseconds(seconds: number | undefined): number | undefined {
 }
 
 /** Throws `model-unavailable` when the model is not on this machine: a worker does not pull. */
-export function workerConfig(values: OptionValues, store: ModelStore): WorkerConfig {
+export function workerConfig(values: OptionValues, store: ModelStore, env: NodeJS.ProcessEnv): WorkerConfig {
   const model = storedModel(values, store);
+  const kvTiers = kvTiersConfig(values, env);
   return {
     namespace: values.namespace,
     component: values.component,
     engine: engineConfig(values, model),
     modelName: servedName(values, model),
     ...(values["custom-jinja-template"] === undefined ? {} : { chatTemplatePath: values["custom-jinja-template"] }),
+    ...(kvTiers === undefined ? {} : { kvTiers }),
     engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
     ...(values["engine-request-limit"] === undefined ? {} : { maxEngineRequests: values["engine-request-limit"] }),
     maxQueuedRequests: values["request-queue-limit"],

@@ -6,7 +6,7 @@ import { runRole } from "./run-role.ts";
 /** `dynamo worker` */
 export async function run({ argv, env }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "worker", argv, env });
-  const config = workerConfig(resolved.values, openStore(resolved.values, env));
+  const config = workerConfig(resolved.values, openStore(resolved.values, env), env);
   const { startWorker } = await import("../worker/index.ts");
   let instanceId = "";
   return runRole({

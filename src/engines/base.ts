@@ -49,6 +49,31 @@ export interface ImportedBlocks extends ExportedBlocks {
   readonly tokenIds: Uint32Array;
 }
 
+/** Blocks to take over from shared memory: those of `tokenIds`, from index `firstBlock` on. */
+export interface SharedBlocks {
+  /** From the start of the sequence to the end of the last block: the engine derives the hashes from them. */
+  readonly tokenIds: Uint32Array;
+  readonly cacheNamespace: string;
+  readonly firstBlock: number;
+  /** Where block `firstBlock + i` is; -1 = it is expected in the engine's cache. */
+  readonly slots: Int32Array;
+}
+
+/**
+ * The way for blocks between the engine's cache and a memory that both sides map, without a copy on the way: slot `i` is
+ * the bytes `[i * blockBytes, (i + 1) * blockBytes)`. For the tiers below the cache, which move single blocks of many
+ * sequences. The caller keeps a slot for the call until it has settled. Calls run between two steps, in order with
+ * `submit`: a request that is submitted after `copyIn` was called finds the blocks.
+ */
+export interface BlockPort {
+  /** Once, before the other calls. */
+  attach(memory: SharedArrayBuffer): void;
+  /** Copies whichever of these blocks are in the cache, in any order; returns 1 per block that was, else 0. */
+  copyOut(sequenceHashes: Uint32Array, slots: Int32Array): Promise<Uint8Array>;
+  /** Takes leading blocks until one is missing or the cache has no room; returns how many were new. */
+  copyIn(blocks: SharedBlocks): Promise<number>;
+}
+
 export interface Engine {
   /** Loads the model. Throws `model-file-invalid`, `library-unavailable`; after a failure `stop` must still be called. */
   start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo>;
@@ -65,6 +90,8 @@ export interface Engine {
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks>;
   /** Puts blocks into the cache as if computed here; returns how many were taken. Throws `unsupported-operation`. */
   importBlocks(blocks: ImportedBlocks): Promise<number>;
+  /** Undefined when the engine cannot export blocks. */
+  readonly blockPort?: BlockPort | undefined;
   /** Drops every cached block that no running stream uses; returns how many. */
   clearBlocks(): Promise<number>;
   /** Resolves when no stream is running or waiting. New submissions are refused with `draining`. */

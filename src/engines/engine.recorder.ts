@@ -217,13 +217,14 @@ function newRecord(): StreamRecord {
 }
 
 /**
- * Replays KV events and throws at the first that cannot be true: a block stored twice, a parent that is not there, a
+ * Replays the KV events of the device tier and throws at the first that cannot be true: a block stored twice, a parent that is not there, a
  * removal of what was never stored. Returns the sequence hashes (`lo,hi`) that are cached at the end.
  */
 export function replayKvEvents(events: readonly KvEvent[]): Set<string> {
   const positions = new Map<string, number>();
   const keyAt = (hashes: Uint32Array, block: number): string => `${hashes[2 * block]},${hashes[2 * block + 1]}`;
   for (const event of events) {
+    if (event.type !== "cleared" && event.tier !== "device") continue;
     if (event.type === "cleared") {
       positions.clear();
     } else if (event.type === "removed") {

@@ -406,6 +406,50 @@ export const METRICS = {
     labels: COMPONENT,
     help: "KV blocks and events of the engine that routers are not told of.",
   },
+  // KV tiers. Names as in KVBM: blocks from device to host, host to disk, host to object store, and back.
+  kvbm_matched_tokens: {
+    type: "counter",
+    labels: [],
+    help: "Prompt tokens whose KV blocks were found in host memory, on disk or in the object store.",
+  },
+  kvbm_offload_blocks_d2h: { type: "counter", labels: [], help: "KV blocks copied from the engine to host memory." },
+  kvbm_offload_blocks_h2d: { type: "counter", labels: [], help: "KV blocks written from host memory to disk." },
+  kvbm_offload_blocks_d2o: { type: "counter", labels: [], help: "KV blocks written to the object store." },
+  kvbm_onboard_blocks_h2d: { type: "counter", labels: [], help: "KV blocks from host memory back into the engine." },
+  kvbm_onboard_blocks_d2d: { type: "counter", labels: [], help: "KV blocks from disk back into the engine." },
+  kvbm_onboard_blocks_o2d: {
+    type: "counter",
+    labels: [],
+    help: "KV blocks from the object store back into the engine.",
+  },
+  kvbm_host_cache_hit_rate: {
+    type: "gauge",
+    labels: [],
+    help: "Of the prompt blocks that the engine did not have: share found in host memory, since the start.",
+  },
+  kvbm_disk_cache_hit_rate: {
+    type: "gauge",
+    labels: [],
+    help: "Of the prompt blocks that the engine did not have: share found on disk, since the start.",
+  },
+  kvbm_object_cache_hit_rate: {
+    type: "gauge",
+    labels: [],
+    help: "Of the prompt blocks that the engine did not have: share found in the object store, since the start.",
+  },
+  kvbm_blocks_failed_total: {
+    type: "counter",
+    labels: ["tier", "reason"],
+    help: "KV blocks that a tier could not keep or give back; requests computed them instead.",
+  },
+  kvbm_tier_used_bytes: { type: "gauge", labels: ["tier"], help: "KV data in the tier." },
+  kvbm_tier_capacity_bytes: { type: "gauge", labels: ["tier"], help: "KV data the tier may hold." },
+  kvbm_tier_degraded: {
+    type: "gauge",
+    labels: ["tier"],
+    help: "1 while the tier is left alone after a failure; it is tried again by itself.",
+  },
+  kvbm_offload_queue_blocks: { type: "gauge", labels: ["tier"], help: "KV blocks that wait to go to the tier." },
   // Planes.
   dynamo_plane_degraded: {
     type: "gauge",

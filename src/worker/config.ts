@@ -1,4 +1,5 @@
 import type { EngineConfig } from "../engines/index.ts";
+import type { KvTiersConfig } from "./tiers/index.ts";
 
 export type { EchoEngineConfig, EngineConfig, LlamaEngineConfig } from "../engines/index.ts";
 
@@ -21,6 +22,8 @@ export interface WorkerConfig {
   readonly engineStallMs?: number;
   /** An engine without work for so long is asked for a token. @default 60000 */
   readonly idleCanaryMs?: number;
+  /** Undefined = the engine's own cache alone. */
+  readonly kvTiers?: KvTiersConfig;
   /** Where `/health`, `/live` and `/metrics` of this worker are served on loopback; 0 = any free port, undefined = nowhere. */
   readonly systemPort: number | undefined;
 }

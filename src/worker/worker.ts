@@ -32,6 +32,7 @@ import { publishLoad } from "./publish-load.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
 import { loadServedTokenizer, type ServedTokenizer } from "./served-tokenizer.ts";
+import { withTiers } from "./tiers/index.ts";
 import { WorkerMetrics } from "./worker-metrics.ts";
 
 export interface RunningWorker extends RunningRole {
@@ -99,7 +100,18 @@ async function start(
   const planeHealth = new PlaneHealth(planes);
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
-  const engine = await (parts.makeEngine ?? loadEngine)(config.engine, { logger, clock });
+  const bare = await (parts.makeEngine ?? loadEngine)(config.engine, { logger, clock });
+  const engine =
+    config.kvTiers === undefined
+      ? bare
+      : withTiers({
+          engine: bare,
+          modelPath: config.engine.modelPath ?? "",
+          config: config.kvTiers,
+          metrics: planes.metrics,
+          clock,
+          logger,
+        });
   lifecycle.defer("engine", () => engine.stop());
   const service = new GenerateService({
     engine,

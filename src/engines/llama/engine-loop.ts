@@ -10,8 +10,8 @@ import {
   type TokenLogprob,
 } from "../../protocol/index.ts";
 import type { Clock, Random } from "../../std/index.ts";
-import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
-import type { ExportedBlocks, ImportedBlocks } from "../index.ts";
+import { blockHashSeed, hashBlocks, type BlockHashes } from "../../tokens/index.ts";
+import type { ExportedBlocks, ImportedBlocks, SharedBlocks } from "../index.ts";
 import { BlockCache, NO_SEQUENCE } from "./block-cache.ts";
 import { Sampler, promptLogprob } from "./sampler.ts";
 import { Scheduler } from "./scheduler.ts";
@@ -90,6 +90,7 @@ export class EngineLoop {
   readonly blockBytes: number;
   readonly #streams = new Map<number, Stream>();
   readonly #writer = new StepWriter();
+  #shared: Uint8Array = new Uint8Array(0);
   #arrivals = 0;
   #steps = 0;
   #generatedTokens = 0;
@@ -211,12 +212,7 @@ export class EngineLoop {
     const { blockBytes } = this;
     const data = new Uint8Array(count * blockBytes);
     for (let i = 0; i < count; i++) {
-      const block = blocks[i]!;
-      const { start, end } = this.#cache.positionsOf(block);
-      this.#model.copyCells(this.#cache.holderOf(block), this.#scratch, start, end);
-      const written = this.#model.exportState(this.#scratch, data.subarray(i * blockBytes, (i + 1) * blockBytes));
-      this.#model.removeCells(this.#scratch, start, end);
-      assert(written === blockBytes, "every block has the same size");
+      this.#exportBlock(blocks[i]!, data.subarray(i * blockBytes, (i + 1) * blockBytes));
     }
     return { sequenceHashes: sequenceHashes.slice(0, 2 * count), blockBytes, data };
   }
@@ -226,26 +222,79 @@ export class EngineLoop {
    * hashes do not fit the tokens: a block under a wrong hash would answer other requests with foreign text.
    */
   importBlocks(blocks: ImportedBlocks & { readonly cacheNamespace?: string }): number {
-    const size = this.#options.blockSizeTokens;
     const hashes = this.#checkedHashes(blocks);
-    const limit = Math.min(hashes.blockCount, Math.floor(this.#options.contextLength / size));
+    return this.#takeIn(hashes, (index) =>
+      blocks.data.subarray(index * this.blockBytes, (index + 1) * this.blockBytes),
+    );
+  }
+
+  /** The memory that `copyOut` writes and `copyIn` reads: slot `i` is the bytes `[i * blockBytes, (i + 1) * blockBytes)`. */
+  attach(memory: SharedArrayBuffer): void {
+    this.#shared = new Uint8Array(memory);
+  }
+
+  /** Copies those of the blocks that are here to their slots; 1 per block that was. Cost: as `exportBlocks`. */
+  copyOut(sequenceHashes: Uint32Array, slots: Int32Array): Uint8Array {
+    const present = new Uint8Array(slots.length);
+    const block = new Int32Array(1);
+    for (let i = 0; i < slots.length; i++) {
+      if (this.#cache.findPrefix(sequenceHashes.subarray(2 * i, 2 * i + 2), 1, block) === 0) continue;
+      this.#exportBlock(block[0]!, this.#slot(slots[i]!));
+      present[i] = 1;
+    }
+    return present;
+  }
+
+  /** Registers blocks from shared memory under the hashes that follow from their tokens; returns how many were new. */
+  copyIn({ tokenIds, cacheNamespace, firstBlock, slots }: SharedBlocks): number {
+    const hashes = hashBlocks(tokenIds, this.#options.blockSizeTokens, blockHashSeed({ cacheNamespace }));
+    assert(hashes.blockCount >= firstBlock + slots.length, "there are tokens for every block");
+    return this.#takeIn(hashes, (index) => {
+      const slot = slots[index - firstBlock] ?? -1;
+      return slot < 0 ? undefined : this.#slot(slot);
+    });
+  }
+
+  #slot(slot: number): Uint8Array {
+    const end = (slot + 1) * this.blockBytes;
+    assert(slot >= 0 && end <= this.#shared.length, "a slot lies inside the shared memory");
+    return this.#shared.subarray(end - this.blockBytes, end);
+  }
+
+  #exportBlock(block: number, into: Uint8Array): void {
+    const { start, end } = this.#cache.positionsOf(block);
+    this.#model.copyCells(this.#cache.holderOf(block), this.#scratch, start, end);
+    const written = this.#model.exportState(this.#scratch, into);
+    this.#model.removeCells(this.#scratch, start, end);
+    assert(written === this.blockBytes, "every block has the same size");
+  }
+
+  /** Takes blocks in order until one is neither here nor given, is not what it should be, or finds no room. */
+  #takeIn(hashes: BlockHashes, bytesOf: (index: number) => Uint8Array | undefined): number {
+    const { blockSizeTokens: size, contextLength } = this.#options;
+    const limit = Math.min(hashes.blockCount, Math.floor(contextLength / size));
     const ids = new Int32Array(limit);
-    const present = this.#cache.findPrefix(hashes.sequenceHashes, limit, ids);
-    this.#cache.acquire(NO_SEQUENCE, ids, present);
-    let count = present;
+    let count = 0;
+    let taken = 0;
     let leftOver = 0;
-    while (count < limit && this.#cache.reserve(1)) {
-      const data = blocks.data.subarray(count * this.blockBytes, (count + 1) * this.blockBytes);
+    for (; count < limit; count++) {
+      const own = ids.subarray(count);
+      if (this.#cache.findPrefix(hashes.sequenceHashes.subarray(2 * count), 1, own) === 1) {
+        this.#cache.acquire(NO_SEQUENCE, own, 1);
+        continue;
+      }
+      const data = bytesOf(count);
+      if (data === undefined || !this.#cache.reserve(1)) break;
       if (!this.#importState(data, count * size)) {
         leftOver = 1;
         break;
       }
       this.#cache.register(this.#scratch, ids, count, count + 1, hashes);
       this.#model.removeCells(this.#scratch, count * size, (count + 1) * size);
-      count++;
+      taken++;
     }
     this.#cache.release(NO_SEQUENCE, ids, count, leftOver);
-    return count - present;
+    return taken;
   }
 
   #checkedHashes(blocks: ImportedBlocks & { readonly cacheNamespace?: string }): ReturnType<typeof hashBlocks> {

@@ -4,9 +4,17 @@ import { DynamoError } from "../../errors/index.ts";
 import { silentLogger, type Logger } from "../../observability/index.ts";
 import { StepWriter, forEachStepEntry, type LoadSnapshot, type PreprocessedRequest } from "../../protocol/index.ts";
 import { systemClock, type Clock } from "../../std/index.ts";
-import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks, LlamaEngineConfig } from "../index.ts";
+import type {
+  BlockPort,
+  Engine,
+  EngineInfo,
+  EngineSink,
+  ExportedBlocks,
+  ImportedBlocks,
+  LlamaEngineConfig,
+} from "../index.ts";
 import { MAX_SEQUENCE_IDS } from "./llama-context.ts";
-import { LoadBoard, type Command, type PlainError, type Report, type ThreadData } from "./messages.ts";
+import { LoadBoard, type Command, type PlainError, type Reply, type Report, type ThreadData } from "./messages.ts";
 
 /**
  * The embedded llama engine, main side: a thin client of the engine's thread. Commands are collected and posted once per
@@ -32,7 +40,7 @@ const MAX_SEQUENCES = Math.floor((MAX_SEQUENCE_IDS - 2) / 2);
 type State = "new" | "starting" | "running" | "draining" | "stopping" | "dead";
 
 interface Call {
-  readonly resolve: (value: number | ExportedBlocks) => void;
+  readonly resolve: (value: Reply) => void;
   readonly reject: (error: DynamoError) => void;
 }
 
@@ -142,6 +150,13 @@ export class LlamaEngine implements Engine {
     return this.#call((callId) => ({ type: "import", callId, blocks })) as Promise<number>;
   }
 
+  readonly blockPort: BlockPort = {
+    attach: (memory) => this.#post({ type: "attach", memory }),
+    copyOut: (sequenceHashes, slots) =>
+      this.#call((callId) => ({ type: "copy-out", callId, sequenceHashes, slots })) as Promise<Uint8Array>,
+    copyIn: (blocks) => this.#call((callId) => ({ type: "copy-in", callId, blocks })) as Promise<number>,
+  };
+
   clearBlocks(): Promise<number> {
     return this.#call((callId) => ({ type: "clear", callId })) as Promise<number>;
   }
@@ -183,7 +198,7 @@ export class LlamaEngine implements Engine {
     this.#flushSoon();
   }
 
-  #call(command: (callId: number) => Command): Promise<number | ExportedBlocks> {
+  #call(command: (callId: number) => Command): Promise<Reply> {
     if (this.#state !== "running" && this.#state !== "draining") {
       return Promise.reject(new DynamoError("engine-stopped", "the engine is not running"));
     }

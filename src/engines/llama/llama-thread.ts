@@ -2,10 +2,10 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from "node:worker_threads";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import { systemClock, systemRandom } from "../../std/index.ts";
-import type { EngineInfo, ExportedBlocks } from "../index.ts";
+import type { EngineInfo } from "../index.ts";
 import { EngineLoop } from "./engine-loop.ts";
 import { LlamaContext, MAX_SEQUENCE_IDS } from "./llama-context.ts";
-import { LoadBoard, type Command, type PlainError, type Report, type ThreadData } from "./messages.ts";
+import { LoadBoard, type Command, type PlainError, type Reply, type Report, type ThreadData } from "./messages.ts";
 
 /**
  * The engine's thread: native calls block here and nowhere else. It runs steps back to back while there is work, looks
@@ -127,13 +127,20 @@ function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: Engine
       return answer(command.callId, replies, () => loop.exportBlocks(command.sequenceHashes));
     case "import":
       return answer(command.callId, replies, () => loop.importBlocks(command.blocks));
+    case "attach":
+      return loop.attach(command.memory);
+    case "copy-out":
+      return answer(command.callId, replies, () => loop.copyOut(command.sequenceHashes, command.slots));
+    case "copy-in":
+      return answer(command.callId, replies, () => loop.copyIn(command.blocks));
   }
 }
 
-function answer(callId: number, replies: Replies, call: () => number | ExportedBlocks): void {
+function answer(callId: number, replies: Replies, call: () => Reply): void {
   try {
     const value = call();
-    const transfer = typeof value === "number" ? [] : [value.data.buffer as ArrayBuffer];
+    const isExport = typeof value === "object" && "data" in value;
+    const transfer = isExport ? [value.data.buffer as ArrayBuffer] : [];
     replies.push({ report: { type: "reply", callId, value }, transfer });
   } catch (thrown) {
     // A refused argument is the caller's; anything else means that the cache can no longer be trusted.

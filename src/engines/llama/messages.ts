@@ -1,6 +1,6 @@
 import type { DynamoErrorOptions, Reason } from "../../errors/index.ts";
 import type { KvEvent, LoadSnapshot, PreprocessedRequest } from "../../protocol/index.ts";
-import type { EngineInfo, ExportedBlocks, ImportedBlocks, LlamaEngineConfig } from "../index.ts";
+import type { EngineInfo, ExportedBlocks, ImportedBlocks, LlamaEngineConfig, SharedBlocks } from "../index.ts";
 import type { LibraryLine } from "./libllama.ts";
 
 /**
@@ -21,8 +21,18 @@ export type Command =
   | { readonly type: "abort"; readonly streamId: number }
   | { readonly type: "export"; readonly callId: number; readonly sequenceHashes: Uint32Array }
   | { readonly type: "import"; readonly callId: number; readonly blocks: ImportedBlocks & { cacheNamespace?: string } }
+  | { readonly type: "attach"; readonly memory: SharedArrayBuffer }
+  | {
+      readonly type: "copy-out";
+      readonly callId: number;
+      readonly sequenceHashes: Uint32Array;
+      readonly slots: Int32Array;
+    }
+  | { readonly type: "copy-in"; readonly callId: number; readonly blocks: SharedBlocks }
   | { readonly type: "clear"; readonly callId: number }
   | { readonly type: "stop" };
+
+export type Reply = number | ExportedBlocks | Uint8Array;
 
 /** A `DynamoError` in a form that survives structured cloning. */
 export interface PlainError {
@@ -34,7 +44,7 @@ export interface PlainError {
 export type Report =
   | { readonly type: "started"; readonly info: EngineInfo; readonly log: readonly LibraryLine[] }
   | { readonly type: "step"; readonly step: Uint8Array | undefined; readonly events: readonly KvEvent[] }
-  | { readonly type: "reply"; readonly callId: number; readonly value: number | ExportedBlocks }
+  | { readonly type: "reply"; readonly callId: number; readonly value: Reply }
   | { readonly type: "call-failed"; readonly callId: number; readonly error: PlainError }
   /** The last message: `error` undefined after `stop`. */
   | { readonly type: "ended"; readonly error: PlainError | undefined };

@@ -1,0 +1,67 @@
+import type { BlockIdentity } from "./block-identity.ts";
+import { keyOf } from "./block-identity.ts";
+
+/**
+ * Blocks that wait to go one tier down, in the order (priority, tick): prompts before what was generated after them, which
+ * is rarely asked for again. An entry is a weak reference: whether the block is still there is seen when its turn comes.
+ * Bounded; a block that waits already is not taken twice.
+ */
+export type OffloadPriority = 0 | 1;
+
+export class OffloadQueue {
+  readonly #capacity: number;
+  readonly #rows: [Row, Row] = [new Row(), new Row()];
+  readonly #waiting = new Set<number>();
+
+  constructor(capacity: number) {
+    this.#capacity = capacity;
+  }
+
+  get size(): number {
+    return this.#rows[0].size + this.#rows[1].size;
+  }
+
+  /** False when it is full. */
+  tryAdd(block: BlockIdentity, priority: OffloadPriority): boolean {
+    const key = keyOf(block.lo, block.hi);
+    if (this.#waiting.has(key)) return true;
+    if (this.size >= this.#capacity) return false;
+    this.#waiting.add(key);
+    this.#rows[priority].add(block);
+    return true;
+  }
+
+  take(): BlockIdentity | undefined {
+    const block = this.#rows[0].take() ?? this.#rows[1].take();
+    if (block !== undefined) this.#waiting.delete(keyOf(block.lo, block.hi));
+    return block;
+  }
+
+  clear(): void {
+    while (this.take() !== undefined);
+  }
+}
+
+/** First in, first out; the array is cut when half of it is taken. */
+class Row {
+  #blocks: BlockIdentity[] = [];
+  #head = 0;
+
+  get size(): number {
+    return this.#blocks.length - this.#head;
+  }
+
+  add(block: BlockIdentity): void {
+    this.#blocks.push(block);
+  }
+
+  take(): BlockIdentity | undefined {
+    if (this.size === 0) return undefined;
+    const block = this.#blocks[this.#head++];
+    if (this.#head * 2 > this.#blocks.length + 64) {
+      this.#blocks = this.#blocks.slice(this.#head);
+      this.#head = 0;
+    }
+    return block;
+  }
+}

@@ -1,0 +1,71 @@
+import type { BlockIdentity } from "./block-identity.ts";
+
+/** The tiers below the engine's own cache (G1): host memory (G2), local disk (G3), object store or shared folder (G4). */
+export type TierName = "host" | "disk" | "object";
+
+/** Why a block could not be kept or brought back. Each is counted; none makes a request fail. */
+export type TierFailure =
+  /** More wait to go down than the queue holds. */
+  | "queue-full"
+  /** Every block of the tier is in use. */
+  | "no-room"
+  /** It left the tier above before its turn came. */
+  | "gone"
+  /** The tier does not answer or refuses; it is left alone for a while. */
+  | "degraded"
+  | "write-failed"
+  | "read-failed"
+  /** The entry is not what was written: torn, or a bit flipped. */
+  | "corrupt"
+  /** The entry belongs to another model, layout or block. */
+  | "foreign"
+  | "deadline"
+  /** The engine took fewer blocks than were offered. */
+  | "not-taken"
+  /** Too many requests wait for their blocks already. */
+  | "busy";
+
+export interface ReadOptions {
+  readonly signal: AbortSignal;
+  /** On the clock's monotonic time. */
+  readonly deadlineMs: number;
+}
+
+/** A tier below host memory. Its calls never reject: what goes wrong is a failure that the tier reports. */
+export interface LowerTier {
+  readonly name: "disk" | "object";
+  readonly usedBytes: number;
+  /** Infinity when nothing bounds it. */
+  readonly capacityBytes: number;
+  /** Finds what an earlier life left. */
+  open(): Promise<void>;
+  /** A guess from memory, at once. */
+  has(lo: number, hi: number): boolean;
+  /** False while it is left alone after a failure. */
+  isWritable(): boolean;
+  /** `data` must stay as it is until it resolves: true when the block is stored, now or before. */
+  write(block: BlockIdentity, data: Uint8Array): Promise<boolean>;
+  /** True when `into` holds the block's bytes, verified. Nothing writes to it any more once it has resolved. */
+  read(block: BlockIdentity, into: Uint8Array, options: ReadOptions): Promise<boolean>;
+  /** What came since the last call, to be told to routers. */
+  takeStored(): BlockIdentity[];
+  /** (lo, hi) of what left since the last call. */
+  takeRemoved(): Uint32Array;
+  /** Forgets what is this worker's alone; returns how many blocks. */
+  clear(): Promise<number>;
+  close(): Promise<void>;
+}
+
+/** Where numbers go. */
+export interface TierMeters {
+  /** Blocks that arrived in a tier from the one above. */
+  offloaded(to: TierName, blocks: number): void;
+  /** Blocks that came back into the engine's cache. */
+  onboarded(from: TierName, blocks: number): void;
+  /** Of one request: blocks beyond those of the engine's cache that were looked up, and found per tier. */
+  matched(lookedUp: number, found: Readonly<Record<TierName, number>>): void;
+  failed(tier: TierName, failure: TierFailure, blocks?: number): void;
+  used(tier: TierName, bytes: number, capacityBytes: number): void;
+  degraded(tier: TierName, isDegraded: boolean): void;
+  waiting(tier: TierName, blocks: number): void;
+}

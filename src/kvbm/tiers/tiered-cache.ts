@@ -1,0 +1,471 @@
+import type { Logger } from "../../observability/index.ts";
+import type { KvEvent } from "../../protocol/index.ts";
+import type { Clock } from "../../std/index.ts";
+import type { BlockHashes } from "../../tokens/index.ts";
+import { NO_BLOCK } from "../block-pool.ts";
+import { blocksOf, keyOf, storedEvents, type BlockIdentity } from "./block-identity.ts";
+import { DeviceMirror } from "./device-mirror.ts";
+import type { HostTier } from "./host-tier.ts";
+import { OffloadQueue, type OffloadPriority } from "./offload-queue.ts";
+import type { SightFilter } from "./sight-filter.ts";
+import { TierCosts } from "./tier-costs.ts";
+import type { LowerTier, TierMeters, TierName } from "./tier.ts";
+
+/**
+ * The tiers of one engine: what leaves its cache lives on below, and comes back when a request asks for it.
+ *
+ *     engine's cache (G1) --copyOut--> host (G2) --write--> disk (G3)
+ *            ^                         |  ^    \--write--> object store (G4)
+ *            +---------copyIn----------+  +---read--- G3, G4
+ *
+ * Down: every block that the engine registers is copied to the host soon after, a few between two steps while requests
+ * run, more when none does; from there to the tiers below, when their filter lets it pass. Queues hold weak references:
+ * what has gone when its turn comes is skipped. Up: `match` says what the tiers have beyond the engine's cache and how
+ * much of it is sooner here than recomputed, `fetch` reads from below into the host, `copyIn` hands it to the engine.
+ *
+ * The bytes of a block are copied once each way: the engine's thread reads and writes the host's slots, and so do the
+ * file and socket calls. Everything here runs on the worker's event loop; per block it costs some microseconds, and a
+ * checksum (70 us per 360 kB) where it goes to or comes from below the host.
+ */
+export interface CachePort {
+  copyOut(sequenceHashes: Uint32Array, slots: Int32Array): Promise<Uint8Array>;
+  copyIn(blocks: {
+    readonly tokenIds: Uint32Array;
+    readonly cacheNamespace: string;
+    readonly firstBlock: number;
+    readonly slots: Int32Array;
+  }): Promise<number>;
+}
+
+export interface TieredCacheOptions {
+  readonly blockSizeTokens: number;
+  /** Of the engine's cache. */
+  readonly totalBlocks: number;
+  readonly port: CachePort;
+  readonly host: HostTier;
+  /** Nearest first, each with its filter. */
+  readonly lower: readonly { readonly tier: LowerTier; readonly filter: SightFilter }[];
+  readonly clock: Clock;
+  readonly logger: Logger;
+  readonly meters: TierMeters;
+  /** For routers: blocks that came into or left the host and disk tiers. Never called inside a call of this class. */
+  readonly onEvents: (events: readonly KvEvent[]) => void;
+  /** True while requests run, which a long row of copies would hold up. */
+  readonly isBusy: () => boolean;
+}
+
+/** What the tiers have of a sequence beyond the engine's cache: blocks [start, end). */
+export interface TierMatch {
+  readonly hashes: BlockHashes;
+  readonly start: number;
+  readonly end: number;
+  /** Per block from `start` on: -1 = engine's cache, 0 = host, 1 = first lower tier, ... */
+  readonly sources: readonly number[];
+  /** True when some are below the host and must be read first. */
+  readonly needsRead: boolean;
+  /** Computing these blocks would take so long. Infinity while nothing was measured. */
+  readonly recomputeMs: number;
+}
+
+const IN_ENGINE = -1;
+const IN_HOST = 0;
+/** Four copies take 0.3 ms of the engine's thread, between two steps of 10 ms or more. */
+const BUSY_BATCH = 4;
+const IDLE_BATCH = 16;
+/** Some 4 MB of waiting references. */
+const QUEUE_BLOCKS = 32_768;
+const CLOSE_TIMEOUT_MS = 5_000;
+/** Writes of one tier at a time. */
+const WRITES_AT_A_TIME = 4;
+
+interface Lower {
+  readonly tier: LowerTier;
+  readonly filter: SightFilter;
+  readonly queue: OffloadQueue;
+  writing: number;
+}
+
+export class TieredCache {
+  readonly costs = new TierCosts();
+  readonly #options: TieredCacheOptions;
+  readonly #host: HostTier;
+  readonly #mirror: DeviceMirror;
+  readonly #queue = new OffloadQueue(QUEUE_BLOCKS);
+  readonly #lower: readonly Lower[];
+  /** Blocks that are being read, by key. */
+  readonly #loading = new Map<number, Promise<void>>();
+  /** Everything that is under way, for `close` and `settled`. */
+  readonly #running = new Set<Promise<unknown>>();
+  #isOffloading = false;
+  #isClosed = false;
+
+  constructor(options: TieredCacheOptions) {
+    this.#options = options;
+    this.#host = options.host;
+    this.#mirror = new DeviceMirror(options.totalBlocks);
+    this.#lower = options.lower.map((one) => ({ ...one, queue: new OffloadQueue(QUEUE_BLOCKS), writing: 0 }));
+  }
+
+  /** Opens the tiers below the host and tells what they still have. */
+  async open(): Promise<void> {
+    await Promise.all(this.#lower.map(({ tier }) => tier.open()));
+    this.#tell();
+  }
+
+  /** Events of the engine, in order, before or after they were passed on. */
+  onDeviceEvents(events: readonly KvEvent[]): void {
+    for (const event of events) {
+      this.#mirror.apply(event);
+      if (event.type !== "stored" || event.tier !== "device") continue;
+      // One block by itself is mostly the newest of an answer; a prompt comes in rows.
+      const priority = event.sequenceHashes.length > 2 || event.startBlock === 0 ? 0 : 1;
+      for (const block of blocksOf(event)) this.#offerToHost(block, priority);
+    }
+    this.#pump();
+  }
+
+  /** What the first `limit` blocks of a sequence can take from the tiers; undefined when that is nothing, or not worth it. */
+  match(hashes: BlockHashes, limit: number): TierMatch | undefined {
+    const { sequenceHashes } = hashes;
+    const at = (i: number): [number, number] => [sequenceHashes[2 * i]!, sequenceHashes[2 * i + 1]!];
+    let start = 0;
+    while (start < limit && this.#mirror.has(...at(start))) start++;
+    const sources: number[] = [];
+    for (let i = start; i < limit; i++) {
+      const source = this.#sourceOf(...at(i));
+      if (source === undefined) break;
+      sources.push(source);
+    }
+    this.#see(hashes, start + sources.length);
+    this.#noteMatch(limit - start, sources);
+    const { count, recomputeMs } = this.costs.worthTaking(sources, this.#options.blockSizeTokens);
+    const taken = sources.slice(0, count);
+    if (!taken.some((source) => source !== IN_ENGINE)) return undefined;
+    const needsRead = taken.some((source) => source > IN_HOST);
+    return { hashes, start, end: start + count, sources: taken, needsRead, recomputeMs };
+  }
+
+  /** Reads what is below the host into it. Resolves when all is there, failed, or late; never rejects. */
+  async fetch(match: TierMatch, options: { readonly deadlineMs: number; readonly signal: AbortSignal }): Promise<void> {
+    const { clock } = this.#options;
+    const startMs = clock.monotonicMs();
+    const late = new AbortController();
+    const reads: Promise<void>[] = [];
+    const perTier = this.#lower.map(() => 0);
+    match.sources.forEach((source, i) => {
+      if (source <= IN_HOST) return;
+      const block = identityAt(match.hashes, match.start + i);
+      const read = this.#load(source - 1, block, {
+        deadlineMs: options.deadlineMs,
+        signal: AbortSignal.any([options.signal, late.signal]),
+      });
+      if (read === undefined) return;
+      reads.push(read);
+      perTier[source - 1]!++;
+    });
+    const stop = Promise.withResolvers<void>();
+    const timer = clock.setTimer(options.deadlineMs - startMs, () => stop.resolve());
+    options.signal.addEventListener("abort", () => stop.resolve(), { once: true });
+    const all = Promise.all(reads).then(() => true);
+    const inTime = await Promise.race([all, stop.promise.then(() => false)]);
+    timer.cancel();
+    if (inTime) {
+      const elapsedMs = clock.monotonicMs() - startMs;
+      perTier.forEach((count, i) => this.costs.tookToRead(i + 1, count, (elapsedMs * count) / reads.length));
+    } else {
+      late.abort();
+      if (!options.signal.aborted)
+        for (const { tier } of this.#lower) this.#options.meters.failed(tier.name, "deadline");
+    }
+  }
+
+  /**
+   * Hands the blocks of a match that are in the host now to the engine, up to the first that is not; what is submitted
+   * after this call finds them. Returns how many were handed over.
+   */
+  copyIn(match: TierMatch, tokenIds: Uint32Array, cacheNamespace: string): number {
+    const { port, meters, blockSizeTokens, clock, isBusy } = this.#options;
+    const pool = this.#host.pool;
+    const slots: number[] = [];
+    let given = 0;
+    let length = 0;
+    const from: Record<TierName, number> = { host: 0, disk: 0, object: 0 };
+    for (let i = match.start; i < match.end; i++) {
+      const { lo, hi } = identityAt(match.hashes, i);
+      const slot = pool.find(lo, hi);
+      if (slot === NO_BLOCK && !this.#mirror.has(lo, hi)) break;
+      slots.push(slot);
+      if (slot === NO_BLOCK) continue;
+      pool.retain(slot);
+      given++;
+      length = slots.length;
+      const source = match.sources[i - match.start]!;
+      from[source <= IN_HOST ? "host" : this.#lower[source - 1]!.tier.name]++;
+    }
+    if (given === 0) return 0;
+    const held = Int32Array.from(slots.slice(0, length));
+    const startMs = clock.monotonicMs();
+    // While requests run, the call waits for a step: that says nothing about the copy.
+    const isMeasured = !isBusy();
+    const copied = port
+      .copyIn({
+        tokenIds: tokenIds.slice(0, (match.start + length) * blockSizeTokens),
+        cacheNamespace,
+        firstBlock: match.start,
+        slots: held,
+      })
+      .then(
+        (taken) => {
+          if (isMeasured) this.costs.tookToImport(given, clock.monotonicMs() - startMs);
+          if (taken < given) meters.failed("host", "not-taken", given - taken);
+          for (const name of ["host", "disk", "object"] as const) meters.onboarded(name, Math.min(from[name], taken));
+        },
+        () => meters.failed("host", "not-taken", given),
+      )
+      .finally(() => {
+        for (let i = held.length - 1; i >= 0; i--) if (held[i] !== NO_BLOCK) pool.release(held[i]!);
+      });
+    this.#track(copied);
+    return given;
+  }
+
+  /** Forgets every block of the host and the disk that nothing uses; returns how many. */
+  async clear(): Promise<number> {
+    this.#queue.clear();
+    for (const { queue, filter } of this.#lower) {
+      queue.clear();
+      filter.clear();
+    }
+    await this.settled();
+    let count = this.#host.pool.clear();
+    for (const { tier } of this.#lower) count += await tier.clear();
+    this.#tell();
+    return count;
+  }
+
+  /** Resolves when nothing moves any more. */
+  async settled(): Promise<void> {
+    while (this.#running.size > 0) await Promise.allSettled(this.#running);
+  }
+
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    this.#queue.clear();
+    for (const { queue } of this.#lower) queue.clear();
+    // A read may hang with its file system; the process must still leave.
+    const late = Promise.withResolvers<void>();
+    const timer = this.#options.clock.setTimer(CLOSE_TIMEOUT_MS, late.resolve);
+    await Promise.race([this.settled(), late.promise]);
+    timer.cancel();
+    await Promise.all(this.#lower.map(({ tier }) => tier.close()));
+  }
+
+  #sourceOf(lo: number, hi: number): number | undefined {
+    if (this.#mirror.has(lo, hi)) return IN_ENGINE;
+    if (this.#host.pool.find(lo, hi) !== NO_BLOCK) return IN_HOST;
+    const lower = this.#lower.findIndex(({ tier }) => tier.has(lo, hi));
+    return lower < 0 ? undefined : lower + 1;
+  }
+
+  #noteMatch(lookedUp: number, sources: readonly number[]): void {
+    const found: Record<TierName, number> = { host: 0, disk: 0, object: 0 };
+    for (const source of sources) {
+      if (source === IN_HOST) found.host++;
+      else if (source > IN_HOST) found[this.#lower[source - 1]!.tier.name]++;
+    }
+    this.#options.meters.matched(lookedUp, found);
+  }
+
+  /** A request has asked for these blocks: those in the host may now be worth a place below. */
+  #see(hashes: BlockHashes, count: number): void {
+    if (this.#lower.length === 0) return;
+    for (let i = 0; i < count; i++) {
+      const block = identityAt(hashes, i);
+      if (this.#host.has(block)) this.#offerBelow(block, 0);
+    }
+  }
+
+  #offerToHost(block: BlockIdentity, priority: OffloadPriority): void {
+    if (this.#isClosed || this.#host.has(block)) return;
+    if (!this.#queue.tryAdd(block, priority)) this.#options.meters.failed("host", "queue-full");
+  }
+
+  #offerBelow(block: BlockIdentity, priority: OffloadPriority): void {
+    const nowMs = this.#options.clock.monotonicMs();
+    for (const lower of this.#lower) {
+      if (lower.tier.has(block.lo, block.hi) || !lower.filter.see(keyOf(block.lo, block.hi), nowMs)) continue;
+      if (!lower.queue.tryAdd(block, priority)) this.#options.meters.failed(lower.tier.name, "queue-full");
+      this.#pumpBelow(lower);
+    }
+  }
+
+  #pump(): void {
+    if (this.#isOffloading || this.#queue.size === 0 || this.#isClosed) return;
+    this.#isOffloading = true;
+    this.#track(
+      this.#offload().finally(() => {
+        this.#isOffloading = false;
+      }),
+    );
+  }
+
+  /** One batch at a time: the engine looks for calls between two steps, so it never makes more copies than one batch there. */
+  async #offload(): Promise<void> {
+    const { port, meters, isBusy } = this.#options;
+    while (this.#queue.size > 0) {
+      const blocks: BlockIdentity[] = [];
+      const slots: number[] = [];
+      const limit = isBusy() ? BUSY_BATCH : IDLE_BATCH;
+      while (blocks.length < limit) {
+        const block = this.#queue.take();
+        if (block === undefined) break;
+        if (this.#host.has(block)) continue;
+        const isThere = this.#mirror.has(block.lo, block.hi);
+        const slot = isThere ? this.#host.take() : NO_BLOCK;
+        if (slot === NO_BLOCK) {
+          meters.failed("host", isThere ? "no-room" : "gone");
+          continue;
+        }
+        blocks.push(block);
+        slots.push(slot);
+      }
+      this.#tell();
+      if (blocks.length === 0) continue;
+      const hashes = Uint32Array.from(blocks.flatMap(({ lo, hi }) => [lo, hi]));
+      let present: Uint8Array;
+      try {
+        present = await port.copyOut(hashes, Int32Array.from(slots));
+      } catch {
+        // The engine is gone or going.
+        for (const slot of slots) this.#host.pool.free(slot);
+        meters.failed("host", "gone", slots.length);
+        continue;
+      }
+      const stored: BlockIdentity[] = [];
+      blocks.forEach((block, i) => {
+        if (present[i] === 1) {
+          if (this.#keep(slots[i]!, block)) stored.push(block);
+        } else {
+          this.#host.pool.free(slots[i]!);
+          meters.failed("host", "gone");
+        }
+      });
+      meters.offloaded("host", stored.length);
+      this.#tell(storedEvents(stored, "host"));
+      for (const block of stored) this.#offerBelow(block, 0);
+    }
+  }
+
+  /** A filled slot becomes matchable and evictable; true when its content is new. */
+  #keep(slot: number, block: BlockIdentity): boolean {
+    const held = this.#host.fill(slot, block);
+    this.#host.pool.release(held);
+    return held === slot;
+  }
+
+  #pumpBelow(lower: Lower): void {
+    const { meters } = this.#options;
+    const { tier, queue } = lower;
+    while (lower.writing < WRITES_AT_A_TIME) {
+      const block = queue.take();
+      if (block === undefined) break;
+      if (tier.has(block.lo, block.hi)) continue;
+      if (!tier.isWritable()) {
+        meters.failed(tier.name, "degraded");
+        continue;
+      }
+      const slot = this.#host.pool.find(block.lo, block.hi);
+      if (slot === NO_BLOCK) {
+        meters.failed(tier.name, "gone");
+        continue;
+      }
+      this.#host.pool.retain(slot);
+      lower.writing++;
+      this.#track(
+        tier.write(block, this.#host.bytesOf(slot)).then((stored) => {
+          this.#host.pool.release(slot);
+          lower.writing--;
+          if (stored) meters.offloaded(tier.name, 1);
+          this.#tell();
+          this.#pumpBelow(lower);
+        }),
+      );
+    }
+    meters.waiting(tier.name, queue.size);
+  }
+
+  /** Undefined when there is no room for it. */
+  #load(
+    index: number,
+    block: BlockIdentity,
+    options: { readonly deadlineMs: number; readonly signal: AbortSignal },
+  ): Promise<void> | undefined {
+    const { clock, meters } = this.#options;
+    const key = keyOf(block.lo, block.hi);
+    const known = this.#loading.get(key);
+    if (known !== undefined || this.#host.has(block)) return known;
+    const slot = this.#host.take();
+    if (slot === NO_BLOCK) {
+      meters.failed("host", "no-room");
+      return undefined;
+    }
+    const load = async (): Promise<void> => {
+      const isThere = await this.#lower[index]!.tier.read(block, this.#host.bytesOf(slot), options);
+      this.#loading.delete(key);
+      if (!isThere) {
+        this.#host.pool.free(slot);
+        return;
+      }
+      const held = this.#host.fill(slot, block);
+      // Kept until those who wait for it had their turn.
+      clock.nextTurn(() => {
+        this.#host.pool.release(held);
+        this.#tell(held === slot ? storedEvents([block], "host") : []);
+      });
+    };
+    const loading = load();
+    this.#loading.set(key, loading);
+    this.#track(loading);
+    return loading;
+  }
+
+  /** What changed in the tiers, removals first: they made the room. */
+  #tell(stored: readonly KvEvent[] = []): void {
+    const { meters } = this.#options;
+    const events: KvEvent[] = [];
+    const removed = (tier: "host" | "disk", sequenceHashes: Uint32Array): void => {
+      if (sequenceHashes.length > 0) events.push({ type: "removed", dpRank: 0, tier, sequenceHashes });
+    };
+    removed("host", this.#host.pool.takeEvicted());
+    events.push(...stored);
+    meters.used("host", this.#host.usedBytes, this.#host.capacityBytes);
+    meters.waiting("host", this.#queue.size);
+    for (const { tier } of this.#lower) {
+      const gone = tier.takeRemoved();
+      const came = tier.takeStored();
+      if (tier.name === "disk") {
+        removed("disk", gone);
+        events.push(...storedEvents(came, "disk"));
+      }
+      meters.used(tier.name, tier.usedBytes, tier.capacityBytes);
+    }
+    if (events.length > 0) this.#options.onEvents(events);
+  }
+
+  #track(work: Promise<unknown>): void {
+    this.#running.add(work);
+    void work.finally(() => this.#running.delete(work));
+  }
+}
+
+function identityAt({ sequenceHashes, localHashes }: BlockHashes, i: number): BlockIdentity {
+  return {
+    lo: sequenceHashes[2 * i]!,
+    hi: sequenceHashes[2 * i + 1]!,
+    parentLo: i === 0 ? 0 : sequenceHashes[2 * i - 2]!,
+    parentHi: i === 0 ? 0 : sequenceHashes[2 * i - 1]!,
+    localLo: localHashes[2 * i]!,
+    localHi: localHashes[2 * i + 1]!,
+    depth: i,
+  };
+}

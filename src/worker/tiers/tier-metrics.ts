@@ -1,0 +1,71 @@
+import type { Metrics } from "../../observability/index.ts";
+import type { TierFailure, TierMeters, TierName } from "../../kvbm/index.ts";
+
+/**
+ * The tiers' numbers under KVBM's names: d = device, h = host, d2d = disk to device, o = object store. Hit rates are of
+ * the blocks that requests asked for beyond the device's, since the start.
+ */
+export class TierMetrics implements TierMeters {
+  readonly #metrics: Metrics;
+  readonly #blockSizeTokens: number;
+  readonly #found: Record<TierName, number> = { host: 0, disk: 0, object: 0 };
+  #lookedUp = 0;
+
+  constructor(metrics: Metrics, blockSizeTokens: number) {
+    this.#metrics = metrics;
+    this.#blockSizeTokens = blockSizeTokens;
+  }
+
+  offloaded(to: TierName, blocks: number): void {
+    const name = {
+      host: "kvbm_offload_blocks_d2h",
+      disk: "kvbm_offload_blocks_h2d",
+      object: "kvbm_offload_blocks_d2o",
+    } as const;
+    this.#metrics.counter(name[to]).labels().add(blocks);
+  }
+
+  onboarded(from: TierName, blocks: number): void {
+    const name = {
+      host: "kvbm_onboard_blocks_h2d",
+      disk: "kvbm_onboard_blocks_d2d",
+      object: "kvbm_onboard_blocks_o2d",
+    } as const;
+    this.#metrics.counter(name[from]).labels().add(blocks);
+  }
+
+  matched(lookedUp: number, found: Readonly<Record<TierName, number>>): void {
+    this.#lookedUp += lookedUp;
+    let blocks = 0;
+    for (const tier of ["host", "disk", "object"] as const) {
+      blocks += found[tier];
+      this.#found[tier] += found[tier];
+      const rate = this.#lookedUp === 0 ? 0 : this.#found[tier] / this.#lookedUp;
+      this.#metrics.gauge(`kvbm_${tier}_cache_hit_rate`).labels().set(rate);
+    }
+    this.#metrics
+      .counter("kvbm_matched_tokens")
+      .labels()
+      .add(blocks * this.#blockSizeTokens);
+  }
+
+  failed(tier: TierName, failure: TierFailure, blocks = 1): void {
+    this.#metrics.counter("kvbm_blocks_failed_total").labels(tier, failure).add(blocks);
+  }
+
+  used(tier: TierName, bytes: number, capacityBytes: number): void {
+    this.#metrics.gauge("kvbm_tier_used_bytes").labels(tier).set(bytes);
+    this.#metrics.gauge("kvbm_tier_capacity_bytes").labels(tier).set(capacityBytes);
+  }
+
+  degraded(tier: TierName, isDegraded: boolean): void {
+    this.#metrics
+      .gauge("kvbm_tier_degraded")
+      .labels(tier)
+      .set(isDegraded ? 1 : 0);
+  }
+
+  waiting(tier: TierName, blocks: number): void {
+    this.#metrics.gauge("kvbm_offload_queue_blocks").labels(tier).set(blocks);
+  }
+}
