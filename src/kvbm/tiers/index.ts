@@ -1,4 +1,8 @@
+export { DiskTier, type DiskTierOptions } from "./disk-tier.ts";
+export type { EntryFormat } from "./entry.ts";
 export { HostTier, type HostTierOptions } from "./host-tier.ts";
+export { BucketStore, FolderStore, type ObjectStore } from "./object-store.ts";
+export { ObjectTier, type ObjectTierOptions } from "./object-tier.ts";
 export { SightFilter } from "./sight-filter.ts";
 export { TieredCache, type CachePort, type TieredCacheOptions, type TierMatch } from "./tiered-cache.ts";
 export type { LowerTier, ReadOptions, TierFailure, TierMeters, TierName } from "./tier.ts";

@@ -5,6 +5,12 @@ import type { TierFailure, TierMeters, TierName } from "../../kvbm/index.ts";
  * The tiers' numbers under KVBM's names: d = device, h = host, d2d = disk to device, o = object store. Hit rates are of
  * the blocks that requests asked for beyond the device's, since the start.
  */
+const HIT_RATE = {
+  host: "kvbm_host_cache_hit_rate",
+  disk: "kvbm_disk_cache_hit_rate",
+  object: "kvbm_object_cache_hit_rate",
+} as const;
+
 export class TierMetrics implements TierMeters {
   readonly #metrics: Metrics;
   readonly #blockSizeTokens: number;
@@ -41,7 +47,7 @@ export class TierMetrics implements TierMeters {
       blocks += found[tier];
       this.#found[tier] += found[tier];
       const rate = this.#lookedUp === 0 ? 0 : this.#found[tier] / this.#lookedUp;
-      this.#metrics.gauge(`kvbm_${tier}_cache_hit_rate`).labels().set(rate);
+      this.#metrics.gauge(HIT_RATE[tier]).labels().set(rate);
     }
     this.#metrics
       .counter("kvbm_matched_tokens")

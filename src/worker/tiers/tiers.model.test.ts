@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { test } from "node:test";
@@ -8,6 +9,7 @@ import type { LlamaEngineConfig } from "../../engines/index.ts";
 import { EngineRecorder, aRequest, type StreamRecord } from "../../engines/engine.recorder.ts";
 import { Metrics, silentLogger } from "../../observability/index.ts";
 import { systemClock } from "../../std/index.ts";
+import { BUCKET, startS3Server } from "../../transfer/s3/fixtures/s3-server.ts";
 import type { KvTiersConfig } from "./tier-config.ts";
 import { withTiers } from "./with-tiers.ts";
 
@@ -104,4 +106,68 @@ void test("tiers, llama: text from host memory is that of the engine's own cache
     await rig.recorder.stop();
   }
   rig.recorder.check();
+});
+
+/** One life of an engine with these tiers. */
+async function life<T>(config: KvTiersConfig, body: (rig: Rig) => Promise<T>): Promise<T> {
+  const rig = new Rig(config);
+  await rig.recorder.start();
+  let result: T;
+  try {
+    result = await body(rig);
+  } finally {
+    await rig.recorder.stop();
+  }
+  rig.recorder.check();
+  return result;
+}
+
+async function survivesRestart(config: KvTiersConfig, down: string, up: string): Promise<void> {
+  const [cold, fromDevice] = await life(config, async (rig) => {
+    const texts = [await rig.say(2), await rig.say(2)] as const;
+    await rig.reaches(down, 12);
+    return texts;
+  });
+  await life(config, async (rig) => {
+    // Time for the listing of an object store, which goes on beside the first requests.
+    await rig.say(3);
+    const restored = await rig.say(2);
+    assert.equal(restored.first?.cachedTokens, 192);
+    assert.equal(await rig.value(up), 12);
+    assert.deepEqual(restored.tokens, fromDevice.tokens);
+    sameText(cold, restored);
+  });
+}
+
+async function withFolder(body: (folder: string) => Promise<void>): Promise<void> {
+  const folder = await mkdtemp(path.join(os.tmpdir(), "dynamo-tiers-"));
+  try {
+    await body(folder);
+  } finally {
+    await rm(folder, { recursive: true, force: true });
+  }
+}
+
+void test("tiers, llama: a restarted worker finds its blocks on disk", { skip }, () =>
+  withFolder((folder) =>
+    survivesRestart(
+      { hostBytes: 0, disk: { bytes: 100e6, folder } },
+      "kvbm_offload_blocks_h2d",
+      "kvbm_onboard_blocks_d2d",
+    ),
+  ),
+);
+
+void test("tiers, llama: a restarted worker finds its blocks in the bucket", { skip }, async () => {
+  const server = await startS3Server();
+  try {
+    const store = { kind: "s3", bucket: BUCKET, s3: server.options } as const;
+    await survivesRestart(
+      { hostBytes: 100e6, object: { store } },
+      "kvbm_offload_blocks_d2o",
+      "kvbm_onboard_blocks_o2d",
+    );
+  } finally {
+    await server.close();
+  }
 });

@@ -1,10 +1,22 @@
 import type { Engine, EngineInfo } from "../../engines/index.ts";
-import { HostTier, TieredCache } from "../../kvbm/index.ts";
+import {
+  BucketStore,
+  DiskTier,
+  FolderStore,
+  HostTier,
+  ObjectTier,
+  SightFilter,
+  TieredCache,
+  type EntryFormat,
+  type ObjectStore,
+  type TieredCacheOptions,
+} from "../../kvbm/index.ts";
 import type { Logger, Metrics } from "../../observability/index.ts";
-import type { Clock } from "../../std/index.ts";
-import type { KvTiersConfig } from "./tier-config.ts";
+import { systemRandom, type Clock } from "../../std/index.ts";
+import { modelFingerprint } from "./model-fingerprint.ts";
+import type { KvObjectConfig, KvTiersConfig } from "./tier-config.ts";
 import { TierMetrics } from "./tier-metrics.ts";
-import { TieredEngine } from "./tiered-engine.ts";
+import { TieredEngine, type CacheHooks } from "./tiered-engine.ts";
 
 /** The engine with the tiers that the configuration names. */
 export interface WithTiersOptions {
@@ -19,28 +31,54 @@ export interface WithTiersOptions {
 
 /** Without a host budget of its own: room for 4,000 tokens of SmolLM2 on their way from a lower tier. */
 const STAGING_BYTES = 96 * 1024 * 1024;
+/** Twice asked for, in the filter's doubling count. */
+const DISK_MIN_SIGHTS = 2;
 
-export function withTiers({ engine, config, metrics, clock, logger }: WithTiersOptions): Engine {
+export function withTiers(options: WithTiersOptions): Engine {
   let meters: TierMetrics | undefined;
   return new TieredEngine({
-    engine,
-    clock,
+    engine: options.engine,
+    clock: options.clock,
     onParkingFull: () => meters?.failed("host", "busy"),
-    makeCache: async (info: EngineInfo, { attach, ...hooks }) => {
-      const host = new HostTier({ bytes: config.hostBytes || STAGING_BYTES, blockBytes: info.blockBytes });
-      attach(host.memory);
-      meters = new TierMetrics(metrics, info.blockSizeTokens);
-      await Promise.resolve();
-      return new TieredCache({
-        ...hooks,
-        blockSizeTokens: info.blockSizeTokens,
-        totalBlocks: info.totalBlocks,
-        host,
-        lower: [],
-        clock,
-        logger,
-        meters,
-      });
+    makeCache: (info, hooks) => {
+      meters = new TierMetrics(options.metrics, info.blockSizeTokens);
+      return makeCache(options, info, hooks, meters);
     },
   });
+}
+
+async function makeCache(
+  { modelPath, config, clock, logger }: WithTiersOptions,
+  info: EngineInfo,
+  { attach, ...hooks }: CacheHooks,
+  meters: TierMetrics,
+): Promise<TieredCache> {
+  const host = new HostTier({ bytes: config.hostBytes || STAGING_BYTES, blockBytes: info.blockBytes });
+  attach(host.memory);
+  const lower: TieredCacheOptions["lower"][number][] = [];
+  const { disk, object } = config;
+  const shared = { clock, logger, meters };
+  if (disk !== undefined || object !== undefined) {
+    const format: EntryFormat = {
+      fingerprint: await modelFingerprint(modelPath, info),
+      blockBytes: info.blockBytes,
+    };
+    if (disk !== undefined) {
+      const tier = new DiskTier({ ...shared, folder: disk.folder, bytes: disk.bytes, format });
+      lower.push({ tier, filter: new SightFilter(disk.minSights ?? DISK_MIN_SIGHTS) });
+    }
+    if (object !== undefined) {
+      const tier = new ObjectTier({ ...shared, store: await openStore(object, clock), format });
+      lower.push({ tier, filter: new SightFilter(object.minSights ?? 1) });
+    }
+  }
+  const { blockSizeTokens, totalBlocks } = info;
+  return new TieredCache({ ...hooks, ...shared, blockSizeTokens, totalBlocks, host, lower });
+}
+
+/** The S3 client comes with a package of its own: loaded by those who have a bucket. */
+async function openStore({ store }: KvObjectConfig, clock: Clock): Promise<ObjectStore> {
+  if (store.kind === "folder") return new FolderStore(store.folder);
+  const { S3Client } = await import("../../transfer/s3/index.ts");
+  return new BucketStore(new S3Client(store.s3, { clock, random: systemRandom }), store.bucket);
 }
