@@ -34,7 +34,7 @@ export interface TieredEngineOptions {
 }
 
 export type CacheHooks = Pick<ConstructorParameters<typeof TieredCache>[0], "port" | "onEvents" | "isBusy"> & {
-  attach(memory: SharedArrayBuffer): void;
+  readonly attach: (memory: SharedArrayBuffer) => void;
 };
 
 /** Below this the timer and a slow event loop say more than the tiers. */

@@ -1,0 +1,241 @@
+import { existsSync } from "node:fs";
+import { mkdtemp, readdir, rm, stat } from "node:fs/promises";
+import { homedir, tmpdir } from "node:os";
+import { join } from "node:path";
+import { BUCKET, startS3Server, type S3Server } from "../src/transfer/s3/fixtures/s3-server.ts";
+import { startProcessCluster, type ProcessCluster } from "../test/helpers/process-cluster.ts";
+import { machineLine, median, table } from "./harness.ts";
+
+/**
+ * KV tiers, from HTTP to SSE with the real model and one worker: the first token of a 1,000-token prompt computed, and
+ * with its blocks restored from host memory, from disk, from a shared folder and from an object store (a local S3 server
+ * in this process); then decode throughput with offload running beside the same without tiers. Disk, folder and store are
+ * read by a restarted worker, so that nothing is left in memory but the kernel's page cache.
+ *
+ * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS.
+ */
+const MODEL =
+  process.env["DYN_TEST_MODEL"] ?? join(homedir(), ".cache/dynamo-ts/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+const THREADS = Number(process.env["BENCH_THREADS"] ?? 1);
+const ROUNDS = Number(process.env["BENCH_ROUNDS"] ?? 5);
+/** 62 whole blocks of 16 before the last token. */
+const PROMPT_TOKENS = 1_000;
+const BLOCKS = Math.floor((PROMPT_TOKENS - 1) / 16);
+const CACHED_TOKENS = BLOCKS * 16;
+/** Two prompts fit into the engine's own cache, so older ones must come from below. */
+const DEVICE_TOKENS = 2_560;
+const ANSWER_TOKENS = 16;
+const STREAMS = 8;
+const DECODE_TOKENS = 128;
+
+const aPrompt = (length: number, salt: number): number[] =>
+  Array.from({ length }, (_, i) => 300 + ((i * 37 + salt * 101 + ((i * i) % 7) * 11) % 4000));
+
+interface Answer {
+  readonly firstMs: number;
+  readonly text: string;
+  readonly cachedTokens: number;
+  readonly elapsedMs: number;
+}
+
+/** One streamed completion: when its first event with text came, after the request was sent. */
+async function ask(cluster: ProcessCluster, prompt: readonly number[], maxTokens: number): Promise<Answer> {
+  const sentMs = performance.now();
+  const response = await fetch(`${cluster.baseUrl}/v1/completions`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({
+      model: "bench",
+      prompt,
+      max_tokens: maxTokens,
+      temperature: 0,
+      stream: true,
+      stream_options: { include_usage: true },
+      ignore_eos: true,
+    }),
+  });
+  let firstMs = 0;
+  let body = "";
+  const decoder = new TextDecoder();
+  for await (const chunk of response.body!) {
+    if (firstMs === 0) firstMs = performance.now() - sentMs;
+    body += decoder.decode(chunk as Uint8Array, { stream: true });
+  }
+  if (!body.includes("[DONE]")) throw new Error(`broken stream: ${body.slice(-200)}`);
+  const events = [...body.matchAll(/^data: (\{.*\})$/gm)].map(
+    ([, json]) =>
+      JSON.parse(json!) as {
+        choices: { text?: string }[];
+        usage?: { prompt_tokens_details?: { cached_tokens?: number } } | null;
+      },
+  );
+  const usage = events.findLast((event) => event.usage != null)?.usage;
+  return {
+    firstMs,
+    text: events.map((event) => event.choices[0]?.text ?? "").join(""),
+    cachedTokens: usage?.prompt_tokens_details?.cached_tokens ?? 0,
+    elapsedMs: performance.now() - sentMs,
+  };
+}
+
+function start(tierFlags: readonly string[], environment: NodeJS.ProcessEnv = {}): Promise<ProcessCluster> {
+  return startProcessCluster(
+    [
+      `--model=${MODEL}`,
+      "--model-name=bench",
+      "--workers=1",
+      `--threads=${THREADS}`,
+      `--kv-cache-tokens=${DEVICE_TOKENS}`,
+      ...tierFlags,
+    ],
+    { DYN_LOG: "warn", ...environment },
+  );
+}
+
+interface Setup {
+  readonly name: string;
+  readonly aim: number;
+  readonly flags: readonly string[];
+  readonly environment?: NodeJS.ProcessEnv;
+  /** Blocks that are below; undefined = the tier is the worker's memory, which a restart would lose. */
+  readonly storedBlocks?: () => Promise<number>;
+}
+
+async function measure(setup: Setup): Promise<Record<string, string | number>> {
+  let cluster = await start(setup.flags, setup.environment);
+  try {
+    const prompts = Array.from({ length: ROUNDS }, (_, round) => aPrompt(PROMPT_TOKENS, 1_000 + round));
+    const cold: Answer[] = [];
+    const again: Answer[] = [];
+    for (const prompt of prompts) {
+      cold.push(await ask(cluster, prompt, ANSWER_TOKENS));
+      // From the engine's own cache: the same batches as after a restore, so the text must be the same to the letter.
+      again.push(await ask(cluster, prompt, ANSWER_TOKENS));
+    }
+    if (setup.storedBlocks !== undefined) {
+      const deadlineMs = performance.now() + 60_000;
+      while ((await setup.storedBlocks()) < ROUNDS * BLOCKS) {
+        if (performance.now() > deadlineMs) throw new Error(`${setup.name}: the blocks were not stored within 60 s`);
+        await new Promise((wait) => setTimeout(wait, 50));
+      }
+      await cluster.stop();
+      cluster = await start(setup.flags, setup.environment);
+      await ask(cluster, aPrompt(100, 1), 4);
+    }
+    const restored: Answer[] = [];
+    for (const prompt of prompts) restored.push(await ask(cluster, prompt, ANSWER_TOKENS));
+    const short = restored.filter((answer) => answer.cachedTokens !== CACHED_TOKENS).length;
+    if (short > 0) console.log(`${setup.name}: ${short} of ${ROUNDS} prompts were not restored whole`);
+    return {
+      "first token from": setup.name,
+      ms: median(restored.map((answer) => answer.firstMs)),
+      "engine's cache, ms": median(again.map((answer) => answer.firstMs)),
+      "computed, ms": median(cold.map((answer) => answer.firstMs)),
+      "times sooner": median(restored.map((answer, i) => cold[i]!.firstMs / answer.firstMs)),
+      aim: setup.aim,
+      "same text": `${restored.filter((answer, i) => answer.text === again[i]!.text).length} of ${ROUNDS}`,
+    };
+  } finally {
+    await cluster.stop();
+  }
+}
+
+/** Tokens per second of all streams together, prompts included: every round fills the tiers with new blocks. */
+async function decode(cluster: ProcessCluster, round: number): Promise<number> {
+  const startedMs = performance.now();
+  await Promise.all(
+    Array.from({ length: STREAMS }, (_, s) => ask(cluster, aPrompt(32, round * STREAMS + s), DECODE_TOKENS)),
+  );
+  return (STREAMS * DECODE_TOKENS * 1_000) / (performance.now() - startedMs);
+}
+
+async function compareDecode(folder: string): Promise<void> {
+  const off = await start([]);
+  const on = await start(["--kv-host=400MB", "--kv-disk=1GB", `--kv-disk-path=${folder}`, "--kv-disk-every-block"]);
+  try {
+    await decode(off, 0);
+    await decode(on, 0);
+    const rounds: { off: number; on: number }[] = [];
+    for (let round = 1; round <= ROUNDS; round++) {
+      const offFirst = round % 2 === 0 ? await decode(off, round) : 0;
+      const withOffload = await decode(on, round);
+      rounds.push({ on: withOffload, off: offFirst === 0 ? await decode(off, round) : offFirst });
+    }
+    console.log(
+      table([
+        {
+          [`decode, ${STREAMS} streams, tok/s`]: "offload to host and disk",
+          ours: median(rounds.map((round) => round.on)),
+          "without tiers": median(rounds.map((round) => round.off)),
+          ratio: median(rounds.map((round) => round.on / round.off)),
+          aim: "0.95",
+        },
+      ]),
+    );
+  } finally {
+    await on.stop();
+    await off.stop();
+  }
+}
+
+/** Whole blocks in the files below a folder. */
+async function blocksBelow(folder: string): Promise<number> {
+  let count = 0;
+  for (const name of await readdir(folder, { recursive: true }).catch(() => [])) {
+    const { size } = await stat(join(folder, name)).catch(() => ({ size: 0 }));
+    count += Math.floor(size / BLOCK_BYTES);
+  }
+  return count;
+}
+
+/** 23,040 bytes a token. */
+const BLOCK_BYTES = 16 * 23_040;
+
+export async function run(): Promise<void> {
+  console.log(machineLine());
+  if (!existsSync(MODEL)) {
+    console.log(`tiers: skipped, no model at ${MODEL} (npx dynamo model pull)`);
+    return;
+  }
+  const folder = await mkdtemp(join(tmpdir(), "dynamo-bench-tiers-"));
+  let server: S3Server | undefined;
+  try {
+    server = await startS3Server();
+    const { endpoint, accessKeyId, secretAccessKey } = server.options;
+    const disk = join(folder, "disk");
+    const shared = await mkdtemp(join(folder, "shared-"));
+    const setups: readonly Setup[] = [
+      { name: "host memory", aim: 25, flags: ["--kv-host=600MB"] },
+      {
+        name: "disk, after a restart",
+        aim: 20,
+        flags: ["--kv-disk=2GB", `--kv-disk-path=${disk}`, "--kv-disk-every-block"],
+        storedBlocks: () => blocksBelow(disk),
+      },
+      {
+        name: "shared folder, after a restart",
+        aim: 10,
+        flags: [`--kv-s3=file://${shared}`],
+        storedBlocks: () => blocksBelow(shared),
+      },
+      {
+        name: "object store, after a restart",
+        aim: 10,
+        flags: [`--kv-s3=${endpoint}/${BUCKET}`],
+        environment: { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey },
+        storedBlocks: () => blocksBelow(server!.directory),
+      },
+    ];
+    const rows: Record<string, string | number>[] = [];
+    for (const setup of setups) rows.push(await measure(setup));
+    console.log(`${PROMPT_TOKENS} tokens, ${THREADS} compute thread(s), ${ROUNDS} rounds, medians; HTTP to SSE\n`);
+    console.log(table(rows));
+    console.log("");
+    await compareDecode(join(folder, "decode"));
+  } finally {
+    await server?.close();
+    await rm(folder, { recursive: true, force: true });
+  }
+}
+
+if (import.meta.main) await run();
