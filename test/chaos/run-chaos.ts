@@ -56,6 +56,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     frontends,
     modelPath,
     speedupRatio: 1,
+    logLevel: options.verbose === true ? "info" : "warn",
     onLine: (line) => {
       if (options.verbose === true) onLine(line);
       lines.push(line);

@@ -1,3 +1,4 @@
+import { DEFAULT_LIMITS } from "../../src/frontend/index.ts";
 import type { ClientCall } from "./client.ts";
 import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
 import type { Marks } from "./marks.ts";
@@ -110,19 +111,26 @@ const MIGRATIONS = 3;
 
 /**
  * A request whose frontend was well, and for which one worker was well all the time, is answered, whatever happened to the
- * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity.
+ * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity. A
+ * worker of which one connection broke once was well.
  */
 function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
   const hadTime =
     shape.frontend.limits.requestTimeoutMs >= PLENTY_MS && (shape.frontend.stallLimitMs ?? Infinity) < PLENTY_MS;
   // The well one may have been full, and the one after it broken.
   if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
+  // An engine that comes back may send more at once than a tiny buffer holds; no client reads so fast.
+  if (call.outcome === "cut off" && shape.frontend.limits.responseBufferBytes < DEFAULT_LIMITS.responseBufferBytes)
+    return;
   if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;
   if (OVERLOAD_CODES.has(call.code) || (call.code === "request_deadline" && !hadTime)) return;
   const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;
   const frontend = frontends.find(({ host }) => host === call.host)!;
   if (frontend.troubles.some(isHit)) return;
-  const steady = workers.filter(({ troubles }) => !troubles.some(isHit));
+  const steady = workers.filter(({ troubles }) => {
+    const own = troubles.filter(isHit);
+    return own.length === 0 || (own.length === 1 && own[0]!.isReset);
+  });
   const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);
   if (steady.length === 0 || hits > MIGRATIONS) return;
   const left = steady.map(({ host }) => host).join();

@@ -43,6 +43,8 @@ export type RoleKind = "frontend" | "worker";
 export interface Trouble {
   /** Told to end, not ended: what it has begun it must finish. */
   readonly isDrain: boolean;
+  /** One connection broke: the worker was well before and after. */
+  readonly isReset: boolean;
   readonly fromMs: number;
   untilMs: number;
 }
@@ -188,7 +190,14 @@ export class Cluster {
 
   /** The seat is in trouble, for a time or until its next life is up. */
   trouble(seat: Seat, forMs = Infinity, isDrain = false): void {
-    seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
+    const { nowMs } = this.world;
+    seat.troubles.push({ isDrain, isReset: false, fromMs: nowMs, untilMs: nowMs + forMs + JOINED_MS });
+  }
+
+  /** One connection of the worker broke. */
+  wasReset(seat: Seat): void {
+    const { nowMs } = this.world;
+    seat.troubles.push({ isDrain: false, isReset: true, fromMs: nowMs, untilMs: nowMs });
   }
 
   discoveryGoesDown(): void {

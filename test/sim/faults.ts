@@ -169,8 +169,8 @@ export class Nemesis {
         if (ends.length === 0) return;
         took();
         const end = this.#draw.pick(ends);
-        for (const seat of this.#cluster.seats) {
-          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.trouble(seat, 0);
+        for (const seat of workers) {
+          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.wasReset(seat);
         }
         end.reset();
         return;
