@@ -89,7 +89,7 @@ export class Nemesis {
         const seat = this.#serving(kind === "freeze worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
-        this.#cluster.trouble(seat, forMs);
+        this.#cluster.trouble(seat, forMs, "frozen");
         if (kind === "freeze frontend") marks.mark("frontend frozen");
         else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
         const { process } = seat;
