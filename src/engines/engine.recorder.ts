@@ -19,7 +19,10 @@ import type { Engine, EngineInfo, EngineSink } from "./base.ts";
 export interface StreamRecord {
   readonly tokens: number[];
   first: { promptTokens: number; cachedTokens: number; queueMs: number; prefillMs: number } | undefined;
+  /** By `stepCount`; 0 = not yet. */
+  firstAtStep: number;
   finish: FinishReason | undefined;
+  finishedAtStep: number;
   error: DynamoError | undefined;
   readonly logprobs: TokenLogprob[];
   promptLogprobs: TokenLogprob[] | undefined;
@@ -169,6 +172,7 @@ export class EngineRecorder implements EngineSink {
     if (output.hasFirst) {
       assert.equal(record.first, undefined, "FIRST comes once");
       const { promptTokens, cachedTokens, queueMs, prefillMs } = output;
+      record.firstAtStep = this.stepCount;
       record.first = { promptTokens, cachedTokens, queueMs, prefillMs };
     }
     if (output.tokenCount > 0) assert.ok(record.first, "FIRST comes with or before the first token");
@@ -176,6 +180,7 @@ export class EngineRecorder implements EngineSink {
     record.logprobs.push(...(output.logprobs ?? []));
     record.promptLogprobs ??= output.promptLogprobs;
     record.finish = output.finish;
+    if (output.finish !== undefined) record.finishedAtStep = this.stepCount;
     record.error = output.error;
   }
 
@@ -209,7 +214,9 @@ function newRecord(): StreamRecord {
   return {
     tokens: [],
     first: undefined,
+    firstAtStep: 0,
     finish: undefined,
+    finishedAtStep: 0,
     error: undefined,
     logprobs: [],
     promptLogprobs: undefined,

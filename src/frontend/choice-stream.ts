@@ -36,6 +36,14 @@ const MAX_REFUSALS = 3;
 const REFUSALS: ReadonlySet<Reason> = new Set<Reason>(["worker-full", "stream-limit"]);
 /** Reasons another worker may not have, besides those of a broken worker. */
 const ENGINE_FAILED: Reason = "engine-failed";
+/** A network breaks connections of workers that are well: such a worker may be asked once more. */
+const CONNECTION_FAULTS: ReadonlySet<Reason> = new Set<Reason>([
+  "worker-lost",
+  "worker-unreachable",
+  "connect-timeout",
+]);
+/** What the router says when all that this choice has not tried are gone or busy. */
+const NOBODY_UNTRIED: ReadonlySet<Reason> = new Set<Reason>(["no-workers", "worker-full"]);
 /** This request's, perhaps no fault of the worker: it may only have too much to do. */
 const STAGE_LIMITS: ReadonlySet<Reason> = new Set<Reason>(["first-token-timeout", "stream-idle-timeout"]);
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
@@ -59,9 +67,11 @@ export class ChoiceStream implements AttemptOwner {
   readonly #request: PreprocessedRequest;
   readonly #detokenizer: Detokenizer;
   readonly #stop: StopMatcher;
-  readonly #hasStops: boolean;
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
+  /** Excluded over a broken connection, oldest first. Each comes back once, when nobody untried is left. */
+  readonly #secondChances: string[] = [];
+  readonly #triedAgain = new Set<string>();
   /** Of the prompt; it remembers the prompt's hashes. */
   readonly #promptRoute: RouteRequest;
   /** In the router's queue. */
@@ -107,7 +117,6 @@ export class ChoiceStream implements AttemptOwner {
     const { tokenizer } = run.model.preprocessor;
     this.#detokenizer = new Detokenizer(tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
-    this.#hasStops = stops.length > 0;
     this.#sibling = sibling;
     this.#trace = run.span === undefined ? undefined : new ChoiceTrace(run.span);
     this.#promptRoute = {
@@ -209,8 +218,28 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#ended) return;
     const error = toDynamoError(thrown);
     this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
+    if (NOBODY_UNTRIED.has(error.reason) && this.#giveSecondChance()) {
+      this.dispatch();
+      return;
+    }
     // Nobody is left to go on with it: what is told is why it had to go.
     this.#end(error.reason === "no-workers" ? (this.#lastFailure ?? error) : error, "route-failed");
+  }
+
+  /**
+   * Whether a worker whose connection broke may be asked again. One that is dead refuses the connection at once, one that
+   * is frozen costs one more connect timeout: the whole pool gone is still an error soon.
+   */
+  #giveSecondChance(): boolean {
+    const known = this.#run.model.router.workers;
+    for (;;) {
+      const instanceId = this.#secondChances.shift();
+      if (instanceId === undefined) return false;
+      if (!known.some((worker) => worker.instanceId === instanceId)) continue;
+      this.#triedAgain.add(instanceId);
+      this.#excluded.delete(instanceId);
+      return true;
+    }
   }
 
   #send(request: PreprocessedRequest, decision: RoutingDecision, startMs: number): void {
@@ -366,11 +395,11 @@ export class ChoiceStream implements AttemptOwner {
     const from = this.#written;
     const count = this.#count - from;
     this.#written = this.#count;
-    if (this.#logprobs === undefined && (count <= 1 || !this.#hasStops)) {
+    if (this.#logprobs === undefined && this.#stop.isEmpty) {
       this.tokenCount += count;
-      return this.#stop.push(this.#detokenizer.push(this.#tokens, count, from));
+      return this.#detokenizer.push(this.#tokens, count, from);
     }
-    // One by one: tokens behind the one that completes a stop string are not looked at and not counted.
+    // One by one: tokens after a stop match are not looked at and not counted, however many came in this turn.
     let text = "";
     for (let i = from; i < this.#count && !this.#stop.matched; i++) {
       this.tokenCount++;
@@ -416,7 +445,7 @@ export class ChoiceStream implements AttemptOwner {
     attempt.abandon(error.reason, error);
     this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
     this.#attempt = undefined;
-    this.#excluded.add(decision.instanceId);
+    this.#leaveOut(decision.instanceId, error.reason);
     this.#lastFailure = error;
     if (REFUSALS.has(error.reason)) this.#refusal = error;
     const { clock, logger } = this.#run.planes;
@@ -438,6 +467,11 @@ export class ChoiceStream implements AttemptOwner {
     this.#run.planes.clock.nextTurn(() => {
       if (!this.#ended) this.dispatch();
     });
+  }
+
+  #leaveOut(instanceId: string, reason: Reason): void {
+    this.#excluded.add(instanceId);
+    if (CONNECTION_FAULTS.has(reason) && !this.#triedAgain.has(instanceId)) this.#secondChances.push(instanceId);
   }
 
   /** Counts it when it may. */

@@ -14,6 +14,8 @@ export interface ChaosClusterOptions {
   readonly modelPath: string | undefined;
   /** Of the mock engine; 1 is a large GPU. */
   readonly speedupRatio: number;
+  /** Of every process. @default warn */
+  readonly logLevel?: string;
   readonly onLine: (line: string) => void;
 }
 
@@ -68,9 +70,9 @@ export class ChaosCluster {
     return [...this.frontends, ...this.workers].map((each) => each.process);
   }
 
-  async #start({ workers, frontends, modelPath, speedupRatio, onLine }: ChaosClusterOptions): Promise<void> {
+  async #start({ workers, frontends, modelPath, speedupRatio, onLine, ...rest }: ChaosClusterOptions): Promise<void> {
     const kept = Object.entries(process.env).filter(([name]) => !name.startsWith("DYN_"));
-    const env = { ...Object.fromEntries(kept), DYN_CLUSTER_SECRET: "chaos", DYN_LOG: "warn" };
+    const env = { ...Object.fromEntries(kept), DYN_CLUSTER_SECRET: "chaos", DYN_LOG: rest.logLevel ?? "warn" };
     const onPid = (pid: number): void => void this.pids.add(pid);
     const planes = [`--file-kv=${this.discoveryRoot}`];
     for (let i = 0; i < workers; i++) {

@@ -141,9 +141,8 @@ export class Nemesis {
     const { cluster } = this.#options;
     const worker = cluster.workers[index]!;
     if (fault === "connection-reset") {
+      // Well again at once: it may be the one that is left alone from here on.
       worker.proxy.reset();
-      // Frontends leave out who broke for five seconds: until then it is not the one that is left alone.
-      await sleep(6_000);
       return;
     }
     if (fault === "network-hold") {

@@ -3,6 +3,7 @@ import { SeededRandom, type Random } from "../../src/std/index.ts";
 import { until } from "../helpers/in-process-cluster.ts";
 import { ChaosCluster, getJson, getText, postJson } from "./chaos-cluster.ts";
 import { CheckedLoad, type Ended, type Expected, type Outcome } from "./checked-load.ts";
+import { GreedyJudge } from "./greedy-judge.ts";
 import { Nemesis, type Disturbance, type Fault } from "./nemesis.ts";
 
 export interface ChaosOptions {
@@ -56,6 +57,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     frontends,
     modelPath,
     speedupRatio: 1,
+    logLevel: options.verbose === true ? "info" : "warn",
     onLine: (line) => {
       if (options.verbose === true) onLine(line);
       lines.push(line);
@@ -77,6 +79,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
       ports: cluster.ports,
       model: cluster.model,
       expected,
+      isAnswerUnique: isMock,
       concurrency: options.concurrency ?? (isMock ? 16 : 4),
       random,
       timeoutMs: REQUEST_TIMEOUT_MS,
@@ -87,8 +90,11 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     await cluster.settled(60_000);
     await load.stop();
     if (load.sentCount !== ended.length) violations.push(`${load.sentCount} sent, ${ended.length} ended`);
-    violations.push(...judge(ended, nemesis.disturbances, since));
-    violations.push(...(await checkRecovered(load)));
+    const disturbedCount = ended.length;
+    await askRecovered(load);
+    if (!isMock) await judgeOthers(ended, cluster, expected);
+    violations.push(...judge(ended.slice(0, disturbedCount), nemesis.disturbances, since));
+    violations.push(...checkRecovered(ended.slice(disturbedCount)));
     violations.push(...(await checkAtRest(cluster)));
     load.close();
     violations.push(...(await cluster.leave()));
@@ -210,16 +216,46 @@ function isNear(
   );
 }
 
-async function checkRecovered(load: CheckedLoad): Promise<string[]> {
-  const problems: string[] = [];
+async function askRecovered(load: CheckedLoad): Promise<void> {
   const batch = 4;
   for (let i = 0; i < RECOVERED_REQUESTS / batch; i++) {
-    const answers = await Promise.all(Array.from({ length: batch }, () => load.one()));
-    for (const { outcome, detail } of answers) {
-      if (outcome !== "ok") problems.push(`after the faults: ${outcome} ${detail}`);
-    }
+    await Promise.all(Array.from({ length: batch }, () => load.one()));
+  }
+}
+
+function checkRecovered(answers: readonly Ended[]): string[] {
+  const problems: string[] = [];
+  for (const { outcome, detail } of answers) {
+    if (outcome !== "ok") problems.push(`after the faults: ${outcome} ${detail}`);
   }
   return problems.slice(0, MAX_SHOWN);
+}
+
+/** Of a real model: whether what differs from the answers learned is right as well. Changes `ended` in place. */
+async function judgeOthers(ended: Ended[], cluster: ChaosCluster, expected: readonly Expected[]): Promise<void> {
+  const judge = new GreedyJudge(cluster.ports[0]!, cluster.model);
+  await checkJudge(judge, expected);
+  for (const [index, one] of ended.entries()) {
+    if (one.outcome !== "other") continue;
+    const problem = await judge.problemOf(one.prompt, one.text);
+    ended[index] = problem === undefined ? { ...one, outcome: "ok" } : { ...one, outcome: "wrong", detail: problem };
+  }
+}
+
+/** A judge that could not find a lost or doubled word would be no judge. */
+async function checkJudge(judge: GreedyJudge, expected: readonly Expected[]): Promise<void> {
+  let missed = 0;
+  for (const { prompt, text } of expected) {
+    const problem = await judge.problemOf(prompt, text);
+    if (problem !== undefined) throw new Error(`the judge rejects what was learned: ${problem}`);
+    const words = text.split(" ");
+    const middle = Math.floor(words.length / 2);
+    for (const broken of [words.toSpliced(middle, 1), words.toSpliced(middle, 0, words[middle]!)]) {
+      if ((await judge.problemOf(prompt, broken.join(" "))) === undefined) missed++;
+    }
+  }
+  if (missed > expected.length / 4)
+    throw new Error(`the judge missed ${missed} of ${2 * expected.length} broken answers`);
 }
 
 interface Preview {
@@ -258,7 +294,7 @@ const AT_REST =
   /^(dynamo_frontend_active_requests|dynamo_request_plane_inflight|dynamo_frontend_queued_requests|dynamo_frontend_worker_active_decode_blocks|dynamo_frontend_worker_active_prefill_tokens)(?:\{[^}]*\})? (\S+)$/gm;
 
 function countOutcomes(ended: readonly Ended[]): Record<Outcome, number> {
-  const counts: Record<Outcome, number> = { ok: 0, error: 0, connection: 0, wrong: 0, malformed: 0, hung: 0 };
+  const counts: Record<Outcome, number> = { ok: 0, error: 0, connection: 0, wrong: 0, malformed: 0, hung: 0, other: 0 };
   for (const { outcome } of ended) counts[outcome]++;
   return counts;
 }

@@ -189,6 +189,8 @@ describe("migration, break by break", { timeout: 120_000 }, () => {
       const { answer } = await pool.complete({ stop: ["STOP here"] });
       assert.equal(answer.choices[0]!.text, ANSWER.toString().split("STOP")[0]);
       assert.equal(answer.choices[0]!.finish_reason, "stop");
+      // All that was left came in one turn: what is behind the stop string was not asked for.
+      assert.equal(answer.usage.completion_tokens, ANSWER.indexOf("STOP here") + "STOP here".length);
     });
   });
 
@@ -329,6 +331,41 @@ describe("migration, break by break", { timeout: 120_000 }, () => {
       assert.equal(status, 503);
       assert.match(text, /as planned/);
       assert.ok(performance.now() - startMs < 2_000);
+    });
+  });
+
+  test("nobody untried is left: a worker whose connection broke is asked once more, the one that broke first before others", async () => {
+    await withPool(2, async (pool) => {
+      const breaks = (at: number): Plan => ({ at, how: "error-end", reason: "worker-lost" });
+      pool.plans = [breaks(5), breaks(9)];
+      const { answer, text } = await pool.complete();
+      assert.equal(answer.choices?.[0]?.text, ANSWER.toString(), text);
+      const asked = pool.calls.map((call) => pool.workers.findIndex(({ calls }) => calls.includes(call)));
+      assert.deepEqual(asked.map((worker) => worker === asked[0]), [true, false, true]); // prettier-ignore
+      assert.equal(pool.calls[2]!.resumedTokens, 9);
+    });
+  });
+
+  test("once more and not for ever: a worker that breaks twice ends the request, with migrations left", async () => {
+    await withPool(1, async (pool) => {
+      const breaks = (at: number): Plan => ({ at, how: "error-end", reason: "worker-lost" });
+      pool.plans = [breaks(5)];
+      assert.equal((await pool.complete()).answer.choices[0]!.text, ANSWER.toString());
+      pool.calls.length = 0;
+      pool.plans = [breaks(5), breaks(9)];
+      assert.equal((await pool.complete()).status, 503);
+      assert.equal(pool.calls.length, 2);
+    });
+  });
+
+  test("push-back is no reason to come back, nor is a worker that says it stops", async () => {
+    await withPool(2, async (pool) => {
+      for (const reason of ["worker-full", "draining", "engine-stopped"] as const) {
+        pool.calls.length = 0;
+        pool.plans = [0, 0, 0].map((at) => ({ at, how: "error-end", reason }));
+        assert.ok((await pool.complete()).status >= 500);
+        assert.equal(pool.calls.length, 2, reason);
+      }
     });
   });
 

@@ -19,7 +19,13 @@ export interface RoleProcess {
 export class RoleProcesses {
   readonly folder = mkdtempSync(join(tmpdir(), "dynamo-roles-"));
   readonly #children: { readonly child: ChildProcess; readonly exited: Promise<number | null> }[] = [];
+  readonly #env: NodeJS.ProcessEnv;
   #output = "";
+
+  /** `env`: beside this process's own. */
+  constructor(env: NodeJS.ProcessEnv = {}) {
+    this.#env = { ...process.env, DYN_LOG: "warn", ...env };
+  }
 
   /** What all of them printed. */
   get output(): string {
@@ -30,7 +36,7 @@ export class RoleProcesses {
   async start(...argv: string[]): Promise<RoleProcess> {
     const child = spawn(process.execPath, [COMMAND, ...argv, `--file-kv=${this.folder}`], {
       stdio: ["ignore", "pipe", "pipe", "ipc"],
-      env: { ...process.env, DYN_LOG: "warn" },
+      env: this.#env,
     });
     const exited = new Promise<number | null>((resolveExit) => child.once("exit", (code) => resolveExit(code)));
     this.#children.push({ child, exited });

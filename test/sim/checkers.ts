@@ -113,7 +113,8 @@ const MIGRATIONS = 3;
 
 /**
  * A request whose frontend was well, and for which one worker was well all the time, is answered, whatever happened to the
- * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity.
+ * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity. A
+ * worker of which one connection broke once was well.
  */
 function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
   const hadTime =
@@ -126,8 +127,13 @@ function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster,
   if (OVERLOAD_CODES.has(call.code) || (call.code === "request_deadline" && !hadTime)) return;
   const isHit = ({ fromMs, untilMs }: Trouble): boolean => fromMs <= call.endedMs && untilMs >= call.startedMs;
   const frontend = frontends.find(({ host }) => host === call.host)!;
-  if (frontend.troubles.some(isHit)) return;
-  const steady = workers.filter(({ troubles }) => !troubles.some(isHit));
+  const own = frontend.troubles.filter(isHit);
+  // A frontend that was stopped has lost time, and must not take its own pause for the workers' fault.
+  if (own.some(({ kind }) => kind !== "frozen") || (own.length > 0 && call.code === "request_deadline")) return;
+  const steady = workers.filter(({ troubles }) => {
+    const hit = troubles.filter(isHit);
+    return hit.length === 0 || (hit.length === 1 && hit[0]!.kind === "reset");
+  });
   const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);
   if (steady.length === 0 || hits > MIGRATIONS) return;
   const left = steady.map(({ host }) => host).join();
@@ -141,7 +147,7 @@ function checkDrain(call: ClientCall, { frontends }: Cluster, bad: (what: string
   if (call.outcome !== "cut off" || call.plan.behaviour.kind !== "reads") return;
   const { troubles } = frontends.find(({ host }) => host === call.host)!;
   const hits = troubles.filter(({ fromMs, untilMs }) => fromMs <= call.endedMs && untilMs >= call.startedMs);
-  const isOnlyDrained = hits.length > 0 && hits.every(({ isDrain }) => isDrain);
+  const isOnlyDrained = hits.length > 0 && hits.every(({ kind }) => kind === "draining");
   // One that came after the drain began may find the door closing.
   if (!isOnlyDrained || call.startedMs > hits[0]!.fromMs - MARGIN_OF_ARRIVAL_MS) return;
   if (call.endedMs < hits[0]!.fromMs + DRAIN_MS - 100)

@@ -39,10 +39,19 @@ const DISCOVERY_DELAY_MS = 200;
 
 export type RoleKind = "frontend" | "worker";
 
+export type TroubleKind =
+  /** Down, cut off, hung. */
+  | "broken"
+  /** Stopped for a while: whatever it does afterwards must be right. */
+  | "frozen"
+  /** Told to end, not ended: what it has begun it must finish. */
+  | "draining"
+  /** One connection broke: it was well before and after. */
+  | "reset";
+
 /** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
 export interface Trouble {
-  /** Told to end, not ended: what it has begun it must finish. */
-  readonly isDrain: boolean;
+  readonly kind: TroubleKind;
   readonly fromMs: number;
   untilMs: number;
 }
@@ -180,15 +189,22 @@ export class Cluster {
   drain(seat: Seat): void {
     if (!seat.isServing) return;
     seat.isDraining = true;
-    this.trouble(seat, Infinity, true);
+    this.trouble(seat, Infinity, "draining");
     const { role, process } = seat;
     this.world.record(`${process.name} is drained`);
     process.enqueue(() => void role!.drain(DRAIN_MS));
   }
 
   /** The seat is in trouble, for a time or until its next life is up. */
-  trouble(seat: Seat, forMs = Infinity, isDrain = false): void {
-    seat.troubles.push({ isDrain, fromMs: this.world.nowMs, untilMs: this.world.nowMs + forMs + JOINED_MS });
+  trouble(seat: Seat, forMs = Infinity, kind: TroubleKind = "broken"): void {
+    const { nowMs } = this.world;
+    seat.troubles.push({ kind, fromMs: nowMs, untilMs: nowMs + forMs + JOINED_MS });
+  }
+
+  /** One connection of the worker broke. */
+  wasReset(seat: Seat): void {
+    const { nowMs } = this.world;
+    seat.troubles.push({ kind: "reset", fromMs: nowMs, untilMs: nowMs });
   }
 
   discoveryGoesDown(): void {

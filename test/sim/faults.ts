@@ -89,7 +89,7 @@ export class Nemesis {
         const seat = this.#serving(kind === "freeze worker" ? workers : frontends, wanted);
         if (seat === undefined) return;
         took();
-        this.#cluster.trouble(seat, forMs);
+        this.#cluster.trouble(seat, forMs, "frozen");
         if (kind === "freeze frontend") marks.mark("frontend frozen");
         else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
         const { process } = seat;
@@ -169,8 +169,8 @@ export class Nemesis {
         if (ends.length === 0) return;
         took();
         const end = this.#draw.pick(ends);
-        for (const seat of this.#cluster.seats) {
-          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.trouble(seat, 0);
+        for (const seat of workers) {
+          if (seat.process === end.process || seat.host === end.remoteHost) this.#cluster.wasReset(seat);
         }
         end.reset();
         return;

@@ -162,6 +162,8 @@ export class SimProcess {
   #next = 0;
   #isReady = false;
   readonly #timers = new Set<TimerHandle>();
+  /** Timers that came due while it was frozen: its loop looks at those before it reads any socket. */
+  #overdue: (() => void)[] = [];
 
   constructor(world: World, name: string, id: number) {
     this.#world = world;
@@ -210,6 +212,9 @@ export class SimProcess {
   thaw(): void {
     if (this.state !== "frozen") return;
     this.state = "running";
+    this.#turns = [...this.#overdue, ...this.#turns.slice(this.#next)];
+    this.#next = 0;
+    this.#overdue = [];
     this.#wake();
   }
 
@@ -217,6 +222,7 @@ export class SimProcess {
   kill(): void {
     this.state = "dead";
     this.#turns = [];
+    this.#overdue = [];
     this.#next = 0;
     for (const timer of this.#timers) timer.cancel();
     this.#timers.clear();
@@ -247,9 +253,11 @@ export class SimProcess {
     let isCancelled = false;
     const timer = this.#world.timer(delayMs, () => {
       this.#timers.delete(timer);
-      this.interrupt(() => {
+      const fire = (): void => {
         if (!isCancelled) run();
-      });
+      };
+      if (this.state === "frozen") this.#overdue.push(fire);
+      else this.interrupt(fire);
     });
     this.#timers.add(timer);
     return {

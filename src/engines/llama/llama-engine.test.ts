@@ -46,6 +46,8 @@ for (const [streamId, how] of [
     recorder.streams.set(streamId, {
       tokens: [],
       first: undefined,
+      firstAtStep: 0,
+      finishedAtStep: 0,
       finish: undefined,
       error: undefined,
       logprobs: [],

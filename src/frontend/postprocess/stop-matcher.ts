@@ -22,6 +22,11 @@ export class StopMatcher {
     this.#states = new Int32Array(this.#stops.length);
   }
 
+  /** Nothing can match: text passes as it is. */
+  get isEmpty(): boolean {
+    return this.#stops.length === 0;
+  }
+
   get matched(): boolean {
     return this.matchedStop !== undefined;
   }

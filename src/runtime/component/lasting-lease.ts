@@ -1,11 +1,15 @@
 import { toDynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
-import type { Discovery, JsonValue, Lease } from "../discovery/index.ts";
+import { DEFAULT_TTL_MS, type Discovery, type JsonValue, type Lease } from "../discovery/index.ts";
 import type { Clock, Random, TimerHandle } from "../../std/index.ts";
 
-/** The wait before a try is a random part of this, which doubles from the first to the last. */
-const FIRST_BACK_OFF_MS = 1_000;
-const MAX_BACK_OFF_MS = 8_000;
+/**
+ * The wait before a try is a random part of this much of the TTL, which doubles from the first to the last. The last stays
+ * well under the silence at which watchers give a lease up (three quarters of the TTL): who waits for a store that is
+ * back already must not be forgotten meanwhile.
+ */
+const FIRST_BACK_OFF_OF_TTL = 1 / 8;
+const MAX_BACK_OFF_OF_TTL = 1 / 2;
 
 /**
  * A lease that comes back: when it is lost (its process was frozen for longer than the TTL, its store could not be
@@ -109,8 +113,9 @@ class Lasting implements Lease {
     }
     await lease?.close().catch(() => undefined);
     if (this.#isClosed) return;
-    const backOffMs = Math.min(MAX_BACK_OFF_MS, FIRST_BACK_OFF_MS * 2 ** this.#tries++);
-    const waitMs = this.#options.random.nextFloat() * backOffMs;
+    const { random, ttlMs = DEFAULT_TTL_MS } = this.#options;
+    const backOffMs = ttlMs * Math.min(MAX_BACK_OFF_OF_TTL, FIRST_BACK_OFF_OF_TTL * 2 ** this.#tries++);
+    const waitMs = random.nextFloat() * backOffMs;
     this.#retry = this.#clock.setTimer(waitMs, () => void this.#reopen());
   }
 }

@@ -222,7 +222,9 @@ export class FileView {
     present.length = Math.min(present.length, MAX_LEASES);
     for (const id of present) if (!this.#leases.has(id)) this.#changedIds.add(id);
     const presentIds = new Set(present);
-    // A pause of our own (a stall, an unreadable store) is not the holders' silence.
+    // A pause of our own (a stall, an unreadable store) is not the holders' silence. When the store is back they get their
+    // whole time: they could not write it either.
+    const isBack = this.#unreadable !== undefined;
     const elapsedMs = this.#beatsSeenMs === undefined ? 0 : Math.min(nowMs - this.#beatsSeenMs, 2 * this.#beatLookMs());
     let index = 0;
     for (const lease of this.#leases.values()) {
@@ -230,7 +232,8 @@ export class FileView {
       if (beat !== undefined && beat !== lease.beat) {
         lease.silentMs = 0;
         lease.beatMoves++;
-      } else lease.silentMs += elapsedMs;
+      } else if (isBack) lease.silentMs = 0;
+      else lease.silentMs += elapsedMs;
       lease.beat = beat;
       const isTurn = index++ % FOLDERS_PER_RELIST === this.#relistAt;
       if (isTurn && lease.terms !== undefined) lease.gone ||= isGone(lease.terms.holder, own, true);

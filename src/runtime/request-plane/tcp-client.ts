@@ -18,6 +18,7 @@ import {
   refusal,
   type Hello,
 } from "./hello.ts";
+import { setPatientTimer } from "./patient-timer.ts";
 import type { TcpContext } from "./tcp-context.ts";
 
 /**
@@ -170,7 +171,7 @@ class TcpClientConnection implements ConnectionOwner {
       maxStreams: limits.maxStreamsPerConnection,
       queuedBytes: limits.queuedBytesPerConnection,
     });
-    this.#connectTimer = context.clock.setTimer(connectTimeoutMs, () => {
+    this.#connectTimer = setPatientTimer(context.clock, connectTimeoutMs, () => {
       this.#connection.drop(unreachable(`no connection within ${connectTimeoutMs} ms`));
     });
   }

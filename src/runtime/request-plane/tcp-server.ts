@@ -7,6 +7,7 @@ import { FRAME, serverFrames } from "./frame.ts";
 import { commonVersion, decodeHello, encodeHello, encodeWelcome, newNonce, proofOf, proves, refusal } from "./hello.ts";
 import { ServerCore } from "./server-core.ts";
 import { ServerSession } from "./server-session.ts";
+import { setPatientTimer } from "./patient-timer.ts";
 import type { TcpContext } from "./tcp-context.ts";
 import type { PlaneListener, PlaneSocket } from "./tcp-network.ts";
 
@@ -141,7 +142,7 @@ class TcpServerConnection implements ConnectionOwner {
       maxQueuedBytes: context.limits.queuedBytesPerConnection * 2,
     });
     this.#session = new ServerSession(deps.core, this.#connection);
-    this.#helloTimer = context.clock.setTimer(context.connectTimeoutMs, () => {
+    this.#helloTimer = setPatientTimer(context.clock, context.connectTimeoutMs, () => {
       deps.metrics.error("refused");
       this.onStranger(refusal("no hello came in time"));
     });
