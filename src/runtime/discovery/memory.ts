@@ -184,17 +184,18 @@ class MemoryLease implements Lease {
     return Promise.resolve();
   }
 
-  expire(): void {
+  /** `isSilent`: as nobody renewed it, not because it was revoked. */
+  expire(isSilent = false): void {
     if (!this.#open) return;
-    this.#end();
+    this.#end(isSilent);
     this.#settleLost();
   }
 
-  #end(): void {
+  #end(isSilent = false): void {
     this.#open = false;
     this.#timer?.cancel();
     // Out of reach, it is left to expire.
-    if (this.#holder.isReachable) this.#store.removeLease(this.id);
+    if (this.#holder.isReachable) this.#store.removeLease(this.id, isSilent);
     this.#holder.ended(this);
   }
 
@@ -333,7 +334,7 @@ export class MemoryDiscovery implements Discovery, LeaseHolder {
     this.#open = false;
     for (const feed of this.#feeds) void feed.close();
     if (!this.#store.expires)
-      for (const lease of this.#leases) this.clock.setTimer(lease.ttlMs, () => this.#store.removeLease(lease.id, true));
+      for (const lease of this.#leases) this.clock.setTimer(lease.ttlMs, () => lease.expire(true));
     this.#leases.clear();
   }
 
