@@ -5,6 +5,7 @@ import { packageVersion, systemClock } from "../std/index.ts";
 import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
 import type { FrontendConfig } from "./config.ts";
 import { HttpServer, type Exchange, type Route } from "./http/index.ts";
+import { KEPT } from "./kept-workers.ts";
 import { ModelRegistry } from "./model-registry.ts";
 import { openApiRoute } from "./openai/index.ts";
 import { Operators } from "./operator.ts";
@@ -198,13 +199,14 @@ function sendHealth(exchange: Exchange, { models, planes, isDraining }: RouteCon
   exchange.json(isDraining() ? 503 : 200, {
     status: isDraining() ? "draining" : serving.length > 0 ? "healthy" : "unhealthy",
     endpoints: [...new Set(serving.map(({ instance }) => formatDynAddress(instance)))],
-    instances: instances.map(({ instance, problem }) => ({
+    instances: instances.map(({ instance, problem, isKept }) => ({
       namespace: instance.namespace,
       component: instance.component,
       endpoint: instance.endpoint,
       instance_id: instance.instanceId,
       transport: { address: instance.address },
       ...(problem === undefined ? {} : { problem }),
+      ...(isKept ? { degraded: KEPT } : {}),
     })),
     discovery: discovery.healthy ? "ok" : `degraded: ${discovery.detail ?? "unknown"}`,
     events: events.healthy ? "ok" : `degraded: ${events.detail ?? "unknown"}`,

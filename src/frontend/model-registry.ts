@@ -27,6 +27,7 @@ import type { FrontendLimits } from "./config.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
 import { DEFAULT_MIGRATION, DEFAULT_STALL_LIMIT_MS, type MigrationConfig } from "./config.ts";
+import { KeptWorkers, type WorkerPart } from "./kept-workers.ts";
 import { ProgressWatch } from "./progress-watch.ts";
 import { Preprocessor } from "./preprocess/index.ts";
 import type { ThreadLink } from "./threads/thread-link.ts";
@@ -35,7 +36,8 @@ import type { ThreadLink } from "./threads/thread-link.ts";
  * The models this frontend serves and the workers behind each: follows instances, model cards and load reports. A worker
  * counts once both its instance and its card are there and the model's tokenizer was fetched from it and loaded. A
  * worker whose card does not agree with its model (another tokenizer, context or block size) is left out, logged and
- * shown in `/health`. When discovery becomes unreadable the last known set stays.
+ * shown in `/health`. When discovery becomes unreadable the last known set stays, and so does a worker that only discovery
+ * has lost (kept-workers.ts).
  */
 export interface ServedModel {
   readonly name: string;
@@ -87,6 +89,7 @@ export class ModelRegistry {
   /** Models whose tokenizer is being fetched: workers that come meanwhile wait for it. */
   readonly #loading = new Map<string, Promise<ServedModel>>();
   readonly #workers = new Map<string, WorkerRecord>();
+  readonly #kept: KeptWorkers;
   readonly #retryTimers = new Set<TimerHandle>();
   /** Thresholds that another thread was given for a model that is not loaded here yet. */
   readonly #waitingThresholds = new Map<string, BusyThresholds>();
@@ -127,6 +130,7 @@ export class ModelRegistry {
     }
     this.#thread = thread;
     this.#routers = new ModelRouters(planes, { ...routing, shared: thread });
+    this.#kept = new KeptWorkers(planes, (instanceId) => this.#onGone(instanceId, undefined, false));
     if (service !== undefined) {
       this.#service = new RouterServiceClient(planes, { namespace: options.namespace, ...service });
     }
@@ -147,11 +151,11 @@ export class ModelRegistry {
     this.#watches.push(
       await watchInstances(this.#planes.discovery, { ...scope, endpoint: GENERATE_ENDPOINT }, (change) => {
         if (change.type === "put") this.#onInstance(change.instance);
-        else this.#onGone(change.instanceId, "instance");
+        else this.#onGone(change.instanceId, "instance", change.expired === true);
       }),
       await watchCards(this.#planes.discovery, scope, (change) => {
         if (change.type === "put") this.#onCard(change.instanceId, change.card);
-        else this.#onGone(change.instanceId, "card");
+        else this.#onGone(change.instanceId, "card", change.expired === true);
       }),
       await this.#planes.events.subscribe(LOAD_TOPIC, {
         onEvent: (_publisher, _sequence, payload) => this.#onLoad(payload),
@@ -205,12 +209,18 @@ export class ModelRegistry {
     else if (this.#waitingThresholds.size < MAX_MODELS) this.#waitingThresholds.set(name, thresholds);
   }
 
-  /** For `/health`: every worker known to discovery, and why it does not serve if it does not. */
-  instances(): { instance: Instance; problem: string | undefined }[] {
+  /** For `/health`: every worker known to discovery, why it does not serve if it does not, and whether it is kept without a lease. */
+  instances(): { instance: Instance; problem: string | undefined; isKept: boolean }[] {
     return [...this.#workers.values()].flatMap(({ instance, problem, joined }) =>
       instance === undefined
         ? []
-        : [{ instance, problem: joined === undefined ? (problem ?? "no model card yet") : undefined }],
+        : [
+            {
+              instance,
+              problem: joined === undefined ? (problem ?? "no model card yet") : undefined,
+              isKept: this.#kept.has(instance.instanceId),
+            },
+          ],
     );
   }
 
@@ -219,6 +229,7 @@ export class ModelRegistry {
     for (const timer of this.#retryTimers) timer.cancel();
     const watches = this.#watches;
     this.#watches = [];
+    this.#kept.close();
     for (const model of this.#models.values()) {
       model.router.close(new DynamoError("draining", "the server is shutting down"));
       model.progress.close();
@@ -235,6 +246,7 @@ export class ModelRegistry {
   #onInstance(instance: Instance): void {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
+    this.#back(instance.instanceId, "instance");
     if (record.joined !== undefined) this.#routers.join(record.joined, instance, record.joined.card);
     this.#join(instance.instanceId);
   }
@@ -247,13 +259,34 @@ export class ModelRegistry {
       return;
     }
     record.card = card;
+    this.#back(instanceId, "card");
     this.#join(instanceId);
   }
 
-  #onGone(instanceId: string, part: "instance" | "card"): void {
+  #back(instanceId: string, part: WorkerPart): void {
+    this.#kept.back(instanceId, part);
+    this.#routers.keptWorkers = this.#kept.size;
+  }
+
+  /** `part` undefined: the connection of one that was kept has ended. */
+  #onGone(instanceId: string, part: WorkerPart | undefined, isExpired: boolean): void {
     const record = this.#workers.get(instanceId);
     if (record === undefined) return;
-    delete record[part];
+    const stays =
+      isExpired &&
+      part !== undefined &&
+      record.joined !== undefined &&
+      record.instance !== undefined &&
+      this.#kept.keep(record.instance, part);
+    if (!stays) {
+      if (part !== undefined) delete record[part];
+      for (const missing of this.#kept.release(instanceId)) delete record[missing];
+    }
+    this.#routers.keptWorkers = this.#kept.size;
+    if (!stays) this.#leave(instanceId, record);
+  }
+
+  #leave(instanceId: string, record: WorkerRecord): void {
     if (record.joined !== undefined) {
       this.#routers.leave(record.joined, instanceId);
       record.joined.workerGauges.get(instanceId)?.remove();

@@ -188,6 +188,11 @@ export const METRICS = {
     help: "Of the worker's newest tokens.",
   },
   dynamo_frontend_router_workers: { type: "gauge", labels: ["model"], help: "Workers the router can choose from." },
+  dynamo_frontend_kept_workers: {
+    type: "gauge",
+    labels: [],
+    help: "Workers whose discovery lease expired and that are routed to as long as their connection lives.",
+  },
   dynamo_frontend_router_worker_state: {
     type: "gauge",
     labels: ["model", "state", "reason"],

@@ -205,6 +205,7 @@ const SAME_IN_ALL_THREADS: ReadonlySet<MetricName> = new Set<MetricName>([
   "dynamo_frontend_worker_last_input_sequence_tokens",
   "dynamo_frontend_worker_last_inter_token_latency_seconds",
   "dynamo_frontend_router_workers",
+  "dynamo_frontend_kept_workers",
   "dynamo_frontend_router_worker_state",
 ]);
 

@@ -77,6 +77,11 @@ export class ModelRouters {
     return this.#policy.usesOverlap === true && this.#config.kvEvents;
   }
 
+  /** Workers that only discovery has lost: said in explanations. */
+  set keptWorkers(count: number) {
+    this.#planeHealth.keptWorkers = count;
+  }
+
   /** Before the first worker joins. */
   async start(): Promise<void> {
     await this.#kvFeed?.start();

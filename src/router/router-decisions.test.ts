@@ -71,6 +71,8 @@ function waits(result: RoutingDecision | WaitingRoute): WaitingRoute {
 
 const isReason = (reason: string) => (error: unknown) => error instanceof DynamoError && error.reason === reason;
 
+const big = (mark: number): RouteRequest => ({ tokenIds: aPrompt([mark, mark, mark, mark, mark, mark]) });
+
 describe("router: kv", () => {
   test("goes where the prefix is, charges only what is not cached, and the explanation says both", () => {
     const { router, index } = aRouter();
@@ -270,7 +272,6 @@ describe("router: eligibility", () => {
 
 describe("router: queue", () => {
   const config = { queueThreshold: 0.2 };
-  const big = (mark: number): RouteRequest => ({ tokenIds: aPrompt([mark, mark, mark, mark, mark, mark]) });
 
   test("waits while every worker's backlog is above the threshold, and goes on at the first token, synchronously until then", async () => {
     const { router } = aRouter({ workers: ["a", "b"], config });
@@ -302,17 +303,51 @@ describe("router: queue", () => {
   });
 
   test("full is 529's reason, losing the last worker ends the wait, and closing refuses the rest", async () => {
-    const { router } = aRouter({ workers: ["a"], config: { ...config, queueLimit: 1 } });
+    const { router, clock } = aRouter({ workers: ["a"], config: { ...config, queueLimit: 1 } });
     placed(router.routeWhenReady(big(1)));
     const waiting = waits(router.routeWhenReady(big(2)));
     assert.throws(() => router.routeWhenReady(big(3)), isReason("too-many-requests"));
     router.removeWorker("a");
+    clock.advance(1_000);
     await assert.rejects(waiting.decision, isReason("no-workers"));
     router.addWorker("a", "memory://a", { capacity: CAPACITY });
     placed(router.routeWhenReady(big(1)));
     const last = waits(router.routeWhenReady(big(2)));
     router.close(new DynamoError("draining", "bye"));
     await assert.rejects(last.decision, isReason("draining"));
+  });
+});
+
+describe("router: a worker that registers anew", () => {
+  const config = { queueThreshold: 0.5 };
+
+  test("those in the queue go to it when it is back within a second", async () => {
+    const { router, clock } = aRouter({ workers: ["a"], config });
+    placed(router.routeWhenReady(big(1)));
+    const first = waits(router.routeWhenReady(big(2)));
+    const pinned = waits(router.routeWhenReady({ ...big(3), pinned: { instanceId: "a" } }));
+    router.removeWorker("a");
+    router.updateLoad("a", EMPTY_LOAD);
+    router.addWorker("a", "memory://a", { capacity: CAPACITY });
+    assert.equal((await first.decision).instanceId, "a");
+    router.removeWorker("a");
+    clock.advance(400);
+    router.addWorker("a", "memory://a", { capacity: CAPACITY });
+    assert.equal((await pinned.decision).instanceId, "a");
+    clock.advance(10_000);
+    assert.equal(clock.pendingTimerCount, 0);
+  });
+
+  test("new ones are told at once, and who is pinned to a worker that stays away is told after a second", async () => {
+    const { router, clock } = aRouter({ workers: ["a", "b"], config });
+    placed(router.routeWhenReady(big(1)));
+    placed(router.routeWhenReady(big(2)));
+    const pinned = waits(router.routeWhenReady({ ...big(3), pinned: { instanceId: "a" } }));
+    router.removeWorker("a");
+    assert.throws(() => router.routeWhenReady({ ...big(4), pinned: { instanceId: "a" } }), isReason("no-workers"));
+    clock.advance(1_000);
+    await assert.rejects(pinned.decision, isReason("no-workers"));
+    assert.equal(clock.pendingTimerCount, 0);
   });
 });
 

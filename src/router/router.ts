@@ -2,7 +2,7 @@ import { DynamoError, toDynamoError } from "../errors/index.ts";
 import { silentLogger, type Logger, type Metrics } from "../observability/index.ts";
 import type { PlaneHealth } from "../runtime/component/index.ts";
 import type { LoadSnapshot } from "../protocol/index.ts";
-import type { Clock, Random } from "../std/index.ts";
+import type { Clock, Random, TimerHandle } from "../std/index.ts";
 import { blockHashSeed, hashBlocks, type BlockHashes } from "../tokens/index.ts";
 import { BookedDecision, type DecisionOwner } from "./booked-decision.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
@@ -48,6 +48,9 @@ export interface RouterOptions {
   /** @default one of its own */
   readonly log?: DecisionLog;
 }
+
+/** Discovery tells within 200 ms that a worker went, and within as much that it is back: twice that and a margin. */
+const WORKER_RETURN_MS = 1_000;
 
 /** The KV index as the router uses it. The router gives out and takes back the ranks of its workers. */
 export interface RouterIndex extends KvIndexReader {
@@ -103,6 +106,8 @@ export class Router implements DecisionOwner {
   #turn = 0;
   #requestCount = 0;
   #inhibitedUntilMs = -Infinity;
+  /** While it runs, `no-workers` is not yet said to those in the queue. */
+  #verdictTimer: TimerHandle | undefined;
   #thresholds: BusyThresholds;
   // Reused from decision to decision.
   readonly #columns = new CandidateColumns();
@@ -188,7 +193,21 @@ export class Router implements DecisionOwner {
     }
     this.#index?.removeWorker(instanceId);
     this.#setWorkers();
+    this.#holdVerdicts();
     this.#queue.drain();
+  }
+
+  /**
+   * A worker that registers anew (its lease was revoked) is gone for as long as discovery takes to tell both: what waits in
+   * the queue anyway is not told meanwhile that there is none.
+   */
+  #holdVerdicts(): void {
+    if (this.#queue.length === 0) return;
+    this.#verdictTimer?.cancel();
+    this.#verdictTimer = this.#options.clock.setTimer(WORKER_RETURN_MS, () => {
+      this.#verdictTimer = undefined;
+      this.#queue.drain();
+    });
   }
 
   updateLoad(instanceId: string, load: LoadSnapshot): void {
@@ -267,6 +286,8 @@ export class Router implements DecisionOwner {
 
   /** The requests that wait are refused with `error`. */
   close(error: DynamoError): void {
+    this.#verdictTimer?.cancel();
+    this.#verdictTimer = undefined;
     this.#queue.close(error);
   }
 
@@ -369,7 +390,9 @@ export class Router implements DecisionOwner {
       if (this.#isSaturated(eligible.ranks, this.#config.queueThreshold ?? Infinity)) return undefined;
       return this.#book(request, eligible, waitedMs);
     } catch (thrown) {
-      throw this.#refused(thrown);
+      const error = toDynamoError(thrown);
+      if (this.#verdictTimer !== undefined && error.reason === "no-workers") return undefined;
+      throw this.#refused(error);
     }
   }
 

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
 import { ManualClock } from "./clock.ts";
+import { VirtualClock } from "./virtual-clock.ts";
 import { TimerWheel, WheelTimer } from "./timer-wheel.ts";
 
 const TICK_MS = 25;
@@ -26,6 +27,35 @@ test("timer wheel: fires never early and at most one tick late", () => {
     assert.ok(firedMs <= startMs + delayMs + TICK_MS, `${delayMs} ms fired after ${firedMs - startMs}`);
     assert.equal(wheel.size, 0);
   }
+});
+
+test("timer wheel: on a clock with fractions of milliseconds a wake-up that came a hair early is not asked for again at once", () => {
+  fc.assert(
+    fc.property(
+      fc.double({ min: 0, max: 1e6, noNaN: true }),
+      fc.array(fc.double({ min: 0, max: 400, noNaN: true }), { minLength: 1, maxLength: 20 }),
+      fc.double({ min: 0.1, max: 50, noNaN: true }),
+      (startMs, delaysMs, tickMs) => {
+        const clock = new VirtualClock();
+        clock.moveTo(startMs);
+        const wheel = new TimerWheel({ clock, tickMs, slotCount: 8 });
+        const lateMs: number[] = [];
+        for (const delayMs of delaysMs) {
+          const dueMs = startMs + delayMs;
+          wheel.add(
+            aTimer(() => lateMs.push(clock.monotonicMs() - dueMs)),
+            delayMs,
+          );
+        }
+        for (let wakeUps = 0; lateMs.length < delaysMs.length; wakeUps++) {
+          assert.ok(wakeUps < 10_000, `still waiting after ${wakeUps} wake-ups`);
+          clock.runNext();
+        }
+        for (const late of lateMs) assert.ok(late > -1e-6 && late <= tickMs + 1 + 1e-6, `late by ${late} ms`);
+      },
+    ),
+    { examples: [[0.1, [24.9999999, 25.3, 0.7], 25]] },
+  );
 });
 
 test("timer wheel: an empty wheel sets no timer and wakes nobody", () => {

@@ -6,7 +6,7 @@ import type { Clock, TimerHandle } from "./clock.ts";
  *     tick 0    1    2    ...   511        slot = due tick & (slots - 1); a timer due in a later
  *        [ ]  [a]  [b-c] [ ]  [d]          round stays in its slot until its own tick comes
  *
- * Never early; late by at most one tick (default 25 ms) plus the delay of the event loop. `add` and `cancel` are O(1) and
+ * Never early; late by at most one tick (default 25 ms), a millisecond, and the delay of the event loop. `add` and `cancel` are O(1) and
  * allocate nothing; firing is O(due). The clock's timer is set for the next slot in use, so an idle wheel wakes nobody.
  * A timer object belongs to its user, sits in one wheel at a time and can be added again. Not for sub-tick precision.
  */
@@ -130,12 +130,14 @@ export class TimerWheel {
   #wakeAt(tick: number, elapsedMs: number): void {
     this.#wake?.cancel();
     this.#wakeTick = tick;
-    const delayMs = Math.min(MAX_TIMER_MS, Math.max(0, tick * this.#tickMs - elapsedMs));
+    // Whole milliseconds, at least one: sums of fractional times may fall a hair short of the tick, and a wake-up that found
+    // nothing due would ask for a time that no clock can add.
+    const delayMs = Math.min(MAX_TIMER_MS, Math.max(1, Math.ceil(tick * this.#tickMs - elapsedMs)));
     this.#wake = this.#clock.setTimer(delayMs, this.#onWake);
   }
 
   #advance(): void {
-    // Rounded down: a clock whose timers fire a moment early finds nothing due and is asked once more.
+    // Rounded down: when the clock's timer came a moment early nothing is due, and it is asked once more.
     const nowTick = Math.floor((this.#clock.monotonicMs() - this.#originMs) / this.#tickMs);
     const passed = Math.min(nowTick - this.#tick, this.#slots.length);
     for (let i = 1; i <= passed; i++) {

@@ -29,7 +29,7 @@ export interface PlannedFault {
   readonly kind: FaultKind;
   readonly atMs: number;
   readonly forMs: number;
-  /** Index of the worker or frontend. @default drawn when it happens */
+  /** Index of the worker or frontend; for discovery, of either, workers first. @default drawn when it happens */
   readonly seat?: number;
 }
 
@@ -176,7 +176,8 @@ export class Nemesis {
         return;
       }
       case "discovery unreachable": {
-        const seat = this.#draw.pick(this.#cluster.seats);
+        const { seats } = this.#cluster;
+        const seat = wanted === undefined ? this.#draw.pick(seats) : seats[wanted]!;
         const { discovery } = seat;
         if (discovery === undefined || this.#cluster.discoveryIsDown) return;
         took();

@@ -15,6 +15,8 @@ interface Scene {
   readonly faults: readonly PlannedFault[];
   /** Several, where the order of things matters. */
   readonly seeds: readonly number[];
+  /** An error code that no client may see. */
+  readonly never?: string;
 }
 
 const SCENES: readonly Scene[] = [
@@ -53,9 +55,16 @@ const SCENES: readonly Scene[] = [
     faults: [{ kind: "discovery down", atMs: 50, forMs: 30_000 }],
     seeds: [1, 2, 3],
   },
+  {
+    name: "the only worker, cut off from discovery for longer than its lease, goes on serving those it has a connection to",
+    cluster: { workers: 1, frontends: 2 },
+    faults: [{ kind: "discovery unreachable", atMs: 50, forMs: 30_000, seat: 0 }],
+    seeds: [1, 2, 3, 4],
+    never: "no_workers",
+  },
 ];
 
-for (const { name, cluster, faults, seeds } of SCENES) {
+for (const { name, cluster, faults, seeds, never } of SCENES) {
   test(`simulator: ${name}`, async () => {
     for (const seed of seeds) {
       const result = await runSeed({
@@ -63,6 +72,8 @@ for (const { name, cluster, faults, seeds } of SCENES) {
         change: (plan) => ({ ...plan, cluster: { ...plan.cluster, maxQueuedRequests: 64, ...cluster }, faults }),
       });
       assert.equal(result.violations.length, 0, failureReport(result));
+      const codes = [...result.outcomes.keys()].map((outcome) => outcome.split(" ").at(-1));
+      assert.ok(never === undefined || !codes.includes(never), failureReport(result));
       const planned = new Set(faults.map(({ kind }) => kind));
       assert.deepEqual(new Set(result.faults.keys()), planned, "the faults of the scene happened");
     }

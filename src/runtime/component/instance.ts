@@ -15,7 +15,13 @@ export interface Instance extends InstanceRef {
 
 export type InstanceChange =
   | { readonly type: "put"; readonly instance: Instance }
-  | { readonly type: "delete"; readonly instanceId: string; readonly address: EndpointAddress };
+  | {
+      readonly type: "delete";
+      readonly instanceId: string;
+      readonly address: EndpointAddress;
+      /** See `DiscoveryChange`. */
+      readonly expired?: true;
+    };
 
 /** Which instances to follow. */
 export interface InstanceScope {
@@ -90,7 +96,13 @@ export async function watchInstances(
       listener({ type: "put", instance });
     } else if (known.delete(key)) {
       const { namespace, component, endpoint, instanceId } = ref;
-      listener({ type: "delete", instanceId, address: { namespace, component, endpoint } });
+      const isExpired = change.type === "delete" && change.expired === true;
+      listener({
+        type: "delete",
+        instanceId,
+        address: { namespace, component, endpoint },
+        ...(isExpired ? { expired: true } : {}),
+      });
     }
   });
 }

@@ -8,7 +8,13 @@ import { parseRecordKey, recordKey, recordPrefix, type InstanceRef } from "./rec
  */
 export type CardChange =
   | { readonly type: "put"; readonly instanceId: string; readonly endpoint: EndpointAddress; readonly card: JsonValue }
-  | { readonly type: "delete"; readonly instanceId: string; readonly endpoint: EndpointAddress };
+  | {
+      readonly type: "delete";
+      readonly instanceId: string;
+      readonly endpoint: EndpointAddress;
+      /** See `DiscoveryChange`. */
+      readonly expired?: true;
+    };
 
 /** `v1/mdc/{namespace}/{component}/{endpoint}/{instanceId}` */
 export function cardKey(ref: InstanceRef): string {
@@ -33,6 +39,6 @@ export async function watchCards(
     const { instanceId, namespace, component, endpoint: name } = ref;
     const endpoint = { namespace, component, endpoint: name };
     if (change.type === "put") listener({ type: "put", instanceId, endpoint, card: change.entry.value });
-    else listener({ type: "delete", instanceId, endpoint });
+    else listener({ type: "delete", instanceId, endpoint, ...(change.expired === true ? { expired: true } : {}) });
   });
 }

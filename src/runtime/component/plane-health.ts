@@ -20,6 +20,8 @@ export interface PlaneHealthOptions {
 
 export class PlaneHealth {
   readonly #options: PlaneHealthOptions;
+  /** Workers whose lease expired and that are still routed to. Set by whoever keeps them. */
+  keptWorkers = 0;
   #lookedMs = -Infinity;
   #degradations: readonly string[] = NONE;
 
@@ -48,6 +50,7 @@ export class PlaneHealth {
     const found: string[] = [];
     const discovery = this.#options.discovery.health();
     if (!discovery.healthy) found.push("discovery: unreadable, choosing among the last known workers");
+    if (this.keptWorkers > 0) found.push(`discovery: ${this.keptWorkers} workers have no lease, but a live connection`);
     const events = this.#options.events.health?.();
     if (events?.healthy === false) found.push(`events: ${events.detail ?? "unreachable"}, load and overlap may be old`);
     return found.length === 0 ? NONE : found;

@@ -18,7 +18,17 @@ export interface DiscoveryEntry {
 }
 
 export type DiscoveryChange =
-  { readonly type: "put"; readonly entry: DiscoveryEntry } | { readonly type: "delete"; readonly key: string };
+  | { readonly type: "put"; readonly entry: DiscoveryEntry }
+  | {
+      readonly type: "delete";
+      readonly key: string;
+      /**
+       * Set when nobody took the key away: its lease was not renewed for a TTL, and the holder may well live. A watcher that
+       * could not read meanwhile does not know, and is told so too. Not set when the holder ended it, another one revoked
+       * the lease, or the holder is proven gone.
+       */
+      readonly expired?: true;
+    };
 
 export interface Lease {
   /** 16 hex digits. */

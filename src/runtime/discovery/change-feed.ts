@@ -20,7 +20,7 @@ export class ChangeFeed implements Watch {
   readonly #options: ChangeFeedOptions;
   /** What the listener knows, by key. */
   readonly #told = new Map<string, StoredEntry>();
-  #pending: { key: string; stored: StoredEntry | undefined }[] = [];
+  #pending: { key: string; stored: StoredEntry | undefined; expired: boolean }[] = [];
   #scheduled = false;
   #paused = false;
   #closed = false;
@@ -32,15 +32,15 @@ export class ChangeFeed implements Watch {
   /** Tells the listener the first set, before it returns. */
   start(table: ReadonlyMap<string, StoredEntry>): void {
     for (const stored of entriesUnder(this.#options.prefix, table))
-      this.#pending.push({ key: stored.entry.key, stored });
+      this.#pending.push({ key: stored.entry.key, stored, expired: false });
     this.#scheduled = true;
     this.#drain();
   }
 
-  /** The key now has this entry, or none. Told in a later microtask: a caller's `put` never runs listeners inside it. */
-  changed(key: string, stored: StoredEntry | undefined): void {
+  /** The key now has this entry, or none; `expired`: see `DiscoveryChange`. Told in a later microtask: a caller's `put` never runs listeners inside it. */
+  changed(key: string, stored: StoredEntry | undefined, expired = false): void {
     if (this.#closed || this.#paused || !key.startsWith(this.#options.prefix)) return;
-    this.#pending.push({ key, stored });
+    this.#pending.push({ key, stored, expired });
     this.#wake();
   }
 
@@ -53,7 +53,7 @@ export class ChangeFeed implements Watch {
   resume(table: ReadonlyMap<string, StoredEntry>): void {
     if (!this.#paused) return;
     this.#paused = false;
-    for (const key of this.#told.keys()) if (!table.has(key)) this.changed(key, undefined);
+    for (const key of this.#told.keys()) if (!table.has(key)) this.changed(key, undefined, true);
     for (const stored of entriesUnder(this.#options.prefix, table)) this.changed(stored.entry.key, stored);
   }
 
@@ -66,12 +66,13 @@ export class ChangeFeed implements Watch {
   #drain(): void {
     // What a listener causes while it runs lands in #pending and is told after it, by this loop.
     for (let i = 0; i < this.#pending.length && !this.#closed; i++) {
-      const { key, stored } = this.#pending[i]!;
+      const { key, stored, expired } = this.#pending[i]!;
       if (sameEntry(this.#told.get(key), stored)) continue;
       if (stored === undefined) this.#told.delete(key);
       else this.#told.set(key, stored);
       try {
-        this.#options.listener(stored === undefined ? { type: "delete", key } : { type: "put", entry: stored.entry });
+        if (stored !== undefined) this.#options.listener({ type: "put", entry: stored.entry });
+        else this.#options.listener(expired ? { type: "delete", key, expired } : { type: "delete", key });
       } catch (error) {
         // The contract forbids it; the other watchers must not suffer for it.
         this.#options.logger.error({ err: error, prefix: this.#options.prefix }, "a discovery listener threw");

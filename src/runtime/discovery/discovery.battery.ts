@@ -19,12 +19,16 @@ interface BatteryOptions {
 export class ChangeRecorder {
   readonly changes: DiscoveryChange[] = [];
   readonly state = new Map<string, DiscoveryEntry>();
+  /** Keys whose last delete came of a lease that expired. */
+  readonly expired = new Set<string>();
   #waiters: (() => void)[] = [];
 
   readonly listener = (change: DiscoveryChange): void => {
     this.changes.push(change);
     if (change.type === "put") this.state.set(change.entry.key, change.entry);
     else assert.ok(this.state.delete(change.key), `delete of ${change.key}, which was not there`);
+    if (change.type === "delete" && change.expired === true) this.expired.add(change.key);
+    else this.expired.delete(change.type === "put" ? change.entry.key : change.key);
     for (const wake of this.#waiters.splice(0)) wake();
   };
 
@@ -422,7 +426,10 @@ export function discoveryBattery(
             expected.sort((a, b) => (a.key < b.key ? -1 : 1));
             for (const view of views) assert.deepEqual(await view.list(""), expected);
             const watched = valuesOf(expected.filter((entry) => entry.key.startsWith("v1/")));
-            for (const { recorder } of watches) await recorder.becomes(watched);
+            for (const { recorder } of watches) {
+              await recorder.becomes(watched);
+              assert.equal(recorder.expired.size, 0, "who ends in order did not expire");
+            }
           })();
         }),
         { numRuns: options.historyCount ?? 50 },

@@ -73,7 +73,8 @@ interface FileViewOptions {
   readonly clock: Clock;
   readonly logger: Logger;
   readonly own: Holder;
-  readonly onChanged: (key: string, stored: StoredEntry | undefined) => void;
+  /** `expired`: see `DiscoveryChange`. */
+  readonly onChanged: (key: string, stored: StoredEntry | undefined, expired: boolean) => void;
   /** @default MAX_ENTRIES */
   readonly maxEntries?: number;
 }
@@ -99,6 +100,8 @@ export class FileView {
   readonly #leftoverSeenMs = new Map<string, number>();
   #table: ReadonlyMap<string, StoredEntry> = new Map();
   readonly #changedIds = new Set<string>();
+  /** Leases that nobody ended and nobody renews, as of the last look. */
+  readonly #silentIds = new Set<string>();
   /** Those of them that the change log named. */
   readonly #loggedIds = new Set<string>();
   /** Logged as unreadable. */
@@ -372,6 +375,7 @@ export class FileView {
   #judge(): void {
     const { own } = this.#options;
     const goneByPid = new Map<number, boolean>();
+    this.#silentIds.clear();
     for (const lease of this.#leases.values()) {
       const { terms } = lease;
       if (terms !== undefined && !lease.gone && terms.holder.machine === own.machine) {
@@ -383,6 +387,7 @@ export class FileView {
       const live = terms !== undefined && !lease.gone && lease.silentMs < terms.ttlMs * SILENCE_OF_TTL;
       if (live !== lease.live) this.#stale = true;
       lease.live = live;
+      if (!live && !lease.gone) this.#silentIds.add(lease.id);
       if (lease.missing && !lease.live) this.#forget(lease);
     }
   }
@@ -402,9 +407,10 @@ export class FileView {
     }
     const before = this.#table;
     this.#table = winners;
-    for (const key of before.keys()) if (!winners.has(key)) this.#options.onChanged(key, undefined);
+    for (const [key, { entry }] of before)
+      if (!winners.has(key)) this.#options.onChanged(key, undefined, this.#silentIds.has(entry.leaseId));
     for (const [key, stored] of winners) {
-      if (!sameEntry(before.get(key), stored)) this.#options.onChanged(key, stored);
+      if (!sameEntry(before.get(key), stored)) this.#options.onChanged(key, stored, false);
     }
   }
 

@@ -140,6 +140,7 @@ describe("file discovery: a holder that dies", () => {
         assert.deepEqual(seen.values, { "v1/a": { pid: child.pid! }, "v1/b": { pid: child.pid! } });
         await kill(child);
         await seen.becomes({});
+        assert.equal(seen.expired.size, 0, "proven gone");
         assert.ok(existsSync(b.leasePath(leaseId)), "its files stay for the others to judge by");
       } finally {
         await kill(child);
@@ -170,6 +171,7 @@ describe("file discovery: a holder that dies", () => {
         child.kill("SIGSTOP");
         const startMs = performance.now();
         await seen.becomes({});
+        assert.deepEqual([...seen.expired], ["v1/a"], "it lives, and only its lease expired");
         const tookMs = performance.now() - startMs;
         assert.ok(tookMs > 200, `took ${tookMs} ms`);
         child.kill("SIGCONT");
@@ -190,6 +192,7 @@ describe("file discovery: a holder that dies", () => {
         const exited = once(child, "exit");
         child.stdin!.end();
         await seen.becomes({});
+        assert.equal(seen.expired.size, 0);
         assert.deepEqual(await exited, [0, null]);
         assert.ok(!existsSync(b.leasePath(leaseId)));
       } finally {

@@ -65,8 +65,8 @@ export class FileDiscovery implements Discovery {
       clock: this.#clock,
       logger: this.#logger,
       own: this.#holder,
-      onChanged: (key, stored) => {
-        for (const feed of this.#feeds) feed.changed(key, stored);
+      onChanged: (key, stored, expired) => {
+        for (const feed of this.#feeds) feed.changed(key, stored, expired);
       },
     });
   }

@@ -31,6 +31,7 @@ describe("memory discovery", () => {
     clock.advance(1);
     await lease.lost;
     await seen.becomes({});
+    assert.deepEqual([...seen.expired], ["v1/a"]);
     assert.deepEqual(silenced.values, { "v1/a": 1 });
     assert.equal(clock.pendingTimerCount, 0);
   });
@@ -40,8 +41,12 @@ describe("memory discovery", () => {
     const discovery = new MemoryDiscovery({ store });
     const lease = await discovery.openLease();
     await lease.put("v1/a", 1);
+    const seen = new ChangeRecorder();
+    await discovery.watch("", seen.listener);
     assert.equal(store.revoke(lease.id), true);
     await lease.lost;
+    await seen.becomes({});
+    assert.equal(seen.expired.size, 0);
     assert.equal(store.revoke(lease.id), false);
     assert.deepEqual(await discovery.list(""), []);
     await assert.rejects(lease.put("v1/a", 1), rejectsWith("lease-lost"));
@@ -108,6 +113,32 @@ describe("memory discovery", () => {
     await lease.lost;
     assert.equal(store.entries.size, 0);
     await discovery.close();
+  });
+
+  it("a lease that nobody renews is told as expired, also to who could not read when it went", async () => {
+    const clock = new ManualClock();
+    const store = new MemoryStore({ clock });
+    const [holder, reader, cutOff] = Array.from(
+      { length: 3 },
+      () => new MemoryDiscovery({ store, clock, ttlMs: 1_000 }),
+    );
+    const lease = await holder!.openLease();
+    await lease.put("v1/a", 1);
+    await lease.put("v1/b", 2);
+    const [seen, late] = [new ChangeRecorder(), new ChangeRecorder()];
+    await reader!.watch("", seen.listener);
+    await cutOff!.watch("", late.listener);
+    await lease.delete("v1/b");
+    await late.becomes({ "v1/a": 1 });
+    assert.equal(late.expired.size, 0);
+    cutOff!.isReachable = false;
+    holder!.isReachable = false;
+    clock.advance(1_500);
+    await seen.becomes({});
+    assert.deepEqual([...seen.expired], ["v1/a"]);
+    cutOff!.isReachable = true;
+    await late.becomes({});
+    assert.deepEqual([...late.expired], ["v1/a"]);
   });
 
   it("a listener that throws does not silence the others", async () => {

@@ -81,7 +81,7 @@ export class MemoryStore {
     this.#expiries.get(id)?.cancel();
     this.#expiries.set(
       id,
-      this.#clock.setTimer(ttlMs, () => this.removeLease(id)),
+      this.#clock.setTimer(ttlMs, () => this.removeLease(id, true)),
     );
     return true;
   }
@@ -111,18 +111,18 @@ export class MemoryStore {
   }
 
   /** @internal Removes the key if this lease holds it. */
-  delete(key: string, leaseId: string): void {
+  delete(key: string, leaseId: string, expired = false): void {
     if (this.#entries.get(key)?.entry.leaseId !== leaseId) return;
     this.#entries.delete(key);
-    this.#tell(key, undefined);
+    this.#tell(key, undefined, expired);
   }
 
   /** @internal */
-  removeLease(leaseId: string): void {
+  removeLease(leaseId: string, expired = false): void {
     if (!this.#leases.delete(leaseId)) return;
     this.#expiries.get(leaseId)?.cancel();
     this.#expiries.delete(leaseId);
-    for (const stored of this.#entries.values()) this.delete(stored.entry.key, leaseId);
+    for (const stored of this.#entries.values()) this.delete(stored.entry.key, leaseId, expired);
   }
 
   /** Ends a lease as an operator would: its keys go, its holder learns of it. False when there is no such lease. */
@@ -132,8 +132,8 @@ export class MemoryStore {
     return lease !== undefined;
   }
 
-  #tell(key: string, stored: StoredEntry | undefined): void {
-    for (const feed of this.#feeds) feed.changed(key, stored);
+  #tell(key: string, stored: StoredEntry | undefined, expired = false): void {
+    for (const feed of this.#feeds) feed.changed(key, stored, expired);
   }
 }
 
@@ -184,17 +184,18 @@ class MemoryLease implements Lease {
     return Promise.resolve();
   }
 
-  expire(): void {
+  /** `isSilent`: as nobody renewed it, not because it was revoked. */
+  expire(isSilent = false): void {
     if (!this.#open) return;
-    this.#end();
+    this.#end(isSilent);
     this.#settleLost();
   }
 
-  #end(): void {
+  #end(isSilent = false): void {
     this.#open = false;
     this.#timer?.cancel();
     // Out of reach, it is left to expire.
-    if (this.#holder.isReachable) this.#store.removeLease(this.id);
+    if (this.#holder.isReachable) this.#store.removeLease(this.id, isSilent);
     this.#holder.ended(this);
   }
 
@@ -332,7 +333,8 @@ export class MemoryDiscovery implements Discovery, LeaseHolder {
   abandon(): void {
     this.#open = false;
     for (const feed of this.#feeds) void feed.close();
-    if (!this.#store.expires) for (const lease of this.#leases) this.clock.setTimer(lease.ttlMs, () => lease.expire());
+    if (!this.#store.expires)
+      for (const lease of this.#leases) this.clock.setTimer(lease.ttlMs, () => lease.expire(true));
     this.#leases.clear();
   }
 

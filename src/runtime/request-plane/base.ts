@@ -98,6 +98,11 @@ export interface RequestPlaneClient {
    * ends the stream with `worker-unreachable`, a broken connection with `worker-lost`. `onEnd` is never called inside `open`.
    */
   open(address: string, payload: Uint8Array, options: OpenOptions, handler: ClientStreamHandler): ClientStream;
+  /**
+   * Calls `listener` once, when the connection to `address` ends (by heartbeat too) or the server there says that it is
+   * leaving. Returns a function that takes the listener back; undefined when no such connection stands now.
+   */
+  onceLeft(address: string, listener: () => void): (() => void) | undefined;
   /** Cancels what runs and closes all connections. Idempotent. */
   close(): Promise<void>;
 }

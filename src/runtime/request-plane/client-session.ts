@@ -29,6 +29,7 @@ export class ClientSession {
   readonly #slots: (ClientStreamState | undefined)[] = [];
   readonly #freeIds: number[] = [];
   readonly #touched: ClientStreamState[] = [];
+  readonly #onLeft = new Set<() => void>();
   #streamCount = 0;
   #draining = false;
 
@@ -40,6 +41,21 @@ export class ClientSession {
 
   get streamCount(): number {
     return this.#streamCount;
+  }
+
+  /** See `RequestPlaneClient.onceLeft`. */
+  onceLeft(listener: () => void): (() => void) | undefined {
+    if (this.#draining) return undefined;
+    // Of its own: a listener may be given twice.
+    const own = (): void => listener();
+    this.#onLeft.add(own);
+    return () => void this.#onLeft.delete(own);
+  }
+
+  #left(): void {
+    const listeners = [...this.#onLeft];
+    this.#onLeft.clear();
+    for (const listener of listeners) listener();
   }
 
   /** Sends the request, or says why not. */
@@ -69,8 +85,10 @@ export class ClientSession {
 
   onFrame(type: number, bytes: Buffer, start: number, end: number): void {
     if (type === FRAME.batch) this.#onBatch(bytes, start, end);
-    else if (type === FRAME.goaway) this.#draining = true;
-    else throw malformed(`a client got frame type ${type}`);
+    else if (type === FRAME.goaway) {
+      this.#draining = true;
+      this.#left();
+    } else throw malformed(`a client got frame type ${type}`);
   }
 
   #onBatch(bytes: Buffer, start: number, end: number): void {
@@ -138,6 +156,7 @@ export class ClientSession {
       this.release(stream);
       stream.finish(error);
     }
+    this.#left();
   }
 
   /** Cancels all streams, telling the server. */

@@ -214,6 +214,11 @@ class MemoryClient implements RequestPlaneClient {
     return openStream(this.#core, () => this.#sessionOf(address), payload, options, handler);
   }
 
+  onceLeft(address: string, listener: () => void): (() => void) | undefined {
+    const peer = this.#peers.get(address);
+    return peer === undefined || peer.end.closed ? undefined : peer.session.onceLeft(listener);
+  }
+
   close(): Promise<void> {
     return (this.#closing ??= this.#close());
   }

@@ -556,6 +556,43 @@ export function requestPlaneBattery(name: string, makeWorld: () => World): void 
     assert.equal(served.streams.length, 1);
   });
 
+  check(
+    "onceLeft tells once: of a server that drains, and of a connection that ends",
+    async ({ client, world, served, server }) => {
+      assert.equal(
+        client.client.onceLeft(server.address, () => assert.fail("no connection")),
+        undefined,
+      );
+      open(client, server.address);
+      await served.stream();
+      await until(() => client.client.onceLeft(server.address, () => undefined) !== undefined, "no connection stands");
+      let told = 0;
+      client.client.onceLeft(server.address, () => told++);
+      client.client.onceLeft(server.address, () => assert.fail("taken back"))!();
+      served.streams[0]!.end();
+      await server.drain();
+      await until(() => told === 1, "the drain was not told");
+      assert.equal(
+        client.client.onceLeft(server.address, () => assert.fail("it is leaving")),
+        undefined,
+      );
+
+      const other = world.plane();
+      const second = await other.listen();
+      second.serve(ENDPOINT, echo);
+      await open(client, second.address).ended();
+      client.client.onceLeft(second.address, () => told++);
+      await other.close();
+      await until(() => told === 2, "the end of the connection was not told");
+      assert.equal(
+        client.client.onceLeft(second.address, () => assert.fail("it is gone")),
+        undefined,
+      );
+      await server.close();
+      assert.equal(told, 2);
+    },
+  );
+
   check("closing the server ends what runs with engine-stopped on both sides", async ({ client, server, served }) => {
     const recorders = Array.from({ length: 5 }, () => open(client, server.address));
     await served.stream(4);

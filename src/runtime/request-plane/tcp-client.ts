@@ -74,6 +74,11 @@ export class TcpClient implements RequestPlaneClient {
     return openStream(this.#core, () => this.#sessionOf(address), payload, options, handler);
   }
 
+  onceLeft(address: string, listener: () => void): (() => void) | undefined {
+    const peer = this.#peers.get(address);
+    return peer?.isReady === true ? peer.session.onceLeft(listener) : undefined;
+  }
+
   close(): Promise<void> {
     return (this.#closing ??= this.#close());
   }
@@ -174,6 +179,10 @@ class TcpClientConnection implements ConnectionOwner {
     this.#connectTimer = setPatientTimer(context.clock, connectTimeoutMs, () => {
       this.#connection.drop(unreachable(`no connection within ${connectTimeoutMs} ms`));
     });
+  }
+
+  get isReady(): boolean {
+    return this.#connection.ready && !this.#connection.closed;
   }
 
   close(error: DynamoError): Promise<void> {
