@@ -93,9 +93,10 @@ export class ClientCall {
   /** Nobody works for a client that left: to the engine, within a step and two ways through the network. */
   #checkCancelled(): void {
     const sinceMs = this.endedMs - CANCEL_MS;
-    for (const { host, engine, troubles } of [...this.#cluster.workers, ...this.#cluster.frontends]) {
-      // A fault may have eaten the word, or keep it waiting.
-      if (troubles.some(({ untilMs }) => untilMs >= sinceMs)) return;
+    const { workers, frontends } = this.#cluster;
+    // A fault may have eaten the word, or keep it waiting.
+    if ([...workers, ...frontends].some(({ troubles }) => troubles.some(({ untilMs }) => untilMs >= sinceMs))) return;
+    for (const { host, engine } of workers) {
       for (const id of engine?.live.values() ?? []) {
         // Samples and further prompts have a suffix.
         if (id === this.plan.id || id.startsWith(`${this.plan.id}-`)) {
