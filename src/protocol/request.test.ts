@@ -168,7 +168,11 @@ void test("request: hostile lengths and foreign JSON are refused", () => {
   const { tokenIds: _, ...meta } = decodeRequest(encodeRequest(fc.sample(aRequest, 1)[0]!));
   for (const resumedTokens of [1, 2, -1, 0.5, 1e9, "1", null, {}]) {
     const bytes = Buffer.concat([withJson(JSON.stringify({ ...meta, resumedTokens })), Buffer.alloc(4)]);
-    assert.throws(() => decodeRequest(bytes), isMalformedFrame, `${JSON.stringify(resumedTokens)} resumed of one token`);
+    assert.throws(
+      () => decodeRequest(bytes),
+      isMalformedFrame,
+      `${JSON.stringify(resumedTokens)} resumed of one token`,
+    );
   }
   const polluted = withJson(`${JSON.stringify(meta).slice(0, -1)},"__proto__":{"polluted":1}}`);
   decodeRequest(Buffer.concat([polluted, Buffer.alloc(4)]));
