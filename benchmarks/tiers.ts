@@ -69,7 +69,7 @@ async function ask(cluster: ProcessCluster, prompt: readonly number[], maxTokens
         usage?: { prompt_tokens_details?: { cached_tokens?: number } } | null;
       },
   );
-  const usage = events.findLast(({ usage: told }) => told !== undefined && told !== null)?.usage;
+  const usage = events.findLast((event) => (event.usage ?? undefined) !== undefined)?.usage;
   return {
     firstMs,
     text: events.map((event) => event.choices[0]?.text ?? "").join(""),
