@@ -2,12 +2,12 @@ import { pino } from "pino";
 import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../../src/engines/index.ts";
 import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
-import { Metrics, type Logger } from "../../src/observability/index.ts";
+import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
 import type { Planes, RunningRole } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
 import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
 import { TcpRequestPlane } from "../../src/runtime/request-plane/index.ts";
-import { startWorker, type RunningWorker } from "../../src/worker/index.ts";
+import { loadServedTokenizer, startWorker, type RunningWorker } from "../../src/worker/index.ts";
 import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
@@ -38,6 +38,9 @@ export const DRAIN_MS = 5_000;
 const DISCOVERY_DELAY_MS = 200;
 
 export type RoleKind = "frontend" | "worker";
+
+/** The same in every run, and it takes a millisecond. */
+let tokenizer: ReturnType<typeof loadServedTokenizer> | undefined;
 
 /** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
 export interface Trouble {
@@ -295,6 +298,7 @@ export class Cluster {
       planes,
       new AbortController().signal,
       {
+        tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
           seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
           return Promise.resolve(seat.engine);

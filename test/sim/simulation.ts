@@ -43,7 +43,7 @@ export interface RunResult {
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
 const RECOVER_MS = 7_000;
-const PROBES = 4;
+const PROBES = 2;
 const START_LIMIT_MS = 10_000;
 
 export async function runSeed({ seed, keepLines = 200, faults, change }: RunOptions): Promise<RunResult> {
