@@ -30,6 +30,7 @@ export interface ClusterShape {
 
 export const MODEL = "mock";
 export const HTTP_PORT = 80;
+const PUSHED_BACK = /"reason":"(worker-full|stream-limit)"/;
 const RESTART_MS = 1_000;
 /** Shorter than the product's default, so that a run need not wait so long for the dead to be forgotten. */
 const LEASE_TTL_MS = 4_000;
@@ -92,6 +93,8 @@ export class Cluster {
   readonly workers: Seat[] = [];
   readonly clients: SimProcess;
   eventsAreLost = true;
+  /** Log lines of requests that left a worker, though not for its being full. */
+  readonly moves: string[] = [];
   /** For all, those that start meanwhile too. */
   discoveryIsDown = false;
   readonly #operator: SimProcess;
@@ -122,6 +125,7 @@ export class Cluster {
     world.record(line.trimEnd());
     if (line.includes("lease was lost: registering again")) world.marks.mark("lease lost");
     if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
+    if (line.includes("goes on with another worker") && !PUSHED_BACK.test(line)) this.moves.push(line.trimEnd());
     if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 

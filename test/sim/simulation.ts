@@ -193,6 +193,8 @@ class Run {
       calmMs + requestTimeoutMs + 25_000,
       () => this.calls.length >= calls.length && this.calls.every((call) => call.isOver),
     );
+    this.#violations.push(...this.#nemesis.recovery.violations);
+    if (faults.length === 0) this.#violations.push(...cluster.moves.map((move) => `without a fault: ${move}`));
     checkCalls(this.calls, { ...context, calmMs }, this.#plan, cluster, this.#violations);
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
