@@ -126,7 +126,13 @@ const TOKENS = Array.from({ length: 18 }, (_, i) => 2 ** i);
 const MILLISECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000];
 /** Parts of a whole, 0 to 1. */
 const RATIO = Array.from({ length: 21 }, (_, i) => i / 20);
-const BUCKETS = { seconds: SECONDS, tokens: TOKENS, milliseconds: MILLISECONDS, ratio: RATIO } as const;
+/** Shared by all histograms: nobody writes to them. */
+const BUCKETS = {
+  seconds: Float64Array.from(SECONDS),
+  tokens: Float64Array.from(TOKENS),
+  milliseconds: Float64Array.from(MILLISECONDS),
+  ratio: Float64Array.from(RATIO),
+} as const;
 
 export class Metrics {
   readonly registry = new Registry();
@@ -163,7 +169,7 @@ export class Metrics {
 
   histogram(name: MetricName): Family<HistogramChild> {
     const unit = (METRICS[name] as { buckets?: keyof typeof BUCKETS }).buckets ?? "seconds";
-    const bounds = Float64Array.from(BUCKETS[unit]);
+    const bounds = BUCKETS[unit];
     return this.#family(name, "histogram", () => new HistogramChild(bounds));
   }
 

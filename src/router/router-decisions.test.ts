@@ -319,7 +319,7 @@ describe("router: queue", () => {
 });
 
 describe("router: a worker that registers anew", () => {
-  const config = { queueThreshold: 0.5 };
+  const config = { queueThreshold: 0.2 };
 
   test("those in the queue go to it when it is back within a second", async () => {
     const { router, clock } = aRouter({ workers: ["a"], config });

@@ -45,14 +45,14 @@ export function checkCalls(
       bad(`never ended: began at ${call.startedMs.toFixed(0)} ms`);
       continue;
     }
-    checkTime(call, context, plan, bad);
+    checkTime(call, context, plan, cluster, bad);
     const { behaviour } = call.plan;
     if (behaviour.kind === "garbage") continue;
     markOutcome(call, cluster.world.marks);
     if (behaviour.kind === "hostile") checkHostile(call, behaviour.statuses, context, bad);
     else {
       checkProper(call, context, bad);
-      checkSurvival(call, cluster, bad);
+      checkSurvival(call, plan, cluster, bad);
       checkDrain(call, cluster, bad);
     }
   }
@@ -116,7 +116,12 @@ const MIGRATIONS = 3;
  * others: unless more of them broke than a request may move, its time ran out, or it was pushed back for capacity. A
  * worker of which one connection broke once was well.
  */
-function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster, bad: (what: string) => void): void {
+function checkSurvival(
+  call: ClientCall,
+  plan: RunPlan,
+  { frontends, workers, shape }: Cluster,
+  bad: (what: string) => void,
+): void {
   const hadTime =
     shape.frontend.limits.requestTimeoutMs >= PLENTY_MS && (shape.frontend.stallLimitMs ?? Infinity) < PLENTY_MS;
   // The well one may have been full, and the one after it broken.
@@ -136,15 +141,33 @@ function checkSurvival(call: ClientCall, { frontends, workers, shape }: Cluster,
   });
   const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);
   if (steady.length === 0 || hits > MIGRATIONS) return;
+  if (call.code === "request_deadline" && neededMs(plan) / steady.length > PLENTY_MS / 2) return;
   const left = steady.map(({ host }) => host).join();
   bad(
     `${call.outcome} ${call.status} ${call.code}, though ${left} could have answered and only ${hits} faults hit workers`,
   );
 }
 
+/** About what one worker needs for all of a run's answers, when its blocks are what it lacks: they run in shifts. */
+function neededMs({ cluster: { engine }, calls }: RunPlan): number {
+  const { blockSizeTokens = 16, totalBlocks = 1, speedupRatio = 1 } = engine;
+  let blockMs = 0;
+  for (const { asked } of calls) {
+    for (const { prompt, maxTokens } of asked) {
+      blockMs += Math.ceil((prompt.length + maxTokens) / blockSizeTokens) * maxTokens * (STEP_MS / speedupRatio);
+    }
+  }
+  return blockMs / totalBlocks;
+}
+
+/** Of the mock engine's model, about. */
+const STEP_MS = 12;
+
 /** A frontend that drains finishes what it has begun, as far as its grace goes. */
-function checkDrain(call: ClientCall, { frontends }: Cluster, bad: (what: string) => void): void {
+function checkDrain(call: ClientCall, { frontends, shape }: Cluster, bad: (what: string) => void): void {
   if (call.outcome !== "cut off" || call.plan.behaviour.kind !== "reads") return;
+  // As in `checkSurvival`: what a hung engine held back comes at once.
+  if (shape.frontend.limits.responseBufferBytes < PLENTY_BYTES) return;
   const { troubles } = frontends.find(({ host }) => host === call.host)!;
   const hits = troubles.filter(({ fromMs, untilMs }) => fromMs <= call.endedMs && untilMs >= call.startedMs);
   const isOnlyDrained = hits.length > 0 && hits.every(({ kind }) => kind === "draining");
@@ -162,13 +185,24 @@ function isTrouble(code: string): boolean {
 }
 
 /** Its deadline, counted from its arrival; a frontend that is frozen answers when it thaws. */
-function checkTime(call: ClientCall, { calmMs }: CallContext, plan: RunPlan, bad: (what: string) => void): void {
+function checkTime(
+  call: ClientCall,
+  { calmMs }: CallContext,
+  plan: RunPlan,
+  { frontends }: Cluster,
+  bad: (what: string) => void,
+): void {
   const { behaviour } = call.plan;
   if (behaviour.kind === "garbage" || behaviour.kind === "leaves") return;
   const pauseMs = behaviour.kind === "reads slowly" ? behaviour.pauseMs : 0;
   const limitMs = plan.cluster.frontend.limits.requestTimeoutMs + MARGIN_MS;
-  const byMs =
-    Math.max(call.startedMs + limitMs, Math.min(calmMs, call.startedMs + limitMs + 15_000) + MARGIN_MS) + pauseMs;
+  // One that came to a frontend in trouble has arrived when that one reads again.
+  const { troubles } = frontends.find(({ host }) => host === call.host)!;
+  let arrivedMs = call.startedMs;
+  for (const { fromMs, untilMs } of troubles) {
+    if (fromMs <= arrivedMs && untilMs > arrivedMs) arrivedMs = Math.min(calmMs, untilMs);
+  }
+  const byMs = Math.max(arrivedMs + limitMs, Math.min(calmMs, call.startedMs + limitMs + 15_000) + MARGIN_MS) + pauseMs;
   if (call.endedMs > byMs) {
     bad(
       `ended ${(call.endedMs - byMs).toFixed(0)} ms after its deadline and margin: ${call.outcome} ${call.status} ${call.code}`,

@@ -2,12 +2,12 @@ import { pino } from "pino";
 import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../../src/engines/index.ts";
 import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
-import { Metrics, type Logger } from "../../src/observability/index.ts";
+import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
 import type { Planes, RunningRole } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
 import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
 import { TcpRequestPlane } from "../../src/runtime/request-plane/index.ts";
-import { startWorker, type RunningWorker } from "../../src/worker/index.ts";
+import { loadServedTokenizer, startWorker, type RunningWorker } from "../../src/worker/index.ts";
 import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
@@ -30,6 +30,7 @@ export interface ClusterShape {
 
 export const MODEL = "mock";
 export const HTTP_PORT = 80;
+const PUSHED_BACK = /"reason":"(worker-full|stream-limit)"/;
 const RESTART_MS = 1_000;
 /** Shorter than the product's default, so that a run need not wait so long for the dead to be forgotten. */
 const LEASE_TTL_MS = 4_000;
@@ -48,6 +49,9 @@ export type TroubleKind =
   | "draining"
   /** One connection broke: it was well before and after. */
   | "reset";
+
+/** The same in every run, and it takes a millisecond. */
+let tokenizer: ReturnType<typeof loadServedTokenizer> | undefined;
 
 /** From when to when a seat was not what it should be: down, cut off, hung, or just hit. */
 export interface Trouble {
@@ -98,6 +102,8 @@ export class Cluster {
   readonly workers: Seat[] = [];
   readonly clients: SimProcess;
   eventsAreLost = true;
+  /** Log lines of requests that left a worker, though not for its being full. */
+  readonly moves: string[] = [];
   /** For all, those that start meanwhile too. */
   discoveryIsDown = false;
   readonly #operator: SimProcess;
@@ -128,6 +134,7 @@ export class Cluster {
     world.record(line.trimEnd());
     if (line.includes("lease was lost: registering again")) world.marks.mark("lease lost");
     if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
+    if (line.includes("goes on with another worker") && !PUSHED_BACK.test(line)) this.moves.push(line.trimEnd());
     if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 
@@ -311,6 +318,7 @@ export class Cluster {
       planes,
       new AbortController().signal,
       {
+        tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
           seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
           return Promise.resolve(seat.engine);

@@ -1,5 +1,6 @@
 import type { Random } from "../../src/std/index.ts";
 import type { Cluster, Seat } from "./cluster.ts";
+import { RecoveryWatch } from "./recovery-watch.ts";
 import { Draw } from "./workload.ts";
 
 /** The faults of one run: what happens when, drawn from the seed before the run begins; to whom is drawn when it happens. */
@@ -49,9 +50,11 @@ export class Nemesis {
   readonly #undo = new Set<() => void>();
   /** Kinds that really happened. */
   readonly happened = new Map<FaultKind, number>();
+  readonly recovery: RecoveryWatch;
 
   constructor(cluster: Cluster, random: Random) {
     this.#cluster = cluster;
+    this.recovery = new RecoveryWatch(cluster);
     this.#draw = new Draw(random);
   }
 
@@ -81,7 +84,9 @@ export class Nemesis {
         took();
         if (kind === "power off worker") marks.mark("worker host lost power");
         else marks.mark(isBusy(seat) ? "worker killed mid-stream" : "worker killed idle");
-        this.#cluster.kill(seat, kind === "power off worker");
+        const isSilent = kind === "power off worker";
+        this.recovery.lost(seat, isSilent ? "silent" : "killed", () => true);
+        this.#cluster.kill(seat, isSilent);
         return;
       }
       case "freeze worker":
@@ -93,6 +98,7 @@ export class Nemesis {
         if (kind === "freeze frontend") marks.mark("frontend frozen");
         else if (isBusy(seat)) marks.mark("worker frozen mid-stream");
         const { process } = seat;
+        if (kind === "freeze worker") this.recovery.lost(seat, "silent", () => process.state === "frozen");
         process.freeze();
         this.#later(forMs, () => {
           if (process.state !== "frozen") return;
@@ -129,8 +135,13 @@ export class Nemesis {
         this.#cluster.trouble(seat, forMs);
         if (isBusy(seat)) marks.mark("engine hung");
         const { engine, process } = seat;
+        let isHung = true;
+        this.recovery.hangs(seat, () => isHung && process.state === "running");
         engine.hang();
-        this.#later(forMs, () => process.enqueue(() => engine.letGo()));
+        this.#later(forMs, () => {
+          isHung = false;
+          process.enqueue(() => engine.letGo());
+        });
         return;
       }
       case "kill frontend": {

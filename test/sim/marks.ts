@@ -6,6 +6,7 @@ export const MARKS = [
   "worker killed mid-stream",
   "worker killed idle",
   "worker restarted",
+  "recovery time looked at",
   "worker frozen mid-stream",
   "worker thawed",
   "worker drained mid-stream",

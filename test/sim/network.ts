@@ -109,7 +109,7 @@ export class SimNetwork {
   }
 
   fault(from: string, to: string): LinkFault {
-    return this.#faults.get(`${from}>${to}`) ?? HEALTHY;
+    return this.#faults.size === 0 ? HEALTHY : (this.#faults.get(`${from}>${to}`) ?? HEALTHY);
   }
 
   setFault(from: string, to: string, fault: LinkFault | undefined): void {

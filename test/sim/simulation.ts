@@ -43,7 +43,7 @@ export interface RunResult {
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
 const RECOVER_MS = 7_000;
-const PROBES = 4;
+const PROBES = 2;
 const START_LIMIT_MS = 10_000;
 
 export async function runSeed({ seed, keepLines = 200, faults, change }: RunOptions): Promise<RunResult> {
@@ -193,6 +193,8 @@ class Run {
       calmMs + requestTimeoutMs + 25_000,
       () => this.calls.length >= calls.length && this.calls.every((call) => call.isOver),
     );
+    this.#violations.push(...this.#nemesis.recovery.violations);
+    if (faults.length === 0) this.#violations.push(...cluster.moves.map((move) => `without a fault: ${move}`));
     checkCalls(this.calls, { ...context, calmMs }, this.#plan, cluster, this.#violations);
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
