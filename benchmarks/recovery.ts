@@ -9,7 +9,8 @@ import { machineLine, median, table } from "./harness.ts";
  *
  *   1. Short requests in a closed loop, undisturbed and with a kill every 2 s: failures, rate, latency.
  *   2. 64 long streams, a fault while all of them run: the longest silence of any stream, and where it comes from:
- *      from the signal to the frontend's log line that a stream goes on elsewhere, and from there to the next worker's
+ *      from the signal until the process is gone (the kernel frees its memory, then closes its sockets), until the
+ *      frontend's log line that the last stream goes on elsewhere, and from there to the next worker's
  *      first word, which is dispatch and the prefill of all that moved.
  *   3. With DYN_TEST_MODEL=FILE.gguf the same with 32 streams of the real model on two workers of one thread each.
  *
@@ -136,6 +137,7 @@ async function longStreams(cluster: Cluster, signal: "SIGKILL" | "SIGSTOP"): Pro
   const { name, streams, maxTokens } = cluster.setup;
   const longest: number[] = [];
   const noticed: number[] = [];
+  const gone: number[] = [];
   let failed = 0;
   const before = await cluster.migrations();
   for (let round = 0; round < ROUNDS; round++) {
@@ -158,6 +160,7 @@ async function longStreams(cluster: Cluster, signal: "SIGKILL" | "SIGSTOP"): Pro
     const sinceMs = performance.now();
     const wallMs = Date.now();
     victim.child.kill(signal);
+    void victim.exited.then(() => gone.push(performance.now() - sinceMs));
     const done = await Promise.all(answers);
     failed += done.filter(({ error, tokens }) => error !== undefined || tokens !== maxTokens).length;
     longest.push(Math.max(...done.map((answer) => longestGapMs(answer, sinceMs))));
@@ -175,6 +178,7 @@ async function longStreams(cluster: Cluster, signal: "SIGKILL" | "SIGSTOP"): Pro
     moved,
     "longest silence, median ms": Math.round(median(longest)),
     worst: Math.round(Math.max(...longest)),
+    "process gone after, median ms": signal === "SIGKILL" ? Math.round(median(gone)) : "-",
     "noticed after, last stream, median ms": Math.round(median(noticed)),
     "noticed to first word, mean ms": Math.round(((after.seconds - before.seconds) / moved) * 1_000),
     "aim ms": signal === "SIGKILL" ? 300 : `${HEARTBEAT_SECONDS * 1_000} + a quarter beat`,

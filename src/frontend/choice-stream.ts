@@ -264,6 +264,7 @@ export class ChoiceStream implements AttemptOwner {
             traceparent,
             timeoutMs: Math.max(1, deadlineMs - nowMs),
             windowBytes: WINDOW_BYTES,
+            isLastResort: this.#triedAgain.has(decision.instanceId),
           },
           handler,
         ),

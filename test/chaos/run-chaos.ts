@@ -192,9 +192,9 @@ function violationOf(one: Ended, disturbances: readonly Disturbance[]): string |
   if (one.outcome === "ok") return undefined;
   if (one.outcome === "connection") {
     // Who talks to a frontend that is killed sees its connection break: nothing of ours is left to answer.
-    return isNear(one, disturbances, (fault) => fault.startsWith("frontend-"), 1_000)
+    return isNear(one, disturbances, (fault) => fault === "frontend-kill", 1_000)
       ? undefined
-      : "no frontend was disturbed";
+      : "no frontend was killed";
   }
   // An error too: a worker and a frontend were left alone at any time.
   return "never allowed";

@@ -7,6 +7,7 @@ import { DynamoError } from "../../errors/index.ts";
 import { silentLogger } from "../../observability/index.ts";
 import { ManualClock, SeededRandom, systemClock } from "../../std/index.ts";
 import {
+  DEFAULT_TTL_MS,
   FileDiscovery,
   MemoryDiscovery,
   MemoryStore,
@@ -196,6 +197,8 @@ test("lasting lease: a whole cluster that lost its leases in one instant comes b
   const backMs = clock.monotonicMs();
   await pass(10_000);
   assert.equal(reopenedMs.length, 100);
+  const lastMs = Math.max(...reopenedMs) - backMs;
+  assert.ok(lastMs <= DEFAULT_TTL_MS / 2 + 50, `watchers give a lease up after 7.5 s of silence; back after ${lastMs}`);
   assert.equal((await store.list("v1/")).length, 100);
   const perSlot = new Map<number, number>();
   for (const ms of reopenedMs) {

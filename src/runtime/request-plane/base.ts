@@ -90,6 +90,8 @@ export interface OpenOptions extends RequestContext {
   readonly autoCredit?: boolean;
   /** @default 262144 */
   readonly windowBytes?: number;
+  /** There is nobody else to ask: a server that could not be reached is tried again sooner. @default false */
+  readonly isLastResort?: boolean;
 }
 
 export interface RequestPlaneClient {

@@ -29,7 +29,8 @@ import type { TcpContext } from "./tcp-context.ts";
  *                          \- failed: its streams end worker-unreachable -> backing off -- time over, open -> connecting
  *
  * Streams that are opened while an attempt is under way share it. While backing off (50 ms, doubling to 2 s) streams end
- * with `worker-unreachable` at once: nothing piles up in front of a dead server.
+ * with `worker-unreachable` at once: nothing piles up in front of a dead server. Those that have nobody else to ask only
+ * wait for the first back-off: the server may be well again, and they are at most twenty attempts a second.
  */
 const FIRST_BACK_OFF_MS = 50;
 const MAX_BACK_OFF_MS = 2_000;
@@ -40,6 +41,7 @@ const MAX_FAILURES = 4_096;
 
 interface Failure {
   readonly count: number;
+  readonly failedAtMs: number;
   readonly retryAtMs: number;
   readonly error: DynamoError;
 }
@@ -71,7 +73,13 @@ export class TcpClient implements RequestPlaneClient {
   }
 
   open(address: string, payload: Uint8Array, options: OpenOptions, handler: ClientStreamHandler): ClientStream {
-    return openStream(this.#core, () => this.#sessionOf(address), payload, options, handler);
+    return openStream(
+      this.#core,
+      () => this.#sessionOf(address, options.isLastResort === true),
+      payload,
+      options,
+      handler,
+    );
   }
 
   onceLeft(address: string, listener: () => void): (() => void) | undefined {
@@ -88,12 +96,16 @@ export class TcpClient implements RequestPlaneClient {
     await Promise.all([...this.#all].map((connection) => connection.close(error)));
   }
 
-  #sessionOf(address: string): ClientSession | DynamoError {
+  #sessionOf(address: string, isLastResort: boolean): ClientSession | DynamoError {
     if (this.#closing !== undefined) return new DynamoError("cancelled", "the caller shut down");
     const peer = this.#peers.get(address);
     if (peer !== undefined) return peer.session;
     const failure = this.#failures.get(address);
-    if (failure !== undefined && this.#context.clock.monotonicMs() < failure.retryAtMs) return failure.error;
+    if (failure !== undefined) {
+      const { failedAtMs, retryAtMs, error } = failure;
+      const waitsUntilMs = isLastResort ? failedAtMs + FIRST_BACK_OFF_MS : retryAtMs;
+      if (this.#context.clock.monotonicMs() < waitsUntilMs) return error;
+    }
     const target = parseAddress(address);
     if (target === undefined) return unreachable(`not an address of this plane: ${JSON.stringify(address)}`);
     return this.#connect(address, target).session;
@@ -121,7 +133,7 @@ export class TcpClient implements RequestPlaneClient {
     const backOffMs = Math.min(MAX_BACK_OFF_MS, FIRST_BACK_OFF_MS * 2 ** Math.min(count - 1, 10));
     // Deleted first, so that the map is in the order of the last failures.
     this.#failures.delete(address);
-    this.#failures.set(address, { count, retryAtMs: nowMs + backOffMs, error });
+    this.#failures.set(address, { count, failedAtMs: nowMs, retryAtMs: nowMs + backOffMs, error });
     for (const [oldest, { retryAtMs }] of this.#failures) {
       if (this.#failures.size <= MAX_FAILURES && nowMs < retryAtMs + FAILURE_MEMORY_MS) break;
       this.#failures.delete(oldest);

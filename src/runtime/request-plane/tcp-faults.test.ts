@@ -280,6 +280,17 @@ faultTest("streams share an attempt, and while backing off they fail at once wit
     assert.equal(attemptCount, attempt);
     backOffMs = Math.min(2_000, backOffMs * 2);
   }
+  for (const [afterMs, attempts] of [
+    [49, 8],
+    [1, 9],
+    [49, 9],
+    [1, 10],
+  ] as const) {
+    // prettier-ignore
+    nowMs += afterMs;
+    await open(client, address, { isLastResort: true }).ended();
+    assert.equal(attemptCount, attempts, "who has nobody else to ask waits for the first back-off only");
+  }
 });
 
 faultTest(
