@@ -12,12 +12,15 @@ import { machineLine, median, table } from "./harness.ts";
  * in this process); then decode throughput with offload running beside the same without tiers. Disk, folder and store are
  * read by a restarted worker, so that nothing is left in memory but the kernel's page cache.
  *
- * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS.
+ * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS;
+ * BENCH_TEXTS=50 compares the texts of so many prompts instead.
  */
 const MODEL =
   process.env["DYN_TEST_MODEL"] ?? join(homedir(), ".cache/dynamo-ts/models/SmolLM2-135M-Instruct.Q4_1.gguf");
 const THREADS = Number(process.env["BENCH_THREADS"] ?? 1);
 const ROUNDS = Number(process.env["BENCH_ROUNDS"] ?? 5);
+/** Only compares texts, of so many prompts. */
+const TEXTS = Number(process.env["BENCH_TEXTS"] ?? 0);
 /** 62 whole blocks of 16 before the last token. */
 const PROMPT_TOKENS = 1_000;
 const BLOCKS = Math.floor((PROMPT_TOKENS - 1) / 16);
@@ -140,6 +143,63 @@ async function measure(setup: Setup): Promise<Record<string, string | number>> {
   }
 }
 
+/**
+ * Greedy texts of prompts of 10 to 2,400 tokens, restored from each tier, beside the same from the engine's own cache:
+ * blocks come back bit for bit and the batches are the same, so every text must be. Beside it how many of the texts that
+ * were computed whole are the same: batches of another shape round otherwise, and near ties fall the other way.
+ */
+async function compareTexts(
+  folder: string,
+  s3: readonly [flag: string, environment: NodeJS.ProcessEnv],
+): Promise<void> {
+  const lengths = Array.from({ length: TEXTS }, (_, i) => 10 + Math.floor((2_390 * i * i) / (TEXTS - 1) ** 2));
+  const prompts = lengths.map((length, i) => aPrompt(length, 5_000 + i));
+  const disk = ["--kv-disk=4GB", `--kv-disk-path=${folder}`, "--kv-disk-every-block"];
+  const [bucketFlag, environment] = s3;
+  const cached: Answer[] = [];
+  const rows: Record<string, string | number>[] = [];
+  const note = (what: string, answers: readonly Answer[]): void => {
+    rows.push({
+      "greedy texts": what,
+      "the same": answers.filter((answer, i) => answer.text === cached[i]!.text).length,
+      of: TEXTS,
+      "tokens restored": answers.reduce((sum, answer) => sum + answer.cachedTokens, 0),
+    });
+  };
+  const askAll = async (cluster: ProcessCluster): Promise<Answer[]> => {
+    const answers: Answer[] = [];
+    for (const prompt of prompts) answers.push(await ask(cluster, prompt, ANSWER_TOKENS));
+    return answers;
+  };
+  const inOneLife = async (
+    flags: readonly string[],
+    body: (cluster: ProcessCluster) => Promise<void>,
+  ): Promise<void> => {
+    const cluster = await start(flags, environment);
+    try {
+      // A listing of the store goes on beside it.
+      await ask(cluster, aPrompt(100, 1), 4);
+      await body(cluster);
+    } finally {
+      await cluster.stop();
+    }
+  };
+  await inOneLife(["--kv-host=4GB", ...disk, bucketFlag], async (cluster) => {
+    const cold: Answer[] = [];
+    for (const prompt of prompts) {
+      cold.push(await ask(cluster, prompt, ANSWER_TOKENS));
+      cached.push(await ask(cluster, prompt, ANSWER_TOKENS));
+    }
+    note("computed whole", cold);
+    note("from host memory", await askAll(cluster));
+    // What still goes down.
+    await new Promise((wait) => setTimeout(wait, 5_000));
+  });
+  await inOneLife(disk, async (cluster) => note("from disk, after a restart", await askAll(cluster)));
+  await inOneLife([bucketFlag], async (cluster) => note("from the store, after a restart", await askAll(cluster)));
+  console.log(table(rows, 0));
+}
+
 /** Tokens per second of all streams together, prompts included: every round fills the tiers with new blocks. */
 async function decode(cluster: ProcessCluster, round: number): Promise<number> {
   const startedMs = performance.now();
@@ -226,6 +286,13 @@ export async function run(): Promise<void> {
         storedBlocks: () => blocksBelow(server!.directory),
       },
     ];
+    if (TEXTS > 0) {
+      await compareTexts(join(folder, "texts"), [
+        `--kv-s3=${endpoint}/${BUCKET}`,
+        { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey },
+      ]);
+      return;
+    }
     const rows: Record<string, string | number>[] = [];
     for (const setup of setups) rows.push(await measure(setup));
     console.log(`${PROMPT_TOKENS} tokens, ${THREADS} compute thread(s), ${ROUNDS} rounds, medians; HTTP to SSE\n`);

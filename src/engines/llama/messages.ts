@@ -5,7 +5,8 @@ import type { LibraryLine } from "./libllama.ts";
 
 /**
  * What crosses between the engine's main side and its thread. Commands travel as one array per turn of the main loop;
- * results as one message per engine step. Requests and blocks are copied, packed steps and exported blocks are moved.
+ * results as one message per engine step. Requests and blocks are copied, packed steps and exported blocks are moved,
+ * blocks of the tiers stay in memory that both sides map (`attach`).
  */
 export interface ThreadData {
   readonly config: LlamaEngineConfig;

@@ -184,7 +184,7 @@ export class TieredCache {
    * after this call finds them. Returns how many were handed over.
    */
   copyIn(match: TierMatch, tokenIds: Uint32Array, cacheNamespace: string): number {
-    const { port, meters, blockSizeTokens, clock, isBusy } = this.#options;
+    const { port, meters, blockSizeTokens, clock, logger, isBusy } = this.#options;
     const pool = this.#host.pool;
     const slots: number[] = [];
     let given = 0;
@@ -217,6 +217,7 @@ export class TieredCache {
       .then(
         (taken) => {
           if (isMeasured) this.costs.tookToImport(given, clock.monotonicMs() - startMs);
+          logger.debug({ ...from, taken, ms: clock.monotonicMs() - startMs }, "KV blocks restored");
           if (taken < given) meters.failed("host", "not-taken", given - taken);
           for (const name of ["host", "disk", "object"] as const) meters.onboarded(name, Math.min(from[name], taken));
         },
@@ -236,7 +237,8 @@ export class TieredCache {
       queue.clear();
       filter.clear();
     }
-    await this.settled();
+    // What moves now; under load more follows at once, and stays.
+    await Promise.allSettled(this.#running);
     let count = this.#host.pool.clear();
     for (const { tier } of this.#lower) count += await tier.clear();
     this.#tell();

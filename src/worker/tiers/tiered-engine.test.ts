@@ -142,6 +142,21 @@ test("tiers: a host that is smaller than the load evicts leaves first and tells"
     assert((await rig.say(prompt(17, 5))) > 0);
   }));
 
+test("tiers: an engine that cannot export blocks, and a host without room for one, are refused by name", async () => {
+  const { EchoEngine } = await import("../../engines/echo/echo-engine.ts");
+  const echo = new EchoEngine({ kind: "echo", contextLength: 64, maxSequences: 2, blockSizeTokens: 4, stepMs: 0 });
+  const engine = new TieredEngine({
+    engine: echo,
+    clock: systemClock,
+    onParkingFull: () => undefined,
+    makeCache: () => Promise.reject(new Error("is not asked for")),
+  });
+  const recorder = new EngineRecorder(engine);
+  await assert.rejects(recorder.start(), /the echo engine has no KV blocks/);
+  await recorder.stop();
+  assert.throws(() => new HostTier({ bytes: 10, blockBytes: 32 }), /expected at least 32 bytes/);
+});
+
 test("tiers: blocks of another namespace are not found", () =>
   withRig({}, async (rig) => {
     await rig.say(prompt(20));
