@@ -200,7 +200,7 @@ function checkTime(
   const { troubles } = frontends.find(({ host }) => host === call.host)!;
   let arrivedMs = call.startedMs;
   for (const { fromMs, untilMs } of troubles) {
-    if (fromMs <= arrivedMs && untilMs > arrivedMs) arrivedMs = Math.min(calmMs, untilMs);
+    if (fromMs <= arrivedMs + MARGIN_OF_ARRIVAL_MS && untilMs > arrivedMs) arrivedMs = Math.min(calmMs, untilMs);
   }
   const byMs = Math.max(arrivedMs + limitMs, Math.min(calmMs, call.startedMs + limitMs + 15_000) + MARGIN_MS) + pauseMs;
   if (call.endedMs > byMs) {

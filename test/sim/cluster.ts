@@ -26,6 +26,8 @@ export interface ClusterShape {
   readonly maxQueuedRequests: number;
   /** Share of the events, beacons and replay requests that get lost while faults go on. */
   readonly eventLossShare: number;
+  /** Share of the events that come once more, behind the next one, while faults go on. */
+  readonly eventRepeatShare: number;
 }
 
 export const MODEL = "mock";
@@ -120,6 +122,7 @@ export class Cluster {
     this.store = new MemoryStore({ clock: this.#operator.clock });
     this.bus = new MemoryEventBus({
       drop: (kind, _topic, publisherId, _sequence, to) => this.#dropsEvent(kind, publisherId, to),
+      repeat: () => this.#repeatsEvent(),
     });
     this.#logger = pino(
       { level: "info", base: null, timestamp: false, messageKey: "message" },
@@ -348,6 +351,13 @@ export class Cluster {
 
   /** Host of a publisher, for partitions. Ids that nobody registered are of frontends. */
   readonly #publishers = new Map<string, string>();
+
+  #repeatsEvent(): boolean {
+    const { eventRepeatShare } = this.shape;
+    if (eventRepeatShare === 0 || !this.eventsAreLost || this.#random.nextFloat() >= eventRepeatShare) return false;
+    this.world.marks.mark("event repeated");
+    return true;
+  }
 
   #dropsEvent(kind: "event" | "beacon" | "replay", publisherId: string, to: string): boolean {
     const from = this.#publishers.get(publisherId);

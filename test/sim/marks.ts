@@ -27,6 +27,7 @@ export const MARKS = [
   "discovery down",
   "lease lost",
   "event lost",
+  "event repeated",
   "replay lost",
   "clock jumped back",
   "clock jumped forward",

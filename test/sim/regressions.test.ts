@@ -1,8 +1,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { SeededRandom } from "../../src/std/index.ts";
 import type { PlannedFault } from "./faults.ts";
 import { failureReport } from "./report.ts";
 import { runSeed, type RunPlan } from "./simulation.ts";
+import { planWorkload } from "./workload.ts";
 
 /**
  * Bugs that the simulator found, each as a scene of its own: the seed still draws the requests, but the cluster and the
@@ -79,6 +81,27 @@ for (const { name, cluster, faults, seeds, never } of SCENES) {
     }
   });
 }
+
+test("simulator: an answer longer than a stream's window goes on as its client reads, on the only worker", async () => {
+  for (const seed of [1, 2, 3]) {
+    const result = await runSeed({
+      seed,
+      change: (plan) => {
+        const workload = { ...plan.workload, calls: 5, maxTokens: 3_000, contextLength: 4_096, oddShare: 0 };
+        const engine = { ...plan.cluster.engine, contextLength: 4_096, totalBlocks: 1_024, speedupRatio: 8 };
+        const limits = { ...plan.cluster.frontend.limits, requestTimeoutMs: 60_000 };
+        const frontend = { ...plan.cluster.frontend, limits, stallLimitMs: 1_500 };
+        return {
+          cluster: { ...plan.cluster, engine, frontend, workers: 1, frontends: 1 },
+          workload,
+          calls: planWorkload(workload, new SeededRandom(seed)),
+          faults: [],
+        };
+      },
+    });
+    assert.equal(result.violations.length, 0, failureReport(result));
+  }
+});
 
 /** Found by chance, and too rare for a scene: good for as long as the seed draws what it drew then. */
 const SEEDS: readonly (readonly [number, string])[] = [

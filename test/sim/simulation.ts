@@ -109,6 +109,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     engine,
     maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
+    eventRepeatShare: draw.chance(0.2) ? 0.2 : 0,
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),
       routerReplicaSync: draw.chance(0.4),

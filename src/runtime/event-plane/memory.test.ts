@@ -63,6 +63,19 @@ test("memory event plane: a lost event is replayed from the ring, the last one t
   await plane.close();
 });
 
+test("memory event plane: an event that comes again behind its successor is delivered once", async () => {
+  const { plane, settle } = aPlane({ repeat: (_topic, _id, sequence) => sequence % 3 === 0 });
+  const witness = new Witness();
+  await plane.subscribe("load", witness);
+  const publisher = await plane.publish("load");
+  for (let i = 0; i < 10; i++) publisher.publish(text("x"));
+  settle();
+  assert.deepEqual(witness.sequences, range(1, 10));
+  assert.deepEqual(witness.gaps, []);
+  await plane.close();
+  assert.equal(plane.statistics.duplicates, 3);
+});
+
 test("memory event plane: a lost event that left the ring is a gap, in its place among the events", async () => {
   const lose = new Set([3, 4, 5]);
   const { plane, settle } = aPlane({ drop: (kind, _topic, _id, sequence) => kind === "event" && lose.has(sequence) });

@@ -35,6 +35,8 @@ export interface MemoryEventBusOptions {
     /** The plane that would have got it, by its `name`. */
     to: string,
   ) => boolean;
+  /** An event for which it returns true comes once more, behind the next one: twice, and out of order. */
+  readonly repeat?: (topic: string, publisherId: string, sequence: number, to: string) => boolean;
 }
 
 /** A beacon that was lost is sent again after this long, as over the network. */
@@ -48,11 +50,13 @@ interface Topic {
 export class MemoryEventBus {
   readonly queueEvents: number;
   readonly drop: NonNullable<MemoryEventBusOptions["drop"]>;
+  readonly repeat: NonNullable<MemoryEventBusOptions["repeat"]>;
   readonly #topics = new Map<string, Topic>();
 
   constructor(options: MemoryEventBusOptions = {}) {
     this.queueEvents = options.queueEvents ?? DEFAULT_QUEUE_EVENTS;
     this.drop = options.drop ?? (() => false);
+    this.repeat = options.repeat ?? (() => false);
   }
 
   /** Number of topics anybody uses: 0 after everything was closed. */
@@ -205,7 +209,12 @@ class MemoryPublisher implements EventPublisher {
     for (const subscription of this.#topic.subscriptions) {
       if (this.#bus.drop("event", this.#topicName, this.publisherId, sequence, subscription.name))
         subscription.missed(this);
-      else subscription.enqueue(this, sequence, copy);
+      else {
+        subscription.enqueue(this, sequence, copy);
+        subscription.enqueueRepeated();
+        if (this.#bus.repeat(this.#topicName, this.publisherId, sequence, subscription.name))
+          subscription.repeated = { publisher: this, sequence, payload: copy };
+      }
     }
     return sequence;
   }
@@ -245,6 +254,8 @@ class MemorySubscription implements EventSubscription, SourceLink {
   readonly #sources = new Map<MemoryPublisher, PublisherSource>();
   readonly #publisherOf = new Map<PublisherSource, MemoryPublisher>();
   #queue: Waiting[] = [];
+  /** Comes once more behind the next event. */
+  repeated: Pick<Waiting, "publisher" | "sequence" | "payload"> | undefined = undefined;
   #queuedEvents = 0;
   /** Publishers that lost an event to the full queue: their beacon follows when there is room again. */
   readonly #missed = new Set<MemoryPublisher>();
@@ -272,6 +283,13 @@ class MemorySubscription implements EventSubscription, SourceLink {
     this.#onClose = onClose;
     this.#topic.subscriptions.add(this);
     for (const publisher of this.#topic.publishers.values()) this.#join(publisher, replay ? "earliest" : "latest");
+  }
+
+  enqueueRepeated(): void {
+    const again = this.repeated;
+    this.repeated = undefined;
+    if (again !== undefined && this.#sources.has(again.publisher))
+      this.enqueue(again.publisher, again.sequence, again.payload);
   }
 
   enqueue(publisher: MemoryPublisher, sequence: number, payload: Uint8Array): void {
