@@ -103,6 +103,22 @@ test("simulator: an answer longer than a stream's window goes on as its client r
   }
 });
 
+test("simulator: the last events of a worker, lost with their replays, are in the index all the same", async () => {
+  for (const seed of [1, 2, 3, 4]) {
+    const result = await runSeed({
+      seed,
+      change: (plan) => {
+        // All is quiet for seconds before the losses end: no later event tells of the gap.
+        const workload = { ...plan.workload, spanMs: 6_000 };
+        const calls = planWorkload({ ...workload, spanMs: 1_000, oddShare: 0 }, new SeededRandom(seed));
+        const frontend = { ...plan.cluster.frontend, routerMode: "kv" };
+        return { cluster: { ...plan.cluster, frontend, eventLossShare: 0.7 }, workload, calls, faults: [] };
+      },
+    });
+    assert.equal(result.violations.length, 0, failureReport(result));
+  }
+});
+
 /** Found by chance, and too rare for a scene: good for as long as the seed draws what it drew then. */
 const SEEDS: readonly (readonly [number, string])[] = [
   [421, "usage ends with the token that completes a stop string, also when a pause brought many tokens at once"],
