@@ -439,7 +439,7 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#ended || attempt === undefined) return;
     const { decision } = attempt;
     if (isWorkerFault(error.reason)) this.#run.model.router.inhibit(decision.instanceId);
-    if (!this.#mayMove(error.reason)) {
+    if (!this.#mayMove(error.reason, decision.instanceId)) {
       this.#end(error);
       return;
     }
@@ -476,7 +476,7 @@ export class ChoiceStream implements AttemptOwner {
   }
 
   /** Counts it when it may. */
-  #mayMove(reason: Reason): boolean {
+  #mayMove(reason: Reason, instanceId: string): boolean {
     // Named by the caller: there is no other.
     if (this.#promptRoute.pinned !== undefined) return false;
     const { limit, maxSequenceTokens } = this.#run.model.migration;
@@ -491,6 +491,8 @@ export class ChoiceStream implements AttemptOwner {
       this.#run.model.metrics.migrationTooLong.add();
       return false;
     }
+    // Asked again and not even reached: the request cannot have harmed it, and the next one may be well.
+    if (reason === "worker-unreachable" && this.#triedAgain.has(instanceId)) return true;
     if (this.migrations === limit) return false;
     this.migrations++;
     return true;

@@ -23,6 +23,16 @@ interface Scene {
 
 const SCENES: readonly Scene[] = [
   {
+    name: "a worker whose connection was reset answers though both others died meanwhile",
+    cluster: { workers: 3, frontends: 1, eventLossShare: 0 },
+    faults: [
+      { kind: "kill worker", atMs: 600, forMs: 0, seat: 0 },
+      { kind: "kill worker", atMs: 600, forMs: 0, seat: 1 },
+      { kind: "reset connection", atMs: 700, forMs: 0 },
+    ],
+    seeds: [13, 16, 17, 23],
+  },
+  {
     name: "a frontend that starts while a dead worker stands in discovery serves the others at once",
     cluster: { workers: 4, frontends: 2, eventLossShare: 0 },
     faults: [
