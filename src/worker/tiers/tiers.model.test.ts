@@ -64,7 +64,7 @@ class Rig {
     const deadline = performance.now() + 30_000;
     while ((await this.value(name)) < count) {
       assert(performance.now() < deadline, `${name} reaches ${count}`);
-      await new Promise((resolve) => setImmediate(resolve));
+      await new Promise((resolve) => setTimeout(resolve, 10));
     }
   }
 }
