@@ -157,6 +157,29 @@ test("tiers: an engine that cannot export blocks, and a host without room for on
   assert.throws(() => new HostTier({ bytes: 10, blockBytes: 32 }), /expected at least 32 bytes/);
 });
 
+test("tiers: while requests run at most four blocks are copied between two steps", () =>
+  withRig({ totalBlocks: 40, hostBlocks: 64 }, async (rig) => {
+    const { blockPort, loop, model } = rig.inner;
+    const copyOut = blockPort.copyOut.bind(blockPort);
+    let sinceStep = 0;
+    let most = 0;
+    model.onDecode = () => (sinceStep = 0);
+    blockPort.copyOut = (hashes, slots) => {
+      if (loop.load().runningRequests > 0) {
+        sinceStep += slots.length;
+        most = Math.max(most, sinceStep);
+      }
+      return copyOut(hashes, slots);
+    };
+    const ids = [0, 1, 2].map((salt) =>
+      rig.recorder.submit(aRequest(Uint32Array.from(prompt(33, salt)), { stop: { maxTokens: 12 } })),
+    );
+    await rig.recorder.ended(ids);
+    await rig.cache.settled();
+    assert(most > 0 && most <= 4, `${most} blocks between two steps`);
+    assert.equal(rig.host.pool.registeredCount, 3 * Math.floor((33 + 11) / BLOCK));
+  }));
+
 test("tiers: blocks of another namespace are not found", () =>
   withRig({}, async (rig) => {
     await rig.say(prompt(20));

@@ -64,7 +64,7 @@ class Rig {
     const deadline = performance.now() + 30_000;
     while ((await this.value(name)) < count) {
       assert(performance.now() < deadline, `${name} reaches ${count}`);
-      await new Promise((resolve) => setImmediate(resolve));
+      await new Promise((resolve) => setTimeout(resolve, 10));
     }
   }
 }
@@ -75,16 +75,16 @@ function aPrompt(salt: number): Uint32Array {
 }
 
 /**
- * Batches of another shape round otherwise, so greedy texts may part at a near tie (llama-engine.model.test.ts); blocks
- * themselves come back bit for bit. True if the texts never part.
+ * Blocks come back bit for bit, but batches of another shape, and cells in another order, are added up in another order:
+ * greedy texts may part at a near tie (llama-engine.model.test.ts) and nowhere else.
  */
-function sameText(a: StreamRecord, b: StreamRecord): boolean {
+function sameText(a: StreamRecord, b: StreamRecord): void {
+  assert.equal(a.tokens.length, b.tokens.length);
   const at = a.tokens.findIndex((token, i) => token !== b.tokens[i]);
-  if (at < 0) return a.tokens.length === b.tokens.length;
+  if (at < 0) return;
   const { topIds, topLogprobs } = a.logprobs[at]!;
   const rank = topIds.indexOf(b.tokens[at]!);
   assert(rank >= 0 && topLogprobs[0]! - topLogprobs[rank]! < 0.5, `the texts part at token ${at}, not at a near tie`);
-  return false;
 }
 
 void test("tiers, llama: text from host memory is that of the engine's own cache", { skip }, async () => {
@@ -99,8 +99,7 @@ void test("tiers, llama: text from host memory is that of the engine's own cache
     const fromHost = await rig.say(1);
     assert.equal(fromHost.first?.cachedTokens, 192);
     assert.equal(await rig.value("kvbm_onboard_blocks_h2d"), 12);
-    // The same batches over the same bytes.
-    assert.deepEqual(fromHost.tokens, fromDevice.tokens);
+    sameText(fromDevice, fromHost);
     sameText(cold, fromHost);
   } finally {
     await rig.recorder.stop();
@@ -134,7 +133,7 @@ async function survivesRestart(config: KvTiersConfig, down: string, up: string):
     const restored = await rig.say(2);
     assert.equal(restored.first?.cachedTokens, 192);
     assert.equal(await rig.value(up), 12);
-    assert.deepEqual(restored.tokens, fromDevice.tokens);
+    sameText(fromDevice, restored);
     sameText(cold, restored);
   });
 }
