@@ -13,7 +13,8 @@ interface ParsedSample {
 function parse(text: string): Map<string, ParsedSample[]> {
   const samples = new Map<string, ParsedSample[]>();
   for (const line of text.split("\n")) {
-    if (line === "" || /^# (HELP [a-z][a-z0-9_]* .+|TYPE [a-z][a-z0-9_]* (counter|gauge|histogram))$/.test(line)) continue;
+    if (line === "" || /^# (HELP [a-z][a-z0-9_]* .+|TYPE [a-z][a-z0-9_]* (counter|gauge|histogram))$/.test(line))
+      continue;
     const match = /^([a-z][a-z0-9_]*)(?:\{(.*)\})? (\S+)$/s.exec(line);
     assert.ok(match, `not a sample: ${line}`);
     const [, name, labelText = "", value] = match;
