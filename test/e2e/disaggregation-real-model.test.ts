@@ -17,7 +17,7 @@ import { startProcessCluster, type ProcessCluster } from "../helpers/process-clu
 const MODEL = process.env["DYN_TEST_MODEL"];
 const PROMPTS = Number(process.env["DYN_TEST_DISAGG_PROMPTS"] ?? 10);
 /** Characters: a token has four to five. */
-const LONGEST = PROMPTS > 10 ? 13_000 : 2_400;
+const LONGEST = PROMPTS > 10 ? 13_000 : 1_600;
 const TEXT = readFileSync(join(import.meta.dirname, "../../LICENSE"), "utf8")
   .replaceAll(/\s+/g, " ")
   .repeat(2);
@@ -106,7 +106,7 @@ describe(
   () => {
     for (const [backend, count] of [
       ["shm", PROMPTS],
-      ["tcp", PROMPTS > 10 ? PROMPTS : 3],
+      ["tcp", PROMPTS > 10 ? PROMPTS : 2],
     ] as const) {
       test(`over ${backend}`, async (context) => {
         const split = await Split.start(["--transfer-backend", backend]);

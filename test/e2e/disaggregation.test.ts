@@ -493,6 +493,18 @@ describe("disaggregation: a client that goes away", () => {
   }
 });
 
+test("disaggregation: a client cannot say what only our processes may: handoffs and prefill-only requests", async () => {
+  await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+    for (const field of ["handoff", "prefillOnly", "prefill_only", "resumedTokens", "kv_transfer_params"]) {
+      const response = await pool.ask({ [field]: "x" });
+      assert.equal(response.status, 400, field);
+      const nested = await pool.ask({ nvext: { [field]: "x" } });
+      assert.equal(nested.status, 400, `nvext.${field}`);
+    }
+    assert.equal(pool.decode[0]!.engine.submitted.filter(({ requestId }) => requestId !== "canary").length, 0);
+  });
+});
+
 describe("disaggregation: pairs that cannot work are refused at start", () => {
   test("another block size, an engine that exports no blocks, too little KV memory", async () => {
     await withPool({ prefill: 1, decode: 0 }, async (pool) => {
