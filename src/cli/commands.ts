@@ -98,6 +98,15 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
       "router, a worker, or the client that does not read), and how long. For operators: DYN_ADMIN_KEY where one is set.",
     load: () => import("./requests.ts"),
   },
+  disagg: {
+    summary: "tell what splitting prefill from decode costs and gains here, or change a worker's role",
+    usage: "dynamo disagg report | role INSTANCE agg|prefill|decode [options]",
+    example: "dynamo disagg report --frontend http://127.0.0.1:8000",
+    about:
+      "The report compares both ways by prompt length, from what the frontend has measured, and advises. A role change lets\n" +
+      "what runs finish, without a restart or a failed request. For operators: DYN_ADMIN_KEY where one is set.",
+    load: () => import("./disagg.ts"),
+  },
   doctor: {
     summary: "check this machine and say how to fix what is wrong",
     usage: "dynamo doctor [options]",

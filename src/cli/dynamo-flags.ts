@@ -12,7 +12,6 @@ export interface DynamoFlag {
 const IN_CARD = "the workers' model cards say it";
 const OWN_PROCESSOR = "there is one chat processor, of the frontend's own";
 const NO_IMAGES = "only text is served";
-const NOT_SPLIT = "prefill and decode are not split yet";
 const NO_SHARED_CACHE = "there is no shared cache that workers pull from";
 const NO_CLASSES = "there are no policy classes: --router-queue-policy orders one queue";
 const ONE_INDEX = "the index is in the frontend, or in dynamo router with --router-service";
@@ -54,11 +53,11 @@ export const DYNAMO_FLAGS: Readonly<Record<string, DynamoFlag>> = {
   "router-max-tree-size": { why: "own decisions are bounded to 1,048,576 blocks", ignored: true },
   "router-min-initial-workers": { why: "the frontend serves as soon as it has one worker" },
   "load-aware": { why: "use --router-mode=least-loaded" },
-  "decode-fallback": { why: NOT_SPLIT },
-  "enforce-disagg": { why: NOT_SPLIT },
-  "router-conditional-disagg": { why: NOT_SPLIT },
-  "router-prefill-policy": { why: NOT_SPLIT },
-  "router-decode-policy": { why: NOT_SPLIT },
+  "decode-fallback": { why: "what prefill workers cannot do, decode workers always do", ignored: true },
+  "enforce-disagg": { why: "use --disagg=always; a request without a prefill worker is still answered" },
+  "router-conditional-disagg": { why: "--disagg=auto is the default", ignored: true },
+  "router-prefill-policy": { why: "both pools are routed by --router-mode" },
+  "router-decode-policy": { why: "both pools are routed by --router-mode" },
   "shared-cache-multiplier": { why: NO_SHARED_CACHE },
   "shared-cache-type": { why: NO_SHARED_CACHE },
   "router-policy-config": { why: NO_CLASSES },
@@ -70,7 +69,7 @@ export const DYNAMO_FLAGS: Readonly<Record<string, DynamoFlag>> = {
   // Workers.
   endpoint: { why: "use --namespace and --component; the endpoint is generate" },
   "endpoint-types": { why: IN_CARD },
-  connector: { why: NOT_SPLIT },
+  connector: { why: "KV blocks move over the transfer plane, see --transfer-backend" },
   "dyn-tool-call-parser": { why: "tool calls are not parsed" },
   "dyn-reasoning-parser": { why: "reasoning is not parsed" },
   "dyn-enable-structural-tag": { why: "tool calls are not parsed" },
@@ -83,7 +82,7 @@ export const DYNAMO_FLAGS: Readonly<Record<string, DynamoFlag>> = {
   "durable-kv-events": { why: "deprecated in Dynamo; workers keep their newest events and are asked", ignored: true },
   "zmq-kv-events-ports": { why: "mock workers publish KV events on the event plane" },
   "zmq-replay-ports": { why: "mock workers answer for lost KV events on the request plane" },
-  "bootstrap-ports": { why: NOT_SPLIT },
+  "bootstrap-ports": { why: "handoffs need no port of their own", ignored: true },
   "kv-bytes-per-token": { why: 'give it in --extra-engine-args: {"kv_bytes_per_token": 131072}' },
   "aic-perf-model": { why: NO_AIC },
 };

@@ -4,6 +4,7 @@ import { availableParallelism, tmpdir } from "node:os";
 import { extname, join } from "node:path";
 import { DynamoError } from "../errors/index.ts";
 import { unknownModel, type StoredModel } from "../model/index.ts";
+import type { WorkerRole } from "../protocol/index.ts";
 import { systemClock } from "../std/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { urlHost } from "./url-host.ts";
@@ -79,14 +80,15 @@ class LocalCluster {
     const named = resolved.values["file-kv"];
     this.#ownFolder = named === undefined ? mkdtempSync(join(tmpdir(), "dynamo-local-")) : undefined;
     this.#folder = named ?? this.#ownFolder!;
-    const threads = this.#values.threads || Math.max(1, Math.floor(availableParallelism() / this.#values.workers));
+    const roles = workerRoles(this.#values);
+    const threads = this.#values.threads || Math.max(1, Math.floor(availableParallelism() / roles.length));
     const workerFlags = [`--threads=${threads}`, `--model-name=${this.#modelName}`];
     if (model !== undefined) workerFlags.push(`--model=${model.path}`);
     // Not the frontend's own default; a policy of one's own is in place of it.
     const frontendFlags = this.#values["router-policy-module"] === undefined ? [`--router-mode=${this.#routing}`] : [];
     this.#frontend = this.#child("frontend", "frontend", frontendFlags, env);
-    this.#workers = Array.from({ length: this.#values.workers }, (_, index) =>
-      this.#child("worker", `worker-${index}`, workerFlags, env),
+    this.#workers = roles.map(({ name, mode }) =>
+      this.#child("worker", name, [...workerFlags, `--disaggregation-mode=${mode}`], env),
     );
   }
 
@@ -175,7 +177,7 @@ class LocalCluster {
   #announce(frontend: Facts): void {
     const address = `http://${urlHost(this.#values["http-host"])}:${frontend.port}`;
     const workers = this.#workers
-      .map((worker) => `  ${worker.name.padEnd(9)} pid ${worker.pid}  runs the model`)
+      .map((worker) => `  ${worker.name.padEnd(9)} pid ${worker.pid}  ${DUTIES[worker.name.split("-")[0]!]}`)
       .join("\n");
     this.#err(`
 ${this.#modelName} is served at ${address}
@@ -206,6 +208,24 @@ Stop it:     Ctrl-C
     await stopAll([this.#frontend], systemClock, graceMs);
     await stopAll(this.#workers, systemClock, graceMs);
   }
+}
+
+const DUTIES: Readonly<Record<string, string>> = {
+  worker: "runs the model",
+  prefill: "computes prompts and hands their KV blocks over",
+  decode: "fetches them and goes on with the answers",
+};
+
+/** Two pools with `--prefill`, else workers that each do all of it. */
+function workerRoles({
+  prefill,
+  decode,
+  workers,
+}: OptionValues): { readonly name: string; readonly mode: WorkerRole }[] {
+  const pool = (count: number, prefix: string, mode: WorkerRole): { name: string; mode: WorkerRole }[] =>
+    Array.from({ length: count }, (_, index) => ({ name: `${prefix}-${index}`, mode }));
+  if (prefill === 0) return pool(workers, "worker", "agg");
+  return [...pool(prefill, "prefill", "prefill"), ...pool(decode, "decode", "decode")];
 }
 
 /** For what a role does after its drain: close connections, unregister, exit. */

@@ -171,7 +171,7 @@ test("status: a table per model and instance; what is not known yet is a dash", 
     cachedPromptTokens: 0,
     preemptions: 0,
   };
-  const card = { name: "m", engine: "echo", engineVersion: "1" } as never;
+  const card = { name: "m", engine: "echo", engineVersion: "1", role: "prefill" } as never;
   const text = statusText(
     [
       { ...base, instanceId: "a".repeat(16), pid: 1, card, load },
@@ -186,6 +186,7 @@ test("status: a table per model and instance; what is not known yet is a dash", 
   assert.deepEqual(lines[6]!.split(/\s{2,}/), [
     "aaaaaaaaaaaaaaaa",
     "backend",
+    "prefill",
     "m",
     "echo 1",
     "3",
@@ -196,7 +197,7 @@ test("status: a table per model and instance; what is not known yet is a dash", 
     "1",
     "8s",
   ]);
-  assert.deepEqual(lines[7]!.split(/\s{2,}/).slice(2), ["-", "-", "-", "-", "-", "-", "-", "22", "8s"]);
+  assert.deepEqual(lines[7]!.split(/\s{2,}/).slice(2), ["-", "-", "-", "-", "-", "-", "-", "-", "22", "8s"]);
   assert.equal(statusText([], "here", 0), "No instances in here.\n");
   assert.equal(
     table([

@@ -10,7 +10,7 @@ import { parseReasoningFlag, readEngineArgs } from "./mocker-engine-args.ts";
 import type { OptionName } from "./options.ts";
 import { buildPlanes, type BuiltPlanes } from "./planes.ts";
 import { resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
-import { milliseconds, openStore } from "./role-config.ts";
+import { handoffConfig, milliseconds, openStore } from "./role-config.ts";
 import { runRole } from "./run-role.ts";
 
 /**
@@ -30,6 +30,8 @@ export async function run({ argv, env }: CommandContext): Promise<number> {
     engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
     ...(values["engine-request-limit"] === undefined ? {} : { maxEngineRequests: values["engine-request-limit"] }),
     maxQueuedRequests: values["request-queue-limit"],
+    role: values["disaggregation-mode"],
+    handoff: handoffConfig(values),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],
   };

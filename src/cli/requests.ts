@@ -1,5 +1,6 @@
 import { DynamoError } from "../errors/index.ts";
 import type { CommandContext } from "./commands.ts";
+import { callFrontend, frontendUrl } from "./frontend-call.ts";
 import { resolveOptions } from "./resolve-options.ts";
 import { duration, table } from "./status-table.ts";
 
@@ -11,9 +12,9 @@ export async function run({ argv, env, out, err }: CommandContext): Promise<numb
     throw new DynamoError("invalid-config", `expected nothing or: cancel ID, got ${positionals.join(" ")}`);
   }
   const base = frontendUrl(values.frontend);
-  const headers = values["admin-key"] === undefined ? {} : { "x-dynamo-admin-key": values["admin-key"] };
+  const adminKey = values["admin-key"];
   const [method, path] = id === undefined ? ["GET", `?limit=${values.show}`] : ["DELETE", `/${encodeURIComponent(id)}`];
-  const { status, text } = await ask(new URL(`/v1/admin/requests${path}`, base), { method, headers });
+  const { status, text } = await callFrontend(new URL(`/v1/admin/requests${path}`, base), { method, adminKey });
   if (status === 404) {
     err(
       id === undefined
@@ -26,27 +27,6 @@ export async function run({ argv, env, out, err }: CommandContext): Promise<numb
   if (values.json) out(`${text}\n`);
   else out(id === undefined ? requestsText(readList(text, base), base.origin) : `ended ${id}\n`);
   return 0;
-}
-
-const ANSWER_MS = 5_000;
-
-async function ask(url: URL, init: RequestInit): Promise<{ status: number; text: string }> {
-  try {
-    const response = await fetch(url, { ...init, redirect: "error", signal: AbortSignal.timeout(ANSWER_MS) });
-    return { status: response.status, text: await response.text() };
-  } catch (cause) {
-    throw new DynamoError("worker-unreachable", `no frontend answers at ${url.origin}; name it with --frontend`, {
-      cause,
-    });
-  }
-}
-
-function frontendUrl(text: string): URL {
-  const url = URL.canParse(text) ? new URL(text) : undefined;
-  if (url === undefined || !["http:", "https:"].includes(url.protocol) || url.username !== "") {
-    throw new DynamoError("invalid-config", `--frontend: expected http://HOST:PORT, got ${JSON.stringify(text)}`);
-  }
-  return url;
 }
 
 /** What is shown of a request; the answer has more. */

@@ -121,8 +121,9 @@ test("options: spellings of 0.9.1 are accepted with one line that names the new 
   assert.equal(values["discovery-backend"], "memory");
   assert.equal(values["router-kv-events"], false);
   assert.deepEqual(warnings, ["--store-kv is now --discovery-backend", "--no-kv-events is now --no-router-kv-events"]);
-  const [prefill] = await mistakes(["--is-prefill-worker"], { command: "worker" });
-  assert.equal(prefill, "--is-prefill-worker: expected agg, got prefill");
+  const prefill = await resolve(["--is-prefill-worker"], { command: "worker" });
+  assert.equal(prefill.values["disaggregation-mode"], "prefill");
+  assert.deepEqual(prefill.warnings, ["--is-prefill-worker is now --disaggregation-mode=prefill"]);
 });
 
 test("options: other spellings of today mean the same", async () => {

@@ -3,7 +3,7 @@ import { DynamoError } from "../errors/index.ts";
 import type { FrontendConfig, RouterConfig } from "../frontend/index.ts";
 import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
 import type { RouterServiceConfig } from "../router-service/index.ts";
-import type { EngineConfig, WorkerConfig } from "../worker/index.ts";
+import type { EngineConfig, HandoffConfig, WorkerConfig } from "../worker/index.ts";
 import { kvTiersConfig } from "./kv-tiers-config.ts";
 import type { OptionValues } from "./options.ts";
 
@@ -28,6 +28,8 @@ export function frontendConfig(values: OptionValues, routerMode: string = values
       maxSequenceTokens: values["migration-max-seq-len"] ?? Infinity,
     },
     stallLimitMs: milliseconds(values["worker-stall-timeout-secs"]),
+    disagg: values.disagg,
+    handoffTimeoutMs: milliseconds(values["handoff-timeout-secs"]),
     limits: {
       bodyBytes: values["http-body-limit-mb"] * 1024 * 1024,
       headersTimeoutMs: milliseconds(values["http-headers-timeout-secs"]),
@@ -115,8 +117,28 @@ export function workerConfig(values: OptionValues, store: ModelStore, env: NodeJ
     engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
     ...(values["engine-request-limit"] === undefined ? {} : { maxEngineRequests: values["engine-request-limit"] }),
     maxQueuedRequests: values["request-queue-limit"],
+    role: values["disaggregation-mode"],
+    handoff: handoffConfig(values),
     drainTimeoutMs: milliseconds(values["graceful-shutdown-timeout-secs"]),
     systemPort: values["system-port"],
+  };
+}
+
+/** The transfer plane listens where the request plane does, on a port of its own. */
+export function handoffConfig(values: OptionValues): HandoffConfig {
+  const advertiseHost = values["tcp-rpc-advertise-host"];
+  const clusterSecret = values["cluster-secret"];
+  return {
+    memoryBytes: values["handoff-memory-mb"] * 1024 * 1024,
+    leaseMs: milliseconds(values["handoff-lease-secs"]),
+    pullTimeoutMs: milliseconds(values["handoff-timeout-secs"]),
+    transfer: {
+      ...(values["transfer-backend"] === "tcp" ? { shm: false as const } : {}),
+      // Messages go over the socket of either.
+      ...(values["transfer-backend"] === "shm" ? { shm: {} } : {}),
+      tcp: { host: values["tcp-rpc-host"], ...(advertiseHost === undefined ? {} : { advertiseHost }) },
+      ...(clusterSecret === undefined ? {} : { clusterSecret }),
+    },
   };
 }
 

@@ -12,7 +12,20 @@ export function statusText(instances: readonly InstanceView[], where: string, no
     "",
     table([["MODEL", "WORKERS"], ...modelRows]),
     table([
-      ["INSTANCE", "COMPONENT", "MODEL", "ENGINE", "RUNNING", "WAITING", "KV BLOCKS", "CACHED", "TOKENS", "PID", "UP"],
+      [
+        "INSTANCE",
+        "COMPONENT",
+        "ROLE",
+        "MODEL",
+        "ENGINE",
+        "RUNNING",
+        "WAITING",
+        "KV BLOCKS",
+        "CACHED",
+        "TOKENS",
+        "PID",
+        "UP",
+      ],
       ...rows,
     ]),
   ].join("\n");
@@ -23,6 +36,7 @@ function instanceRow({ instanceId, component, card, load, pid, startedMs }: Inst
   return [
     instanceId,
     component,
+    card?.role ?? "-",
     card?.name ?? "-",
     card === undefined ? "-" : `${card.engine} ${card.engineVersion}`,
     shown(load?.runningRequests),

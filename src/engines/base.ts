@@ -44,9 +44,17 @@ export interface ExportedBlocks {
 }
 
 /** What a block holds, for import: the tokens are needed so that the engine can register it under its hash. */
-export interface ImportedBlocks extends ExportedBlocks {
+export interface ImportedBlocks {
+  /** (lo, hi) pairs of all blocks from the start of the sequence on. */
+  readonly sequenceHashes: Uint32Array;
   /** Tokens of all blocks from the start of the sequence on; length = blocks x block size. */
   readonly tokenIds: Uint32Array;
+  readonly blockBytes: number;
+  /** `data` begins with this block: those before it are in the cache. Nothing is taken if they are not. @default 0 */
+  readonly startBlock?: number;
+  readonly data: Uint8Array;
+  /** That of the requests the blocks were computed for. @default shared by all */
+  readonly cacheNamespace?: string;
 }
 
 /** Blocks to take over from shared memory: those of `tokenIds`, from index `firstBlock` on. */
@@ -86,6 +94,8 @@ export interface Engine {
   abort(streamId: number): void;
   /** The newest known load; cheap. */
   load(): LoadSnapshot;
+  /** How many leading blocks of the chain are in the cache now. Throws `unsupported-operation`. */
+  countBlocks(sequenceHashes: Uint32Array): Promise<number>;
   /** The leading blocks of the chain that are in the cache, copied out. Throws `unsupported-operation`. */
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks>;
   /** Puts blocks into the cache as if computed here; returns how many were taken. Throws `unsupported-operation`. */

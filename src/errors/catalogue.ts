@@ -100,6 +100,14 @@ export const REASONS = {
     when: "No back end both sides have moves that memory, or only a slow one and slow paths are refused.",
   },
   "transfer-full": { class: "capacity-exhausted", when: "A bounded table or queue of the transfer library is full." },
+  "handoff-gone": {
+    class: "conflict",
+    when: "KV blocks that a prefill worker handed over were claimed before, or their lease is over.",
+  },
+  "handoff-mismatch": {
+    class: "conflict",
+    when: "KV blocks that were handed over are not of this worker's model, engine or layout.",
+  },
   "storage-failed": { class: "unavailable", when: "A file or object store could not be read or written." },
   "object-not-found": { class: "not-found", when: "An object that a transfer reads is not in the store." },
   // Files, models, configuration.

@@ -24,6 +24,9 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
   /** Bytes taken from the worker and not granted again. */
   #ungranted = 0;
   #hasItem = false;
+  /** Booking and place in the watch are given back. */
+  #isReleased = false;
+  /** Nothing is listened to any more. */
   #isLeft = false;
 
   constructor(owner: AttemptOwner, decision: RoutingDecision, watch: ProgressWatch) {
@@ -45,10 +48,26 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
 
   /** Ends the booking with `outcome`; the worker's stream ends, or has ended, by itself. */
   leave(outcome: string): void {
-    if (this.#isLeft) return;
     this.#isLeft = true;
+    this.release(outcome);
+  }
+
+  /** Ends the booking, as the worker's engine is done with it, and goes on listening. */
+  release(outcome: string): void {
+    if (this.#isReleased) return;
+    this.#isReleased = true;
     this.#watch.leave(this.decision.instanceId, this);
     this.decision.release({ outcome });
+  }
+
+  /** The stream stays open, but nothing is heard of it. */
+  mute(): void {
+    this.#isLeft = true;
+  }
+
+  /** Ends what `mute` left open. */
+  hangUp(): void {
+    this.#stream?.cancel();
   }
 
   /** Leaves, and a worker that may still work on it is told to stop. */

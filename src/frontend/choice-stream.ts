@@ -5,9 +5,18 @@ import {
   decodeEngineOutput,
   encodeRequest,
   type FinishReason,
+  type OfferedHandoff,
   type PreprocessedRequest,
+  type PullResult,
 } from "../protocol/index.ts";
-import { isWorkerFault, type RouteRequest, type RoutingDecision, type WaitingRoute } from "../router/index.ts";
+import {
+  DECODE_STAGE_OVERRIDES,
+  isWorkerFault,
+  type RouteRequest,
+  type RoutingDecision,
+  type SplitAdvice,
+  type WaitingRoute,
+} from "../router/index.ts";
 import type { StreamEnd } from "../runtime/request-plane/index.ts";
 import { Attempt, type AttemptOwner } from "./attempt.ts";
 import { ChoiceTrace } from "./choice-trace.ts";
@@ -15,6 +24,7 @@ import type { GenerationRun } from "./generation-run.ts";
 import { LogprobCollector } from "./logprob-collector.ts";
 import { Detokenizer, StopMatcher } from "./postprocess/index.ts";
 import type { RoutingHints } from "./routing-hints.ts";
+import { SplitStage } from "./split-stage.ts";
 
 /**
  * One choice of a request: routed to a worker, its items turned into text, written once per loop turn. Items only
@@ -24,6 +34,9 @@ import type { RoutingHints } from "./routing-hints.ts";
  * A worker that dies, hangs or refuses ends an attempt, not the choice: the next worker gets the prompt and the tokens so
  * far and goes on behind them (docs/design/migration.md). All that has text (detokenizer, stop strings, logprobs, the
  * client's stream) lives here and does not notice. Cost: four bytes per token kept.
+ *
+ * Where there are prefill workers, an answer may begin on one of them and go on with a decode worker, which fetches the
+ * prompt's blocks: a planned migration, with the same exactly-once rule (docs/design/disaggregation.md, split-stage.ts).
  *
  *     tokens   [ written to the client ........ | of this turn ]   count
  *     exactly once per position: an attempt begins at `count`, and no item of an earlier one is taken after that
@@ -48,6 +61,8 @@ const NOBODY_UNTRIED: ReadonlySet<Reason> = new Set<Reason>(["no-workers", "work
 const STAGE_LIMITS: ReadonlySet<Reason> = new Set<Reason>(["first-token-timeout", "stream-idle-timeout"]);
 /** Above this many unread bytes at the client, the worker gets no new credit for the stream. */
 export const CREDIT_PAUSE_BYTES = 64 * 1024;
+/** Every so many tokens of an answer the time of a step is noted. */
+const STEP_SAMPLE_TOKENS = 8;
 /**
  * What a worker may send ahead of its client. A token takes about 12 bytes on the request plane and up to 300 as an event
  * of the client's stream: with the plane's own 256 KiB a client that stopped reading would be cut off, not waited for.
@@ -102,6 +117,8 @@ export class ChoiceStream implements AttemptOwner {
   firstTokenMs = -1;
   #lastTokenMs = -1;
   #hasFirst = false;
+  /** Undefined before the first dispatch, and where no request of the model is split. */
+  #split: SplitStage | undefined;
   /** When it went to the router, then when it went to a worker. */
   #sinceMs = Infinity;
 
@@ -163,10 +180,12 @@ export class ChoiceStream implements AttemptOwner {
     this.#sinceMs = startMs;
     stages.enter("route");
     this.#trace?.routing(startMs);
+    if (this.#count === 0) this.#split ??= this.#considerSplit();
     const request = this.#requestNow();
     try {
       // Step 4: route.
-      const routed = (model.remote ?? model.router).routeWhenReady(this.#routeOf(request));
+      const router = this.#isWithPrefillWorker ? model.prefill!.router : (model.remote ?? model.router);
+      const routed = router.routeWhenReady(this.#routeOf(request));
       if ("instanceId" in routed) this.#send(request, routed, startMs);
       else void this.#await(request, routed, startMs);
     } catch (thrown) {
@@ -174,10 +193,62 @@ export class ChoiceStream implements AttemptOwner {
     }
   }
 
+  /** Whether the first token, or the handoff behind it, is awaited from a prefill worker. */
+  get #isWithPrefillWorker(): boolean {
+    return this.#split?.isWithPrefillWorker === true;
+  }
+
+  /** What was decided about splitting, and how it went; undefined where there are no prefill workers. */
+  get split(): SplitStage | undefined {
+    return this.#split;
+  }
+
+  #considerSplit(): SplitStage | undefined {
+    const { model } = this.#run;
+    const { prefill, advisor } = model;
+    if (prefill === undefined || advisor.mode === "never") return undefined;
+    if (prefill.router.workers.length === 0) {
+      model.metrics.disaggregationFallback("no-workers");
+      return undefined;
+    }
+    const { output, stop, tokenIds } = this.#request;
+    // Nothing to split: a prompt of less than a block hands none over, one token is the prefill's own, prompt logprobs need every token's logits, a named worker is to do all of it.
+    if (
+      tokenIds.length < model.card.blockSizeTokens ||
+      stop.maxTokens === 1 ||
+      output.promptLogprobs ||
+      this.#promptRoute.pinned !== undefined
+    )
+      return undefined;
+    let advice: SplitAdvice;
+    try {
+      const route = this.#routeOf(this.#request);
+      advice = advisor.decide({
+        promptTokens: this.#request.tokenIds.length,
+        outputTokens: stop.maxTokens,
+        decode: model.router.outlook(route),
+        prefill: prefill.router.outlook(route),
+      });
+    } catch {
+      // One of the pools has nobody who could take it: the usual way tells why, or waits.
+      return undefined;
+    }
+    model.metrics.disaggregation(advice.choice);
+    const split = new SplitStage(advisor.mode, advice);
+    model.splits.add(this.#run.requestId, split);
+    return split;
+  }
+
   /** With the tokens that are there already. */
   #requestNow(): PreprocessedRequest {
     const { tokenIds, output } = this.#request;
+    // Step 5: prefill.
+    if (this.#split?.isPrefillOnly === true) {
+      return { ...this.#request, prefillOnly: true, stop: { ...this.#request.stop, maxTokens: 1 } };
+    }
     if (this.#count === 0) return this.#request;
+    // Step 6: transfer.
+    const handoff = this.#split?.handoff;
     const all = new Uint32Array(tokenIds.length + this.#count);
     all.set(tokenIds);
     all.set(this.#tokens.subarray(0, this.#count), tokenIds.length);
@@ -187,13 +258,19 @@ export class ChoiceStream implements AttemptOwner {
       tokenIds: all,
       resumedTokens: this.#count,
       output: { ...output, promptLogprobs },
+      ...(handoff === undefined ? {} : { handoff }),
     };
   }
 
-  #routeOf({ tokenIds, resumedTokens }: PreprocessedRequest): RouteRequest {
-    if (resumedTokens !== undefined) return { ...this.#promptRoute, tokenIds, resumedTokens, hashes: undefined };
+  #routeOf({ tokenIds, resumedTokens, prefillOnly, handoff }: PreprocessedRequest): RouteRequest {
+    if (resumedTokens !== undefined) {
+      const isHandedOver = handoff !== undefined;
+      const stage = isHandedOver ? ({ stage: "decode", overrides: DECODE_STAGE_OVERRIDES } as const) : {};
+      return { ...this.#promptRoute, tokenIds, resumedTokens, hashes: undefined, ...stage };
+    }
     if (this.#sibling?.hashes !== undefined) this.#promptRoute.hashes ??= this.#sibling.hashes;
-    return this.#promptRoute;
+    if (prefillOnly !== true) return this.#promptRoute;
+    return { ...this.#promptRoute, stage: "prefill" };
   }
 
   async #await(request: PreprocessedRequest, waiting: WaitingRoute, startMs: number): Promise<void> {
@@ -218,6 +295,10 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#ended) return;
     const error = toDynamoError(thrown);
     this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
+    if (this.#isWithPrefillWorker && !isOwnFault(error)) {
+      this.#fallBack(error);
+      return;
+    }
     if (NOBODY_UNTRIED.has(error.reason) && this.#giveSecondChance()) {
       this.dispatch();
       return;
@@ -252,14 +333,16 @@ export class ChoiceStream implements AttemptOwner {
     const attempt = new Attempt(this, decision, model.progress);
     this.#attempt = attempt;
     const sent = model.card.dataParallelSize > 1 ? { ...request, dpRank: decision.dpRank } : request;
+    const endpoint = this.#isWithPrefillWorker ? model.prefill!.generateEndpoint : model.generateEndpoint;
+    if (this.#isWithPrefillWorker) this.#split!.prefillWorker = decision.instanceId;
     try {
-      // Step 5: decode.
+      // Step 7: decode.
       attempt.start((handler) =>
         planes.request.client.open(
           decision.address,
           encodeRequest(sent),
           {
-            endpoint: model.generateEndpoint,
+            endpoint,
             requestId,
             traceparent,
             timeoutMs: Math.max(1, deadlineMs - nowMs),
@@ -294,6 +377,11 @@ export class ChoiceStream implements AttemptOwner {
       this.#end(toDynamoError(thrown));
       return;
     }
+    if (OUTPUT.handoff !== undefined) {
+      this.#onHandoff(OUTPUT.handoff);
+      return;
+    }
+    if (OUTPUT.pull !== undefined) this.#onPull(OUTPUT.pull);
     if (OUTPUT.hasFirst) this.#onFirst();
     if (OUTPUT.tokenCount > 0) this.#collect(OUTPUT.tokenIds, OUTPUT.tokenCount);
     if (this.#ended) return;
@@ -305,6 +393,7 @@ export class ChoiceStream implements AttemptOwner {
       // The engine only cancels by itself when it is being stopped.
       else if (OUTPUT.finish === "cancelled")
         this.#onFailure(new DynamoError("engine-stopped", "the engine stopped while the request ran"));
+      else if (this.#split?.isPrefillOnly === true && OUTPUT.finish === "length") this.#onPrefilled();
       else this.#finish = OUTPUT.finish;
     }
   }
@@ -339,6 +428,7 @@ export class ChoiceStream implements AttemptOwner {
       return;
     }
     decision.firstToken(OUTPUT.cachedTokens);
+    this.#learn();
     this.#trace?.firstToken(OUTPUT.cachedTokens, this.#run.planes.clock.monotonicMs());
     if (this.#migratingSinceMs >= 0) this.#migrated("success");
     if (this.#hasFirst) return;
@@ -346,6 +436,97 @@ export class ChoiceStream implements AttemptOwner {
     this.cachedTokens = OUTPUT.cachedTokens;
     this.queueMs = OUTPUT.queueMs;
     this.prefillMs = OUTPUT.prefillMs;
+  }
+
+  // ---- Split over two workers ----
+
+  /** Now and then, from a token. The time to the second one holds the handoff. */
+  #learnStep(milliseconds: number): void {
+    const { prefill, router, advisor } = this.#run.model;
+    if (prefill === undefined || this.#written < 2 || this.#count % STEP_SAMPLE_TOKENS !== 0) return;
+    const pool = this.#isWithPrefillWorker ? prefill.router : router;
+    const active = pool.activeRequestsOf(this.instanceId);
+    if (active > 0) advisor.sawStep(active, milliseconds);
+  }
+
+  /** From an engine's first word, for the choice of other requests. */
+  #learn(): void {
+    const { advisor, prefill, metrics } = this.#run.model;
+    if (prefill === undefined) return;
+    const split = this.#split;
+    if (this.#count === 0) {
+      const pool = this.#isWithPrefillWorker ? "prefill" : "decode";
+      advisor.sawPrefill(pool, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
+    } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
+      split.gapMs = this.#run.planes.clock.monotonicMs() - split.firstTokenMs;
+      advisor.sawHandoff(split.pull.pulledBlocks, split.gapMs);
+      metrics.handoffSeconds(split.gapMs / 1_000);
+    }
+  }
+
+  /** The prefill worker's engine is done: its token goes out at once, its place is free; the blocks are to follow. */
+  #onPrefilled(): void {
+    this.#emitTurn();
+    const attempt = this.#attempt;
+    if (this.#ended || attempt === undefined) return;
+    const { clock } = this.#run.planes;
+    const split = this.#split!;
+    split.phase = "handoff";
+    split.firstTokenMs = clock.monotonicMs();
+    attempt.release("finished");
+    const late = (): void =>
+      attempt.onStalled(
+        new DynamoError("first-token-timeout", "the prefill worker did not hand its blocks over in time"),
+      );
+    split.guard(clock.setTimer(this.#run.model.handoffTimeoutMs, late));
+  }
+
+  /** The descriptor: whoever decodes gets it with the tokens so far. */
+  #onHandoff(offered: OfferedHandoff): void {
+    const split = this.#split;
+    const attempt = this.#attempt;
+    if (split?.phase !== "handoff" || attempt === undefined) {
+      this.#end(new DynamoError("engine-failed", "the worker handed blocks over that nobody asked for"));
+      return;
+    }
+    this.#trace?.ended("finished", this.#count, this.#run.planes.clock.monotonicMs());
+    this.#attempt = undefined;
+    split.offer(offered, attempt);
+    this.dispatch();
+  }
+
+  /** The decode worker has the blocks, or computes what is missing. */
+  #onPull(pull: PullResult): void {
+    const split = this.#split;
+    if (split === undefined) return;
+    split.settled(pull);
+    const { metrics } = this.#run.model;
+    metrics.handoffBytes(pull.backend === "" ? "none" : pull.backend, pull.byteCount);
+    if (pull.outcome !== "pulled") this.#tellFallback(pull.outcome, this.instanceId);
+  }
+
+  /** No prefill worker after all: the decode pool computes the prompt, or the rest of it. Costs no migration. */
+  #fallBack(error: DynamoError): void {
+    const split = this.#split!;
+    const { model } = this.#run;
+    if (this.#attempt !== undefined) {
+      const { instanceId } = this.#attempt.decision;
+      if (isWorkerFault(error.reason)) model.prefill?.router.inhibit(instanceId);
+      this.#attempt.abandon(error.reason, error);
+      this.#trace?.ended(error.reason, this.#count, this.#run.planes.clock.monotonicMs());
+      this.#attempt = undefined;
+    }
+    this.#tellFallback(error.reason, split.prefillWorker, error.diagnostic);
+    split.fallBack(error.reason);
+    this.dispatch();
+  }
+
+  #tellFallback(reason: string, worker: string, diagnostic?: string): void {
+    this.#run.model.metrics.disaggregationFallback(reason);
+    this.#run.planes.logger.warn(
+      { x_request_id: this.#run.requestId, choice: this.index, worker, reason, diagnostic, tokens: this.#count },
+      "the prompt is computed by the decode worker",
+    );
   }
 
   #collect(tokenIds: Uint32Array, count: number): void {
@@ -368,25 +549,26 @@ export class ChoiceStream implements AttemptOwner {
     this.#count = needed;
   }
 
-  /** Steps 6 and 7 for the tokens of this turn. */
+  /** Steps 8 and 9 for the tokens of this turn. */
   #emitTurn(): void {
     if (this.#count === this.#written && this.#finish === undefined && this.#logprobs?.hasPrompt !== true) return;
     const { clock } = this.#run.planes;
     const nowMs = clock.monotonicMs();
     if (this.#count > this.#written) this.#observeTokens(nowMs);
-    // Step 6: detokenize + stop.
+    // Step 8: detokenize + stop.
     let text = this.#detokenize();
     const stopped = this.#stop.matched;
     const finish = stopped ? "stop" : this.#finish;
     if (finish !== undefined && !stopped) text += this.#flushText();
     const logprobs = this.#logprobs?.take(finish !== undefined, stopped);
     this.detokenizeMs += clock.monotonicMs() - nowMs;
-    // Step 7: SSE.
+    // Step 9: SSE.
     const { writer } = this.#run;
     if (text !== "" || (logprobs !== undefined && logprobs.length > 0)) writer.delta(this.index, text, logprobs);
     if (finish === "stop" || finish === "length") {
       if (stopped) this.#attempt?.abandon("finished");
       this.#close("finished");
+      if (this.#run.model.prefill !== undefined) this.#run.model.advisor.sawOutput(this.tokenCount);
       writer.finish(this.index, finish);
       this.#run.choiceFinished(this);
     } else writer.flush();
@@ -425,6 +607,7 @@ export class ChoiceStream implements AttemptOwner {
     } else {
       const seconds = (nowMs - this.#lastTokenMs) / 1_000 / count;
       metrics.interTokenLatency.observe(seconds, count);
+      this.#learnStep(seconds * 1_000);
       workerGauges.get(this.instanceId)?.lastInterTokenLatency.set(seconds);
     }
     this.#attempt?.decision.addTokens(count);
@@ -437,6 +620,10 @@ export class ChoiceStream implements AttemptOwner {
     this.#emitTurn();
     const attempt = this.#attempt;
     if (this.#ended || attempt === undefined) return;
+    if (this.#isWithPrefillWorker && !isOwnFault(error)) {
+      this.#fallBack(error);
+      return;
+    }
     const { decision } = attempt;
     if (isWorkerFault(error.reason)) this.#run.model.router.inhibit(decision.instanceId);
     if (!this.#mayMove(error.reason, decision.instanceId)) {
@@ -518,6 +705,12 @@ export class ChoiceStream implements AttemptOwner {
     this.#ended = true;
     if (this.#migratingSinceMs >= 0) this.#migrated("failure");
     this.#attempt?.leave(outcome);
+    this.#split?.close();
     this.#trace?.ended(outcome, this.#count, this.#run.planes.clock.monotonicMs());
   }
+}
+
+/** Another worker would say the same, or there is no time for it. */
+function isOwnFault({ class: errorClass, reason }: DynamoError): boolean {
+  return errorClass === "invalid-request" || errorClass === "cancelled" || reason === "request-deadline";
 }

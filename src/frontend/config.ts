@@ -1,4 +1,4 @@
-import type { RouterConfig, RouterMode } from "../router/index.ts";
+import type { RouterConfig, RouterMode, SplitMode } from "../router/index.ts";
 
 export type { RouterConfig, RouterMode };
 
@@ -22,6 +22,10 @@ export interface FrontendConfig {
   readonly migration?: MigrationConfig;
   /** How long a worker may give no token to requests it has begun; 0 = for ever. @default DEFAULT_STALL_LIMIT_MS */
   readonly stallLimitMs?: number;
+  /** Whether requests are split where there are prefill workers. @default "auto" */
+  readonly disagg?: SplitMode;
+  /** How long a prefill worker's blocks are waited for. @default DEFAULT_HANDOFF_TIMEOUT_MS */
+  readonly handoffTimeoutMs?: number;
   readonly limits: FrontendLimits;
   readonly drainTimeoutMs: number;
   /** How long a frontend that leaves still answers with 503 while somebody holds a connection. @default 500 */
@@ -38,6 +42,7 @@ export interface MigrationConfig {
 
 export const DEFAULT_MIGRATION: MigrationConfig = { limit: 3, maxSequenceTokens: Infinity };
 export const DEFAULT_STALL_LIMIT_MS = 30_000;
+export const DEFAULT_HANDOFF_TIMEOUT_MS = 5_000;
 
 /** Bounds on everything a client can send; the reasons stand beside the defaults in `cli/options.ts`. */
 export interface FrontendLimits {

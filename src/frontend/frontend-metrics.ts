@@ -1,5 +1,6 @@
 import type { CounterChild, GaugeChild, HistogramChild, Metrics } from "../observability/index.ts";
 import type { ModelCard } from "../protocol/index.ts";
+import type { SplitChoice } from "../router/index.ts";
 import type { TextCacheUse } from "./preprocess/index.ts";
 
 export type Endpoint = "chat_completions" | "completions";
@@ -71,6 +72,24 @@ export class ModelMetrics {
   /** From the failure to the next worker's first word, or to the error. */
   migrationDuration(outcome: "success" | "failure", seconds: number): void {
     this.#metrics.histogram("dynamo_frontend_model_migration_duration_seconds").labels(outcome).observe(seconds);
+  }
+
+  /** What was decided for a choice, where there are prefill workers. */
+  disaggregation(choice: SplitChoice): void {
+    this.#metrics.counter("dynamo_frontend_disagg_choices_total").labels(this.#model, choice).add();
+  }
+
+  /** A choice that was to be split, or was, but its prompt is computed by the decode worker. */
+  disaggregationFallback(reason: string): void {
+    this.#metrics.counter("dynamo_frontend_disagg_fallbacks_total").labels(this.#model, reason).add();
+  }
+
+  handoffBytes(backend: string, byteCount: number): void {
+    this.#metrics.counter("dynamo_frontend_disagg_handoff_bytes_total").labels(this.#model, backend).add(byteCount);
+  }
+
+  handoffSeconds(seconds: number): void {
+    this.#metrics.histogram("dynamo_frontend_disagg_handoff_seconds").labels(this.#model).observe(seconds);
   }
 
   setTokenizerCache(use: TextCacheUse | undefined): void {

@@ -4,6 +4,7 @@ import { renderMerged } from "../observability/index.ts";
 import { packageVersion, systemClock } from "../std/index.ts";
 import { RoleLifecycle, formatDynAddress, type Planes, type RunningRole } from "../runtime/component/index.ts";
 import type { FrontendConfig } from "./config.ts";
+import { disaggApi } from "./disagg-api.ts";
 import { HttpServer, type Exchange, type Route } from "./http/index.ts";
 import { KEPT } from "./kept-workers.ts";
 import { ModelRegistry } from "./model-registry.ts";
@@ -54,6 +55,8 @@ export async function startFrontend(
       service: config.routerService,
       migration: config.migration,
       stallLimitMs: config.stallLimitMs,
+      disagg: config.disagg,
+      handoffTimeoutMs: config.handoffTimeoutMs,
       tokenizerCacheBytes: config.limits.tokenizerCacheBytes,
       limits: config.limits,
     });
@@ -156,6 +159,7 @@ function routes(context: RouteContext): Route[] {
       handle: (exchange) => pipeline.previewRoute(exchange),
     },
     ...routeApi(models, context.operators, context.thread),
+    ...disaggApi(models, context.operators, context.planes),
     ...requestsApi(pipeline.live, context.operators, context.thread),
     openApiRoute(context.config.limits, packageVersion()),
   ];

@@ -11,11 +11,14 @@ import {
 } from "../protocol/index.ts";
 import {
   ModelRouters,
+  SplitAdvisor,
   cardConflict,
   type BusyThresholds,
   type KvIndex,
+  type ModelRouter,
   type Router,
   type RouterConfig,
+  type SplitMode,
 } from "../router/index.ts";
 import { RouterServiceClient, type RemoteRouter } from "../router-service/index.ts";
 import { formatEndpoint, watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
@@ -26,10 +29,16 @@ import { ModelPlaces } from "./admission.ts";
 import type { FrontendLimits } from "./config.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
-import { DEFAULT_MIGRATION, DEFAULT_STALL_LIMIT_MS, type MigrationConfig } from "./config.ts";
+import {
+  DEFAULT_HANDOFF_TIMEOUT_MS,
+  DEFAULT_MIGRATION,
+  DEFAULT_STALL_LIMIT_MS,
+  type MigrationConfig,
+} from "./config.ts";
 import { KeptWorkers, type WorkerPart } from "./kept-workers.ts";
 import { ProgressWatch } from "./progress-watch.ts";
 import { Preprocessor } from "./preprocess/index.ts";
+import { SplitLog } from "./split-log.ts";
 import type { ThreadLink } from "./threads/thread-link.ts";
 
 /**
@@ -49,6 +58,13 @@ export interface ServedModel {
   readonly router: Router;
   /** The router service; undefined when this frontend routes by itself. */
   readonly remote: RemoteRouter | undefined;
+  /** The workers that prefill for the others; undefined until the first of them joined. */
+  prefill: PrefillPool | undefined;
+  /** Whether to use them. */
+  readonly advisor: SplitAdvisor;
+  readonly splits: SplitLog;
+  /** From a prefill worker's token to its handoff. */
+  readonly handoffTimeoutMs: number;
   /** Of its workers' blocks, to be fed with their events; undefined when the router uses none, or one of another thread. */
   readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
@@ -58,6 +74,11 @@ export interface ServedModel {
   readonly places: ModelPlaces;
   /** By instance id, of the workers that joined. */
   readonly workerGauges: Map<string, WorkerGauges>;
+}
+
+export interface PrefillPool extends ModelRouter {
+  /** `namespace.component.generate` of its workers. */
+  readonly generateEndpoint: string;
 }
 
 /** Model names come from workers, which are trusted, but a bound costs nothing: the oldest without workers goes first. */
@@ -70,6 +91,8 @@ interface WorkerRecord {
   card?: ModelCard;
   /** The model whose router has this worker. */
   joined?: ServedModel;
+  /** Its own, or its prefill pool. */
+  router?: ModelRouter;
   /** Why it is not joined, for `/health`. */
   problem?: string;
 }
@@ -83,6 +106,8 @@ export class ModelRegistry {
   readonly #logger: Logger;
   readonly #migration: MigrationConfig;
   readonly #stallLimitMs: number;
+  readonly #splitMode: SplitMode;
+  readonly #handoffTimeoutMs: number;
   readonly #tokenizerCacheBytes: number;
   readonly #limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
   readonly #models = new Map<string, ServedModel>();
@@ -114,6 +139,10 @@ export class ModelRegistry {
       migration?: MigrationConfig | undefined;
       /** How long a worker may give no token to requests it has begun; 0 = for ever. @default 30000 */
       stallLimitMs?: number | undefined;
+      /** Whether requests are split where there are prefill workers. @default "auto" */
+      disagg?: SplitMode | undefined;
+      /** @default 5000 */
+      handoffTimeoutMs?: number | undefined;
       /** Per model. */
       tokenizerCacheBytes: number;
       limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
@@ -121,9 +150,21 @@ export class ModelRegistry {
   ) {
     this.#planes = planes;
     this.#namespace = options.namespace;
-    const { thread, service, migration, stallLimitMs, tokenizerCacheBytes, limits, ...routing } = options;
+    const {
+      thread,
+      service,
+      migration,
+      stallLimitMs,
+      disagg,
+      handoffTimeoutMs,
+      tokenizerCacheBytes,
+      limits,
+      ...routing
+    } = options;
     this.#migration = migration ?? DEFAULT_MIGRATION;
     this.#stallLimitMs = stallLimitMs ?? DEFAULT_STALL_LIMIT_MS;
+    this.#splitMode = disagg ?? "auto";
+    this.#handoffTimeoutMs = handoffTimeoutMs ?? DEFAULT_HANDOFF_TIMEOUT_MS;
     this.#limits = limits;
     if (thread !== undefined && service !== undefined) {
       throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
@@ -232,6 +273,7 @@ export class ModelRegistry {
     this.#kept.close();
     for (const model of this.#models.values()) {
       model.router.close(new DynamoError("draining", "the server is shutting down"));
+      model.prefill?.router.close(new DynamoError("draining", "the server is shutting down"));
       model.progress.close();
     }
     await Promise.all([...watches.map((watch) => watch.close()), this.#routers.close(), this.#service?.close()]);
@@ -247,7 +289,7 @@ export class ModelRegistry {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
     this.#back(instance.instanceId, "instance");
-    if (record.joined !== undefined) this.#routers.join(record.joined, instance, record.joined.card);
+    if (record.router !== undefined) this.#routers.join(record.router, instance, record.card ?? record.joined!.card);
     this.#join(instance.instanceId);
   }
 
@@ -258,6 +300,8 @@ export class ModelRegistry {
       this.#logger.warn({ instance: instanceId }, `worker left out: ${record.problem}`);
       return;
     }
+    // It changed its role, and between two looks at discovery it was gone and back.
+    if (record.card !== undefined && record.card.role !== card.role) this.#leave(instanceId, record);
     record.card = card;
     this.#back(instanceId, "card");
     this.#join(instanceId);
@@ -283,31 +327,30 @@ export class ModelRegistry {
       for (const missing of this.#kept.release(instanceId)) delete record[missing];
     }
     this.#routers.keptWorkers = this.#kept.size;
-    if (!stays) this.#leave(instanceId, record);
+    if (stays) return;
+    this.#leave(instanceId, record);
+    if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
   }
 
   #leave(instanceId: string, record: WorkerRecord): void {
-    if (record.joined !== undefined) {
-      this.#routers.leave(record.joined, instanceId);
-      record.joined.workerGauges.get(instanceId)?.remove();
-      record.joined.workerGauges.delete(instanceId);
-      this.#logger.info(
-        { instance: instanceId, model: record.joined.name, left: record.joined.router.workers.length },
-        "worker left",
-      );
-      this.#setReady(record.joined);
-      delete record.joined;
-      this.onCapacity?.();
-    }
-    if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
+    const { joined: model, router } = record;
+    if (model === undefined || router === undefined) return;
+    this.#routers.leave(router, instanceId);
+    model.workerGauges.get(instanceId)?.remove();
+    model.workerGauges.delete(instanceId);
+    this.#logger.info({ instance: instanceId, model: router.name, left: router.router.workers.length }, "worker left");
+    this.#setReady(model);
+    delete record.joined;
+    delete record.router;
+    this.onCapacity?.();
   }
 
   #onLoad(payload: Uint8Array): void {
     const report = parseLoadReport(payload);
     if (report === undefined) return;
-    const model = this.#workers.get(report.instanceId)?.joined;
+    const { joined: model, router } = this.#workers.get(report.instanceId) ?? {};
     if (model === undefined) return;
-    model.router.updateLoad(report.instanceId, report.load);
+    router!.router.updateLoad(report.instanceId, report.load);
     const gauges = model.workerGauges.get(report.instanceId);
     gauges?.activeBlocks.set(report.load.activeBlocks);
     gauges?.prefillTokens.set(report.load.pendingPrefillTokens);
@@ -358,7 +401,7 @@ export class ModelRegistry {
 
   #add(model: ServedModel, instanceId: string, record: WorkerRecord, instance: Instance, card: ModelCard): void {
     const conflict = cardConflict(model.card, card);
-    if (conflict !== undefined && model.router.workers.length > 0) {
+    if (conflict !== undefined && workerCount(model) > 0) {
       record.problem = conflict;
       this.#logger.warn({ instance: instanceId, model: model.name }, `worker left out: ${conflict}`);
       return;
@@ -370,16 +413,26 @@ export class ModelRegistry {
       this.#join(instanceId);
       return;
     }
-    this.#routers.join(model, instance, card);
+    const router = card.role === "prefill" ? this.#prefillPool(model, instance) : model;
+    this.#routers.join(router, instance, card);
+    record.router = router;
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
     delete record.problem;
     this.#setReady(model);
     this.#logger.info(
-      { instance: instanceId, model: model.name, workers: model.router.workers.length },
+      { instance: instanceId, model: router.name, role: card.role, workers: router.router.workers.length },
       "worker joined",
     );
     this.onCapacity?.();
+  }
+
+  #prefillPool(model: ServedModel, instance: Instance): PrefillPool {
+    model.prefill ??= {
+      ...this.#routers.createPrefill(model, model.card),
+      generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
+    };
+    return model.prefill;
   }
 
   #setReady({ name, router, metrics }: ServedModel): void {
@@ -403,6 +456,15 @@ export class ModelRegistry {
     const model: ServedModel = {
       ...modelRouter,
       remote: this.#service?.forModel(modelRouter.router, card),
+      prefill: undefined,
+      splits: new SplitLog(),
+      handoffTimeoutMs: this.#handoffTimeoutMs,
+      advisor: new SplitAdvisor({
+        mode: this.#splitMode,
+        clock,
+        blockSizeTokens: card.blockSizeTokens,
+        blockBytes: card.blockBytes,
+      }),
       card,
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
       preprocessor,
@@ -423,12 +485,16 @@ export class ModelRegistry {
 
   #evictIdle(): void {
     if (this.#models.size < MAX_MODELS) return;
-    const idle = [...this.#models.values()].find((model) => model.router.workers.length === 0);
+    const idle = [...this.#models.values()].find((model) => workerCount(model) === 0);
     if (idle === undefined) throw new DynamoError("stream-limit", `${MAX_MODELS} models are served already`);
     this.#models.delete(idle.name);
     this.#routers.forget(idle.name);
     idle.router.close(new DynamoError("no-workers", `no worker that serves ${idle.name} is available`));
   }
+}
+
+function workerCount({ router, prefill }: ServedModel): number {
+  return router.workers.length + (prefill?.router.workers.length ?? 0);
 }
 
 /** Requests that wait on a rank, so that its next step finds one when a sequence ends: more would only wait longer there. */

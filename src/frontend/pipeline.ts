@@ -232,7 +232,7 @@ export class Pipeline {
       writer,
     });
     this.live.start(live, run, nowMs);
-    // Steps 4 to 7 happen per choice, in choice-stream.ts.
+    // Steps 4 to 9 happen per choice, in choice-stream.ts.
     run.start();
   }
 

@@ -79,10 +79,19 @@ function decoded(text: string): string {
 /** `nvext` of an answer. */
 export function nvextJson(router: Pick<Router, "explain">, requestId: string, fields: readonly ExtraField[]): string {
   const decisions = router.explain(requestId);
-  const last = decisions.at(-1);
+  const last = decisions.findLast(({ stage }) => stage !== "prefill");
+  const prefill = decisions.findLast(({ stage }) => stage === "prefill");
   return JSON.stringify({
     ...(fields.includes("worker_id") && last !== undefined
-      ? { worker_id: { decode_worker_id: last.worker.instance_id, decode_dp_rank: last.worker.dp_rank } }
+      ? {
+          worker_id: {
+            ...(prefill === undefined
+              ? {}
+              : { prefill_worker_id: prefill.worker.instance_id, prefill_dp_rank: prefill.worker.dp_rank }),
+            decode_worker_id: last.worker.instance_id,
+            decode_dp_rank: last.worker.dp_rank,
+          },
+        }
       : {}),
     ...(fields.includes("routing") ? { routing: { decisions } } : {}),
   });

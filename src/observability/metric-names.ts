@@ -72,6 +72,26 @@ export const METRICS = {
     labels: ["model"],
     help: "Times a request may go on with another worker.",
   },
+  dynamo_frontend_disagg_choices_total: {
+    type: "counter",
+    labels: ["model", "choice"],
+    help: "Answers by what was decided where there are prefill workers: split, or whole on a decode or prefill worker.",
+  },
+  dynamo_frontend_disagg_fallbacks_total: {
+    type: "counter",
+    labels: ["model", "reason"],
+    help: "Answers that were to be split and whose prompt the decode worker computed, by the reason.",
+  },
+  dynamo_frontend_disagg_handoff_bytes_total: {
+    type: "counter",
+    labels: ["model", "backend"],
+    help: "Bytes of KV blocks moved from prefill to decode workers, by transfer back end.",
+  },
+  dynamo_frontend_disagg_handoff_seconds: {
+    type: "histogram",
+    labels: ["model"],
+    help: "Time from the first token, of the prefill worker, to the decode worker's first.",
+  },
   dynamo_frontend_model_rejection_total: {
     type: "counter",
     labels: ["model", "endpoint"],
@@ -455,6 +475,32 @@ export const METRICS = {
     help: "1 while the tier is left alone after a failure; it is tried again by itself.",
   },
   kvbm_offload_queue_blocks: { type: "gauge", labels: ["tier"], help: "KV blocks that wait to go to the tier." },
+  // Handoffs between prefill and decode workers.
+  dynamo_component_handoffs_total: {
+    type: "counter",
+    labels: [...COMPONENT, "outcome"],
+    help: "Handoffs this worker offered, by how they ended: fetched, released unread, cancelled, expired.",
+  },
+  dynamo_component_handoff_blocks: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "KV blocks that this worker keeps for decode workers.",
+  },
+  dynamo_component_handoff_pulls_total: {
+    type: "counter",
+    labels: [...COMPONENT, "outcome"],
+    help: "Handoffs this worker was sent, by outcome: pulled, or the reason why it computed the blocks itself.",
+  },
+  dynamo_component_handoff_pulled_bytes_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "Bytes of KV blocks this worker fetched from prefill workers.",
+  },
+  dynamo_component_handoff_pull_seconds: {
+    type: "histogram",
+    labels: COMPONENT,
+    help: "Time from a handoff's arrival to its blocks being in the engine's cache.",
+  },
   // Planes.
   dynamo_plane_degraded: {
     type: "gauge",

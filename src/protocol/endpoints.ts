@@ -4,6 +4,10 @@ export const GENERATE_ENDPOINT = "generate";
 export const TOKENIZER_ENDPOINT = "tokenizer";
 /** Drops the unused blocks of the engine's cache; answers with their number as JSON. */
 export const CLEAR_BLOCKS_ENDPOINT = "clear_kv_blocks";
+/** Of workers that prefill for others: a handoff's blocks are claimed and given back here, see handoff.ts. */
+export const HANDOFF_ENDPOINT = "handoff";
+/** Turns the worker to another role, for operators and the planner; answers with the role it has then, as JSON. */
+export const ROLE_ENDPOINT = "role";
 
 /** Event-plane topics. A publisher's id is the instance id of the worker. */
 export const KV_EVENTS_TOPIC = "kv-events";

@@ -1,5 +1,6 @@
 import { DynamoError, errorFromWire } from "../errors/index.ts";
 import { ByteReader, ByteWriter } from "../std/index.ts";
+import { MAX_HANDOFF_BYTES, type PullResult } from "./handoff.ts";
 
 /**
  * What an engine step says about its streams, as bytes, from the engine's thread to the frontend's stream without being
@@ -13,6 +14,8 @@ import { ByteReader, ByteWriter } from "../std/index.ts";
  *   PROMPT    u32 count, per prompt token from the second on: one logprob record
  *   FINISH    u8 reason, f32 ms of decode
  *   ERROR     reason, message, diagnostic as texts
+ *   HANDOFF   u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills for others
+ *   PULL      outcome and back end as texts, u32 blocks held, u32 blocks pulled, f64 bytes, f32 ms, of one that was handed blocks
  *
  *   logprob record: f32 logprob of the token, u8 n, n x (u32 token id, f32 logprob), best first
  *
@@ -26,6 +29,8 @@ const LOGPROBS = 3;
 const PROMPT = 4;
 const FINISH = 5;
 const ERROR = 6;
+const HANDOFF = 7;
+const PULL = 8;
 const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
 const FINAL_BIT = 0x80000000;
 const MAX_TEXT_BYTES = 64 * 1024;
@@ -170,6 +175,39 @@ export class EngineOutput {
   finish: FinishReason | undefined = undefined;
   decodeMs = 0;
   error: DynamoError | undefined = undefined;
+  handoff: OfferedHandoff | undefined = undefined;
+  pull: PullResult | undefined = undefined;
+}
+
+/** A handoff as the frontend sees it. */
+export interface OfferedHandoff {
+  readonly blockCount: number;
+  readonly blockBytes: number;
+  readonly bytes: Buffer;
+}
+
+/** An item that only carries a handoff. */
+export function encodeHandoffItem({ blockCount, blockBytes, bytes }: OfferedHandoff): Buffer {
+  const out = new ByteWriter(bytes.length + 16);
+  out.u8(HANDOFF);
+  out.u32(blockCount);
+  out.u32(blockBytes);
+  out.u32(bytes.length);
+  out.bytes(bytes);
+  return out.copy();
+}
+
+/** An item that only tells how a handoff was taken. */
+export function encodePullItem(pull: PullResult): Buffer {
+  const out = new ByteWriter(128);
+  out.u8(PULL);
+  out.text(pull.outcome);
+  out.text(pull.backend);
+  out.u32(pull.heldBlocks);
+  out.u32(pull.pulledBlocks);
+  out.f64(pull.byteCount);
+  out.f32(pull.milliseconds);
+  return out.copy();
 }
 
 /** Throws `malformed-frame`. Cost: about 50 ns for a one-token payload. */
@@ -181,6 +219,8 @@ export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number
   target.finish = undefined;
   target.decodeMs = 0;
   target.error = undefined;
+  target.handoff = undefined;
+  target.pull = undefined;
   // The usual payload, one token and nothing else, needs no reader object.
   if (end - start === 7 && bytes[start] === TOKENS && bytes[start + 1] === 1 && bytes[start + 2] === 0) {
     target.tokenIds[0] =
@@ -237,6 +277,23 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       const reason = reader.text(MAX_TEXT_BYTES);
       const message = reader.text(MAX_TEXT_BYTES);
       target.error = errorFromWire(reason, message, reader.text(MAX_TEXT_BYTES));
+      return;
+    }
+    case HANDOFF: {
+      const blockCount = reader.u32();
+      const blockBytes = reader.u32();
+      const byteCount = reader.u32();
+      if (byteCount > MAX_HANDOFF_BYTES) throw new Error(`a handoff of ${byteCount} bytes`);
+      target.handoff = { blockCount, blockBytes, bytes: Buffer.from(reader.bytes(byteCount)) };
+      return;
+    }
+    case PULL: {
+      const outcome = reader.text(MAX_TEXT_BYTES);
+      const backend = reader.text(MAX_TEXT_BYTES);
+      const heldBlocks = reader.u32();
+      const pulledBlocks = reader.u32();
+      const byteCount = reader.f64();
+      target.pull = { outcome, backend, heldBlocks, pulledBlocks, byteCount, milliseconds: reader.f32() };
       return;
     }
     default:

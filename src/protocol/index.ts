@@ -7,3 +7,4 @@ export * from "./kv-recovery.ts";
 export * from "./load.ts";
 export * from "./model-card.ts";
 export * from "./request.ts";
+export * from "./handoff.ts";

@@ -3,6 +3,10 @@
  * tokenizer itself is not in the card: the card carries its checksum, and whoever needs it asks any instance for it
  * over the request plane (endpoint `tokenizer`), so that a frontend needs no access to the worker's files.
  */
+/** What a worker does of a request: all of it, or one of the two parts. Only `agg` and `decode` workers answer clients. */
+export const WORKER_ROLES = ["agg", "prefill", "decode"] as const;
+export type WorkerRole = (typeof WORKER_ROLES)[number];
+
 export interface ModelCard {
   /** Schema version of this record. */
   readonly version: 1;
@@ -24,6 +28,40 @@ export interface ModelCard {
   readonly types: readonly ("chat" | "completions")[];
   /** Unix seconds, for `GET /v1/models`. */
   readonly created: number;
+  readonly role: WorkerRole;
+  /** Bytes of one KV block as it is handed over; 0 = the engine cannot export blocks. */
+  readonly blockBytes: number;
+  /** Of the weights; empty for engines without. Blocks of other weights are other blocks. */
+  readonly modelFingerprint: string;
+}
+
+/** What workers must agree on to use each other's KV blocks, as a text that is compared. */
+export function kvFingerprint(card: ModelCard): string {
+  const { engine, engineVersion, modelFingerprint, tokenizerSha256, blockSizeTokens, blockBytes } = card;
+  return [engine, engineVersion, modelFingerprint, tokenizerSha256.slice(0, 16), blockSizeTokens, blockBytes].join("/");
+}
+
+/**
+ * Why two workers of one model cannot hand KV blocks to each other, in words an operator can act on; undefined when they can.
+ * `known` is there already.
+ */
+export function handoffConflict(known: ModelCard, card: ModelCard): string | undefined {
+  for (const each of [card, known]) {
+    if (each.blockBytes === 0) return `the ${each.engine} engine cannot export KV blocks`;
+  }
+  const fields = [
+    ["tokenizerSha256", "tokenizer (SHA-256)"],
+    ["blockSizeTokens", "KV block size in tokens"],
+    ["blockBytes", "KV block in bytes, which follows from data type and layout,"],
+    ["engine", "engine"],
+    ["engineVersion", "engine version"],
+    // Last: it also holds what stands above.
+    ["modelFingerprint", "model file (fingerprint)"],
+  ] as const satisfies readonly (readonly [keyof ModelCard, string])[];
+  const differing = fields.find(([field]) => known[field] !== card[field]);
+  if (differing === undefined) return undefined;
+  const [field, text] = differing;
+  return `its ${text} is ${card[field]}, that of the model's ${known.role} worker is ${known[field]}`;
 }
 
 const NUMBERS = [
@@ -36,6 +74,7 @@ const NUMBERS = [
   "vocabularySize",
   "tokenizerBytes",
   "created",
+  "blockBytes",
 ] as const satisfies readonly (keyof ModelCard)[];
 
 /** Checks a card that came from discovery: every field there and of its type, numbers whole and not negative. */
@@ -44,7 +83,10 @@ export function isModelCard(value: unknown): value is ModelCard {
   const card = value as Record<string, unknown>;
   return (
     card["version"] === 1 &&
-    ["name", "engine", "engineVersion", "tokenizerSha256"].every((field) => typeof card[field] === "string") &&
+    ["name", "engine", "engineVersion", "tokenizerSha256", "modelFingerprint"].every(
+      (field) => typeof card[field] === "string",
+    ) &&
+    (WORKER_ROLES as readonly unknown[]).includes(card["role"]) &&
     card["name"] !== "" &&
     NUMBERS.every((field) => Number.isSafeInteger(card[field]) && (card[field] as number) >= 0) &&
     Array.isArray(card["types"])

@@ -64,6 +64,13 @@ export interface PreprocessedRequest {
   readonly dpRank?: number;
   /** Isolates KV reuse: enters the hash seed. Empty = shared. */
   readonly cacheNamespace: string;
+  /**
+   * Compute the prompt and one token, then hand the prompt's blocks over: after the token an item with the handoff follows,
+   * and the stream stays open until the blocks are fetched. @default false
+   */
+  readonly prefillOnly?: boolean;
+  /** A handoff (handoff.ts), base64: fetch the prompt's blocks before computing what is missing. */
+  readonly handoff?: string;
 }
 
 /** Tokens of the prompt alone. */
@@ -144,6 +151,10 @@ function checkMeta(meta: Omit<PreprocessedRequest, "tokenIds">): void {
   checkWhole("topK", sampling.topK, 0);
   if (sampling.seed !== undefined) checkWhole("seed", sampling.seed, 0);
   if (meta.dpRank !== undefined) checkWhole("dpRank", meta.dpRank, 0);
+  if (meta.prefillOnly !== undefined && typeof meta.prefillOnly !== "boolean") {
+    throw new Error("prefillOnly is not true or false");
+  }
+  if (meta.handoff !== undefined && typeof meta.handoff !== "string") throw new Error("handoff is not a text");
   checkWhole("maxTokens", stop.maxTokens, 0);
   checkWhole("minTokens", stop.minTokens, 0);
   checkWhole("topLogprobs", output.topLogprobs, -1, 20);

@@ -125,7 +125,8 @@ export class RoutedModels {
 
   #join(instanceId: string, record: WorkerRecord): void {
     const { instance, card } = record;
-    if (instance === undefined || card === undefined) return;
+    // Frontends choose among the workers that prefill for others by themselves.
+    if (instance === undefined || card === undefined || card.role === "prefill") return;
     const model = this.#modelOf(instanceId, card);
     if (model === undefined) return;
     this.#routers.join(model, instance, card);

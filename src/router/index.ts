@@ -11,3 +11,4 @@ export { ApproximateIndex } from "./scheduling/approximate-index.ts";
 export { hasThresholds, type BusyThresholds } from "./scheduling/busy.ts";
 export type { QueuePolicy } from "./scheduling/queue.ts";
 export type { PreferredTaint, WorkerDetails } from "./worker-set.ts";
+export * from "./disagg/index.ts";

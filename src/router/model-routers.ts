@@ -1,5 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
-import type { ModelCard } from "../protocol/index.ts";
+import { handoffConflict, type ModelCard } from "../protocol/index.ts";
 import { PlaneHealth, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
@@ -115,9 +115,37 @@ export class ModelRouters {
     return { name: card.name, router, kvIndex };
   }
 
+  /**
+   * The router of the workers that prefill for the model's other ones: the same policy, index and record of decisions, but
+   * blocks of running answers do not count, as none runs there. Its metrics and replicas know it as `NAME:prefill`.
+   */
+  createPrefill({ router: main, kvIndex }: ModelRouter, card: ModelCard): ModelRouter {
+    const { clock, random, metrics, logger } = this.#planes;
+    const shared = this.#usesKvEvents ? this.#shared?.kvIndex(card.name) : undefined;
+    const index = kvIndex ?? shared?.index;
+    const name = `${card.name}:prefill`;
+    const router = new Router({
+      model: name,
+      policy: this.#policy,
+      clock,
+      random,
+      metrics,
+      logger,
+      blockSizeTokens: card.blockSizeTokens,
+      config: { ...this.#config, trackActiveBlocks: false },
+      log: main.log,
+      ...(index === undefined ? {} : { index }),
+    });
+    router.indexHealth = kvIndex === undefined ? shared : this.#kvFeed?.health(kvIndex);
+    router.planeHealth = this.#planeHealth;
+    this.#replicaSync?.attach(name, router);
+    return { name, router, kvIndex };
+  }
+
   /** The model is no longer served: other routers are not told of it any more. */
   forget(name: string): void {
     this.#replicaSync?.detach(name);
+    this.#replicaSync?.detach(`${name}:prefill`);
   }
 
   /** A worker joined, or says something new of itself. */
@@ -149,6 +177,8 @@ export class ModelRouters {
 export function cardConflict(known: ModelCard, card: ModelCard): string | undefined {
   const fields = ["tokenizerSha256", "contextLength", "blockSizeTokens", "vocabularySize"] as const;
   const field = fields.find((name) => known[name] !== card[name]);
-  if (field === undefined) return undefined;
+  if (field === undefined) {
+    return known.role === "agg" && card.role === "agg" ? undefined : handoffConflict(known, card);
+  }
   return `its ${field} is ${card[field]}, the model's other workers have ${known[field]}`;
 }

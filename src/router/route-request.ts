@@ -46,9 +46,20 @@ export interface RouteRequest {
    * thresholds hold it up. @default a new request
    */
   readonly resumedTokens?: number | undefined;
+  /** What the worker is to do of the request, for the explanation. @default "aggregated" */
+  readonly stage?: RouteStage;
   /** Set by the router. */
   hashes?: BlockHashes | undefined;
 }
+
+export type RouteStage = "aggregated" | "prefill" | "decode";
+
+/** Dynamo's for the decode stage: the blocks come along, so neither what is cached nor the prompt's computation counts. */
+export const DECODE_STAGE_OVERRIDES: RouteOverrides = Object.freeze({
+  overlapScoreCredit: 0,
+  assumeKvReuse: false,
+  trackPrefillTokens: false,
+});
 
 export type RouteOverrides = Partial<
   Pick<

@@ -6,6 +6,7 @@ import type { Clock, Random, TimerHandle } from "../std/index.ts";
 import { blockHashSeed, hashBlocks, type BlockHashes } from "../tokens/index.ts";
 import { BookedDecision, type DecisionOwner } from "./booked-decision.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
+import type { PoolOutlook } from "./disagg/index.ts";
 import { Degradations, EMPTY_INDEX, NO_DEGRADATION, NO_INDEX, SESSION_MOVED } from "./degradations.ts";
 import { eligibleRanks, isRankBusy, type Eligible } from "./eligibility.ts";
 import { DecisionLog, DecisionRecord } from "./explain/decision-log.ts";
@@ -291,6 +292,33 @@ export class Router implements DecisionOwner {
     this.#queue.close(error);
   }
 
+  /**
+   * How the best eligible rank would take the request, by cost: what of the prompt it has, what it has before it, what runs
+   * there. Nothing is booked or counted. Throws as `route` does.
+   */
+  outlook(request: RouteRequest): PoolOutlook {
+    const { eligible, prompt } = this.#evaluate(request, this.#eligible(request));
+    const { cost, device, host, disk } = this.#columns;
+    let best = 0;
+    for (let i = 1; i < eligible.ranks.length; i++) if (cost[i]! < cost[best]!) best = i;
+    const { slot } = eligible.ranks[best]!;
+    return {
+      cachedTokens: (device[best]! + host[best]! + disk[best]!) * prompt.blockSizeTokens,
+      queuedTokens: this.#sequences.prefillTokens(slot),
+      activeRequests: this.#sequences.requests(slot),
+      rankCount: eligible.ranks.length,
+    };
+  }
+
+  /** Requests that routers have on a worker; 0 when it is not one of ours. */
+  activeRequestsOf(instanceId: string): number {
+    return this.#byId.get(instanceId)?.activeRequests ?? 0;
+  }
+
+  get log(): DecisionLog {
+    return this.#log;
+  }
+
   // ---- Replicas ----
 
   /** Own bookings that are alive, as they were announced: for a replica that joins. */
@@ -559,6 +587,7 @@ export class Router implements DecisionOwner {
       degradations: bound === -2 ? [...evaluation.degradations, SESSION_MOVED] : evaluation.degradations,
       queuedMs,
       resumedTokens: request.resumedTokens ?? 0,
+      stage: request.stage ?? "aggregated",
     });
     if (bound >= 0) {
       record.chosen = bound;

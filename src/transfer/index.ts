@@ -1,4 +1,5 @@
 export * from "./base.ts";
+export type { TcpOptions } from "./tcp/tcp-backend.ts";
 export type { Peer } from "./backend.ts";
 export { TransferAgent, type TransferAgentOptions } from "./agent.ts";
 export { DescriptorList } from "./descriptor-list.ts";

@@ -1,4 +1,6 @@
 import type { EngineConfig } from "../engines/index.ts";
+import type { WorkerRole } from "../protocol/index.ts";
+import type { HandoffConfig } from "./handoffs.ts";
 import type { KvTiersConfig } from "./tiers/index.ts";
 
 export type { EchoEngineConfig, EngineConfig, LlamaEngineConfig } from "../engines/index.ts";
@@ -18,6 +20,10 @@ export interface WorkerConfig {
   /** Streams that may wait beyond those, before the worker answers `worker-full`. */
   readonly maxQueuedRequests: number;
   readonly drainTimeoutMs: number;
+  /** @default "agg" */
+  readonly role?: WorkerRole;
+  /** Of workers that have, or may be turned to, the role `prefill` or `decode`. @default DEFAULT_HANDOFF */
+  readonly handoff?: HandoffConfig;
   /** Work but no engine step for so long: the worker fails. 0 = it waits for ever. @default 60000 */
   readonly engineStallMs?: number;
   /** An engine without work for so long is asked for a token. @default 60000 */

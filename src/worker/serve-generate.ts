@@ -1,7 +1,15 @@
 import type { Engine } from "../engines/index.ts";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { Logger, Span, Tracing } from "../observability/index.ts";
-import { EngineOutput, decodeEngineOutput, decodeRequest, forEachStepEntry } from "../protocol/index.ts";
+import {
+  EngineOutput,
+  decodeEngineOutput,
+  decodeRequest,
+  encodeHandoffItem,
+  encodePullItem,
+  forEachStepEntry,
+  type PreprocessedRequest,
+} from "../protocol/index.ts";
 import type {
   EndpointHandler,
   RequestPlaneServer,
@@ -9,15 +17,23 @@ import type {
   ServerStreamHandler,
 } from "../runtime/request-plane/index.ts";
 import { ServiceRate, type Clock } from "../std/index.ts";
+import type { WorkerHandoffs } from "./handoffs.ts";
 import type { WorkerMetrics } from "./worker-metrics.ts";
 
 /**
  * The bridge between the request plane and the engine: a stream in becomes a submission, a step out becomes one item per
  * touched stream and one flush. Payloads pass through as bytes. Owns the map from engine stream id to plane stream;
  * every stream leaves it exactly once, with the engine's final entry, also when its caller went away before.
+ *
+ * Disaggregated, two things are added: a request with a handoff is submitted after its blocks were fetched, and one that
+ * only prefills is followed by its own handoff, for which its stream (not its place in the engine) stays open.
  */
 interface ActiveStream {
   readonly stream: ServerStream;
+  /** Only of one that prefills for another worker. */
+  readonly prefill: PreprocessedRequest | undefined;
+  /** For its caller's cancel. */
+  cancel: () => void;
   readonly startMs: number;
   sawOutput: boolean;
   /** `handle_payload`, as in Dynamo; undefined when no traces are exported. */
@@ -37,12 +53,16 @@ export interface GenerateServiceOptions {
 
 /** A refused request is tried on another worker at once; the time is for when all of them refused. */
 const RETRY_LIMITS = { minMs: 100, maxMs: 60_000 };
+/** A change of role takes seconds. */
+const SETTLE_LOOK_MS = 20;
 
 export class GenerateService {
   readonly #rate = new ServiceRate(RETRY_LIMITS);
   readonly #options: GenerateServiceOptions;
   readonly #active = new Map<number, ActiveStream>();
   #nextId = 1;
+  /** Set when this worker has, or gets, a role in handoffs. */
+  handoffs: WorkerHandoffs | undefined = undefined;
 
   constructor(options: GenerateServiceOptions) {
     this.#options = options;
@@ -71,18 +91,55 @@ export class GenerateService {
       startMs,
       attributes: { "dynamo.request_id": stream.requestId, "dynamo.prompt_tokens": request.tokenIds.length },
     });
-    this.#active.set(id, { stream, startMs, sawOutput: false, span });
+    const active: ActiveStream = {
+      stream,
+      startMs,
+      sawOutput: false,
+      span,
+      prefill: request.prefillOnly === true ? request : undefined,
+      cancel: () => engine.abort(id),
+    };
+    this.#active.set(id, active);
     metrics.inflight.add(1);
     logger.debug({ x_request_id: stream.requestId, prompt_tokens: request.tokenIds.length }, "request accepted");
-    engine.submit(id, request);
+    if (request.handoff === undefined || this.handoffs === undefined) engine.submit(id, request);
+    else void this.#pull(id, active, request, this.handoffs);
     return {
       onCancel: (error) => {
         metrics.cancellations.add();
         logger.debug({ x_request_id: stream.requestId, reason: error.reason }, "request cancelled");
-        engine.abort(id);
+        active.cancel();
       },
     };
   };
+
+  /** The handed-off blocks first, whatever comes of it; then the engine. Never rejects. */
+  async #pull(
+    id: number,
+    active: ActiveStream,
+    { handoff, ...request }: PreprocessedRequest,
+    handoffs: WorkerHandoffs,
+  ): Promise<void> {
+    const { engine, server } = this.#options;
+    const abort = new AbortController();
+    active.cancel = () => abort.abort();
+    const pulled = await handoffs.pull({ ...request, ...(handoff === undefined ? {} : { handoff }) }, abort.signal);
+    // Ended meanwhile, with all others.
+    if (this.#active.get(id) !== active) return;
+    if (abort.signal.aborted) {
+      this.#left(id, active);
+      return;
+    }
+    active.cancel = () => engine.abort(id);
+    active.stream.write(encodePullItem(pulled));
+    server.flush();
+    try {
+      engine.submit(id, request);
+    } catch (thrown) {
+      this.#left(id, active);
+      active.stream.end(toDynamoError(thrown));
+    }
+  }
 
   /** One engine step: an item per entry, then one flush. */
   onStep(step: Uint8Array): void {
@@ -97,17 +154,42 @@ export class GenerateService {
         metrics.firstResponse.observe((clock.monotonicMs() - active.startMs) / 1_000);
       }
       if (final) {
-        const nowMs = clock.monotonicMs();
-        this.#rate.departed(nowMs, this.#active.size >= this.#options.maxStreams);
-        this.#active.delete(id);
-        metrics.inflight.add(-1);
-        metrics.requests.add();
-        metrics.duration.observe((nowMs - active.startMs) / 1_000);
-        active.stream.end();
+        this.#left(id, active);
+        if (active.prefill !== undefined && this.handoffs !== undefined && isPrefilled(step, start, end)) {
+          void this.#offer(active, active.prefill, this.handoffs);
+        } else active.stream.end();
       }
       if (active.span !== undefined) traceEntry(active.span, step, start, end, clock.monotonicMs());
     });
     this.#options.server.flush();
+  }
+
+  /** The prompt's blocks for whoever goes on with it; the stream ends when they are gone. Never rejects. */
+  async #offer(active: ActiveStream, request: PreprocessedRequest, handoffs: WorkerHandoffs): Promise<void> {
+    const { stream } = active;
+    const abort = new AbortController();
+    active.cancel = () => abort.abort();
+    try {
+      stream.write(encodeHandoffItem(await handoffs.offer(request, stream, abort.signal)));
+      this.#options.server.flush();
+    } catch (thrown) {
+      const error = toDynamoError(thrown);
+      this.#options.logger.warn(
+        { x_request_id: stream.requestId, reason: error.reason, diagnostic: error.diagnostic },
+        "the prompt's blocks were not handed over",
+      );
+      stream.end(error);
+    }
+  }
+
+  #left(id: number, active: ActiveStream): void {
+    const { metrics, clock, maxStreams } = this.#options;
+    const nowMs = clock.monotonicMs();
+    this.#rate.departed(nowMs, this.#active.size >= maxStreams);
+    this.#active.delete(id);
+    metrics.inflight.add(-1);
+    metrics.requests.add();
+    metrics.duration.observe((nowMs - active.startMs) / 1_000);
   }
 
   /** The engine died without ending its streams: end them here. */
@@ -123,6 +205,25 @@ export class GenerateService {
     this.#options.server.flush();
   }
 
+  /**
+   * Resolves when no stream is left, handoffs that wait included; after `timeoutMs` what is left is handed over: it ends with
+   * `draining` and goes on elsewhere.
+   */
+  async settle(timeoutMs: number): Promise<void> {
+    const { clock } = this.#options;
+    const deadlineMs = clock.monotonicMs() + timeoutMs;
+    while (this.#active.size > 0 || (this.handoffs?.heldBlocks ?? 0) > 0) {
+      if (clock.monotonicMs() >= deadlineMs) break;
+      await new Promise<void>((resolve) => void clock.setTimer(SETTLE_LOOK_MS, resolve));
+    }
+    const error = new DynamoError("draining", "the worker changes its role");
+    for (const { stream, cancel } of this.#active.values()) {
+      stream.end(error);
+      cancel();
+    }
+    this.#options.server.flush();
+  }
+
   #takeId(): number {
     while (this.#active.has(this.#nextId)) this.#nextId = (this.#nextId % 0x7fffffff) + 1;
     const id = this.#nextId;
@@ -132,6 +233,12 @@ export class GenerateService {
 }
 
 const OUTPUT = new EngineOutput();
+
+/** The answer does not end with its first token: somebody else goes on with it. */
+function isPrefilled(step: Uint8Array, start: number, end: number): boolean {
+  decodeEngineOutput(step, start, end, OUTPUT);
+  return OUTPUT.finish === "length" && OUTPUT.tokenCount > 0;
+}
 
 function traceEntry(span: Span, step: Uint8Array, start: number, end: number, nowMs: number): void {
   decodeEngineOutput(step, start, end, OUTPUT);

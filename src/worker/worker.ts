@@ -5,16 +5,22 @@ import { startSystemServer } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
   GENERATE_ENDPOINT,
+  HANDOFF_ENDPOINT,
   KV_EVENTS_TOPIC,
   LOAD_TOPIC,
+  ROLE_ENDPOINT,
   TOKENIZER_ENDPOINT,
+  kvFingerprint,
   type LoadSnapshot,
   type ModelCard,
+  type WorkerRole,
 } from "../protocol/index.ts";
 import {
   PlaneHealth,
   RoleLifecycle,
+  cardKey,
   formatEndpoint,
+  instanceKey,
   newInstanceId,
   openLastingLease,
   registerCard,
@@ -25,13 +31,17 @@ import {
 } from "../runtime/component/index.ts";
 import type { EndpointHandler } from "../runtime/request-plane/index.ts";
 import { runCanary } from "./canary.ts";
+import { checkRole, sequencesThatFit } from "./check-pair.ts";
 import type { WorkerConfig } from "./config.ts";
 import { watchEngine } from "./engine-watch.ts";
+import { DEFAULT_HANDOFF, WorkerHandoffs } from "./handoffs.ts";
 import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
+import { RoleSwitch } from "./role-switch.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
 import { loadServedTokenizer, type ServedTokenizer } from "./served-tokenizer.ts";
+import { modelFingerprint } from "./tiers/model-fingerprint.ts";
 import { withTiers } from "./tiers/index.ts";
 import { WorkerMetrics } from "./worker-metrics.ts";
 
@@ -42,6 +52,9 @@ export interface RunningWorker extends RunningRole {
   readonly systemPort: number | undefined;
   /** The engine's newest load. */
   load(): LoadSnapshot;
+  readonly role: WorkerRole;
+  /** Its end of handoffs, once it has, or had, a part in disaggregated serving; for tests and the simulator. */
+  readonly handoffs: WorkerHandoffs | undefined;
 }
 
 /** What a worker makes by itself unless it is given. */
@@ -89,13 +102,8 @@ async function start(
   const instanceId = newInstanceId(planes.random);
   const address = (endpoint: string): string =>
     formatEndpoint({ namespace: config.namespace, component: config.component, endpoint });
-  const metrics = new WorkerMetrics(planes.metrics, [
-    config.namespace,
-    config.component,
-    GENERATE_ENDPOINT,
-    instanceId,
-    config.modelName,
-  ]);
+  const labels = [config.namespace, config.component, GENERATE_ENDPOINT, instanceId, config.modelName] as const;
+  const metrics = new WorkerMetrics(planes.metrics, labels);
 
   const planeHealth = new PlaneHealth(planes);
   const server = await planes.request.listen();
@@ -154,10 +162,39 @@ async function start(
     parts.tokenizer ?? loadServedTokenizer(config, logger),
   ]);
   metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
+  const card = await modelCard(config, info, tokenizer, clock.wallMs());
+  const prepareRole = async (role: WorkerRole): Promise<void> => {
+    await checkRole(role, { ...card, role }, info, discovery, config.namespace);
+    if (role === "agg") return;
+    service.handoffs ??= await WorkerHandoffs.start({
+      config: config.handoff ?? DEFAULT_HANDOFF,
+      name: `${config.namespace}.${config.component}.${instanceId}`,
+      engine,
+      client: planes.request.client,
+      address: server.address,
+      endpoint: address(HANDOFF_ENDPOINT),
+      blockBytes: info.blockBytes,
+      blockSizeTokens: info.blockSizeTokens,
+      fingerprint: kvFingerprint(card),
+      clock,
+      random: planes.random,
+      logger,
+      metrics: planes.metrics,
+      labels,
+    });
+    if (role === "prefill") await service.handoffs.canOffer();
+    if (role === "decode") logger.info({ sequences: sequencesThatFit(info) }, "whole sequences fit the KV memory");
+  };
+  lifecycle.defer("handoffs", () => service.handoffs?.close());
+  await prepareRole(card.role);
 
   server.serve(address(GENERATE_ENDPOINT), service.handle);
   server.serve(address(TOKENIZER_ENDPOINT), serveBytes(tokenizer.bytes));
   server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
+  server.serve(address(HANDOFF_ENDPOINT), (stream, payload) => {
+    if (service.handoffs !== undefined) return service.handoffs.handle(stream, payload);
+    throw new DynamoError("handoff-gone", "this worker has handed no blocks over");
+  });
   for (const { name, handler } of kvEvents.endpoints(info.dataParallelSize)) server.serve(address(name), handler);
   const canary = (timeoutMs: number): Promise<void> =>
     runCanary(planes.request.client, {
@@ -169,6 +206,7 @@ async function start(
     });
   await canary(CANARY_TIMEOUT_MS);
 
+  let roleNow = (): WorkerRole => card.role;
   const systemServer =
     config.systemPort === undefined
       ? undefined
@@ -179,6 +217,7 @@ async function start(
             state: lifecycle.state,
             instance_id: instanceId,
             model: config.modelName,
+            role: roleNow(),
             load: engine.load(),
             degraded: planeHealth.degradations,
           }),
@@ -201,9 +240,25 @@ async function start(
     host: hostname(),
     startedMs: clock.wallMs(),
   };
-  const card = modelCard(config, info, tokenizer, clock.wallMs());
-  await registerInstance(lease, instance);
-  await registerCard(lease, instance, { ...card });
+  const register = async (role: WorkerRole): Promise<void> => {
+    await registerInstance(lease, instance);
+    await registerCard(lease, instance, { ...card, role });
+  };
+  await register(card.role);
+  const roleSwitch = new RoleSwitch({
+    role: card.role,
+    logger,
+    prepare: prepareRole,
+    unregister: async () => {
+      await lease.delete(cardKey(instance));
+      await lease.delete(instanceKey(instance));
+    },
+    settle: (timeoutMs) => service.settle(timeoutMs),
+    register,
+    settleTimeoutMs: config.drainTimeoutMs,
+  });
+  roleNow = () => roleSwitch.role;
+  server.serve(address(ROLE_ENDPOINT), roleSwitch.handle);
   const { engineStallMs = ENGINE_STALL_MS, idleCanaryMs = IDLE_CANARY_MS } = config;
   lifecycle.defer(
     "engine watch",
@@ -227,14 +282,32 @@ async function start(
     },
     "worker ready",
   );
-  return Object.assign(lifecycle.role(), { instanceId, systemPort: systemServer?.port, load: () => engine.load() });
+  return {
+    ...lifecycle.role(),
+    instanceId,
+    systemPort: systemServer?.port,
+    load: () => engine.load(),
+    get role() {
+      return roleSwitch.role;
+    },
+    get handoffs() {
+      return service.handoffs;
+    },
+  };
 }
 
 function ranksOf(engine: WorkerConfig["engine"]): number {
   return engine.kind === "mocker" ? engine.dataParallelSize : 1;
 }
 
-function modelCard(config: WorkerConfig, info: EngineInfo, tokenizer: ServedTokenizer, wallMs: number): ModelCard {
+async function modelCard(
+  config: WorkerConfig,
+  info: EngineInfo,
+  tokenizer: ServedTokenizer,
+  wallMs: number,
+): Promise<ModelCard> {
+  const { engine } = config;
+  const fingerprint = engine.kind === "llama" ? await modelFingerprint(engine.modelPath, info) : undefined;
   return {
     version: 1,
     name: config.modelName,
@@ -252,6 +325,9 @@ function modelCard(config: WorkerConfig, info: EngineInfo, tokenizer: ServedToke
     tokenizerBytes: tokenizer.bytes.length,
     types: tokenizer.hasChatTemplate ? ["chat", "completions"] : ["completions"],
     created: Math.floor(wallMs / 1_000),
+    role: config.role ?? "agg",
+    blockBytes: info.blockBytes,
+    modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };
 }
 

@@ -35,25 +35,36 @@ export async function greedyAnswer(
   return tokens;
 }
 
+/** Where two greedy texts part: the token's index, and how much less likely the other's token was there, in logits. */
+export function partingOf(
+  actual: readonly GreedyToken[],
+  expected: readonly GreedyToken[],
+): { readonly index: number; readonly gap: number } | undefined {
+  const length = Math.max(actual.length, expected.length);
+  for (let index = 0; index < length; index++) {
+    if (actual[index]?.token === expected[index]?.token) continue;
+    const gaps = [
+      [actual[index], expected[index]],
+      [expected[index], actual[index]],
+    ].map(([one, other]) => {
+      // Only a stop token is not among the tokens: an answer that ends early is told by the alternatives of the other.
+      if (one === undefined) return 0;
+      const rival = other === undefined ? one.top[1] : one.top.find(({ token }) => token === other.token);
+      return rival === undefined ? Infinity : one.top[0]!.logprob - rival.logprob;
+    });
+    return { index, gap: Math.max(...gaps) };
+  }
+  return undefined;
+}
+
 /**
  * The same greedy text, but for near ties: where the two part, the other's token must have been nearly as likely, and what
  * follows is another text. Returns false then.
  */
 export function assertSameGreedy(actual: readonly GreedyToken[], expected: readonly GreedyToken[]): boolean {
-  const length = Math.max(actual.length, expected.length);
-  for (let i = 0; i < length; i++) {
-    if (actual[i]?.token === expected[i]?.token) continue;
-    for (const [one, other] of [
-      [actual[i], expected[i]],
-      [expected[i], actual[i]],
-    ]) {
-      // Only a stop token is not among the tokens: an answer that ends early is told by the alternatives of the other.
-      if (one === undefined) continue;
-      const rival = other === undefined ? one.top[1] : one.top.find(({ token }) => token === other.token);
-      const gap = rival === undefined ? Infinity : one.top[0]!.logprob - rival.logprob;
-      assert.ok(gap < NEAR_TIE, `the texts part at token ${i} with a gap of ${gap}, not at a near tie`);
-    }
-    return false;
-  }
-  return true;
+  const parting = partingOf(actual, expected);
+  if (parting === undefined) return true;
+  const { index, gap } = parting;
+  assert.ok(gap < NEAR_TIE, `the texts part at token ${index} with a gap of ${gap}, not at a near tie`);
+  return false;
 }

@@ -120,6 +120,9 @@ export async function startScriptedWorker(
     tokenizerSha256: createHash("sha256").update(bytes).digest("hex"),
     tokenizerBytes: bytes.length,
     types: ["completions"],
+    role: "agg",
+    blockBytes: 0,
+    modelFingerprint: "",
     created: 1,
   };
   const instanceId = newInstanceId();

@@ -73,6 +73,9 @@ export class FaultyEngine implements Engine {
   load(): LoadSnapshot {
     return this.mocker.load();
   }
+  countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    return this.mocker.countBlocks(sequenceHashes);
+  }
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return this.mocker.exportBlocks(sequenceHashes);
   }

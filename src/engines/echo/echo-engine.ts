@@ -164,6 +164,10 @@ export class EchoEngine implements Engine {
     };
   }
 
+  countBlocks(_sequenceHashes: Uint32Array): Promise<number> {
+    return Promise.reject(unsupported("count blocks"));
+  }
+
   exportBlocks(_sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return Promise.reject(unsupported("export blocks"));
   }

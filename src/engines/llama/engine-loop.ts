@@ -204,6 +204,12 @@ export class EngineLoop {
     return this.#cache.clear();
   }
 
+  /** How many leading blocks are here. */
+  countBlocks(sequenceHashes: Uint32Array): number {
+    const limit = Math.min(sequenceHashes.length / 2, this.#cache.totalBlocks);
+    return this.#cache.findPrefix(sequenceHashes, limit, new Int32Array(limit));
+  }
+
   /** The leading blocks that are here, copied out. Cost: 0.1 ms per block of 360 kB. */
   exportBlocks(sequenceHashes: Uint32Array): ExportedBlocks {
     const limit = Math.min(sequenceHashes.length / 2, this.#cache.totalBlocks);
@@ -221,11 +227,13 @@ export class EngineLoop {
    * Registers blocks computed elsewhere; returns how many were new and found room. Throws `invalid-field` when sizes or
    * hashes do not fit the tokens: a block under a wrong hash would answer other requests with foreign text.
    */
-  importBlocks(blocks: ImportedBlocks & { readonly cacheNamespace?: string }): number {
+  importBlocks(blocks: ImportedBlocks): number {
+    const { startBlock = 0 } = blocks;
     const hashes = this.#checkedHashes(blocks);
-    return this.#takeIn(hashes, (index) =>
-      blocks.data.subarray(index * this.blockBytes, (index + 1) * this.blockBytes),
-    );
+    return this.#takeIn(hashes, (index) => {
+      const at = (index - startBlock) * this.blockBytes;
+      return at < 0 ? undefined : blocks.data.subarray(at, at + this.blockBytes);
+    });
   }
 
   /** The memory that `copyOut` writes and `copyIn` reads: slot `i` is the bytes `[i * blockBytes, (i + 1) * blockBytes)`. */
@@ -297,14 +305,15 @@ export class EngineLoop {
     return taken;
   }
 
-  #checkedHashes(blocks: ImportedBlocks & { readonly cacheNamespace?: string }): ReturnType<typeof hashBlocks> {
-    const { cacheNamespace = "", tokenIds, sequenceHashes, data } = blocks;
+  #checkedHashes(blocks: ImportedBlocks): ReturnType<typeof hashBlocks> {
+    const { cacheNamespace = "", tokenIds, sequenceHashes, data, startBlock = 0 } = blocks;
     const hashes = hashBlocks(tokenIds, this.#options.blockSizeTokens, blockHashSeed({ cacheNamespace }));
     const count = hashes.blockCount;
     const fits =
       tokenIds.length === count * this.#options.blockSizeTokens &&
       blocks.blockBytes === this.blockBytes &&
-      data.length === count * this.blockBytes &&
+      startBlock <= count &&
+      data.length === (count - startBlock) * this.blockBytes &&
       sequenceHashes.length === 2 * count &&
       hashes.sequenceHashes.every((half, i) => half === sequenceHashes[i]);
     if (fits) return hashes;

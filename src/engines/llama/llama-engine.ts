@@ -141,12 +141,15 @@ export class LlamaEngine implements Engine {
     return { ...load, waitingRequests: Math.max(0, this.#streams.size - load.runningRequests) };
   }
 
+  countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    return this.#call((callId) => ({ type: "count", callId, sequenceHashes })) as Promise<number>;
+  }
+
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return this.#call((callId) => ({ type: "export", callId, sequenceHashes })) as Promise<ExportedBlocks>;
   }
 
-  /** `cacheNamespace`: that of the requests the blocks were computed for. @default shared by all */
-  importBlocks(blocks: ImportedBlocks & { readonly cacheNamespace?: string }): Promise<number> {
+  importBlocks(blocks: ImportedBlocks): Promise<number> {
     return this.#call((callId) => ({ type: "import", callId, blocks })) as Promise<number>;
   }
 

@@ -123,6 +123,8 @@ function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: Engine
       return loop.abort(command.streamId);
     case "clear":
       return answer(command.callId, replies, () => loop.clearBlocks());
+    case "count":
+      return answer(command.callId, replies, () => loop.countBlocks(command.sequenceHashes));
     case "export":
       return answer(command.callId, replies, () => loop.exportBlocks(command.sequenceHashes));
     case "import":

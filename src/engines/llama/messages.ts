@@ -20,8 +20,9 @@ export interface ThreadData {
 export type Command =
   | { readonly type: "submit"; readonly streamId: number; readonly request: PreprocessedRequest }
   | { readonly type: "abort"; readonly streamId: number }
+  | { readonly type: "count"; readonly callId: number; readonly sequenceHashes: Uint32Array }
   | { readonly type: "export"; readonly callId: number; readonly sequenceHashes: Uint32Array }
-  | { readonly type: "import"; readonly callId: number; readonly blocks: ImportedBlocks & { cacheNamespace?: string } }
+  | { readonly type: "import"; readonly callId: number; readonly blocks: ImportedBlocks }
   | { readonly type: "attach"; readonly memory: SharedArrayBuffer }
   | {
       readonly type: "copy-out";

@@ -15,9 +15,10 @@ export function writeBlockPayload(sequenceHashes: Uint32Array, i: number, data: 
   }
 }
 
-export function isBlockPayload(sequenceHashes: Uint32Array, i: number, data: Uint8Array): boolean {
+/** Whether `data` has block `i` of the hashes as its block `at`. */
+export function isBlockPayload(sequenceHashes: Uint32Array, i: number, data: Uint8Array, at: number): boolean {
   const expected = new Uint8Array(MOCK_BLOCK_BYTES);
   writeBlockPayload(sequenceHashes, i, expected, 0);
-  const start = i * MOCK_BLOCK_BYTES;
+  const start = at * MOCK_BLOCK_BYTES;
   return expected.every((byte, k) => byte === data[start + k]);
 }

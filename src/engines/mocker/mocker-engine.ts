@@ -28,6 +28,7 @@ import { MockScheduler, type PassObserver } from "./mock-scheduler.ts";
 import { checkMockerConfig, schedulerConfig } from "./mocker-config.ts";
 import { RankDriver } from "./rank-driver.ts";
 import { Sequence, type SequenceEnd } from "./sequence.ts";
+import { TimedLink } from "./timed-link.ts";
 
 /**
  * An engine that schedules, caches, preempts and takes its time like a real one and computes nothing: MockScheduler on the
@@ -36,7 +37,8 @@ import { Sequence, type SequenceEnd } from "./sequence.ts";
  *
  * Data-parallel ranks are schedulers of their own; a request goes to the one it names, else to the one with the fewest. `EngineInfo` and `load` tell
  * the sum of all ranks. Roles: `prefill` ends each stream after its first token; `decode` waits for the KV cache of each
- * prompt over a link that its transfers share, in place of computing it. Exported blocks hold bytes that say which block
+ * prompt over a link that its transfers share, in place of computing it: for replays without workers. Behind a worker the
+ * role is the worker's, and imported blocks take their time over such a link. Exported blocks hold bytes that say which block
  * they are, so that a transfer that mixes them up is found out.
  */
 export interface MockerEngineOptions {
@@ -81,6 +83,8 @@ export class MockerEngine implements Engine {
   #afterTurn: (() => boolean)[] = [];
   #stopping: Promise<void> | undefined = undefined;
   readonly #stopSignal = new AbortController();
+  /** Imported blocks come over a link that imports share; undefined = they take no time. */
+  readonly #imports: TimedLink | undefined;
   /** Of the stopped engine: the counters stay. */
   #finalLoad: LoadSnapshot = EMPTY_LOAD;
 
@@ -88,6 +92,8 @@ export class MockerEngine implements Engine {
     this.#config = config;
     this.#clock = options.clock ?? systemClock;
     this.#maxWaitingRequests = options.maxWaitingRequests ?? 4_096;
+    const { kvTransferBandwidthBytesPerSecond: bandwidth, speedupRatio } = config;
+    if (bandwidth > 0 && speedupRatio > 0) this.#imports = new TimedLink(bandwidth * speedupRatio, this.#clock);
     this.#observer = { onOutput: (sequence, tokenId, end) => this.#onOutput(sequence, tokenId, end) };
   }
 
@@ -137,10 +143,19 @@ export class MockerEngine implements Engine {
     return loads.length === 1 ? loads[0]! : sumOfLoads(loads);
   }
 
-  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+  countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    return Promise.resolve(this.#countCached(sequenceHashes));
+  }
+
+  #countCached(sequenceHashes: Uint32Array): number {
     const wanted = { sequenceHashes, blockCount: sequenceHashes.length / 2 };
     let count = 0;
     for (const { scheduler } of this.#drivers) count = Math.max(count, scheduler.countCached(wanted));
+    return count;
+  }
+
+  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    const count = this.#countCached(sequenceHashes);
     const data = new Uint8Array(count * MOCK_BLOCK_BYTES);
     for (let i = 0; i < count; i++) writeBlockPayload(sequenceHashes, i, data, i);
     return Promise.resolve({ sequenceHashes: sequenceHashes.slice(0, 2 * count), blockBytes: MOCK_BLOCK_BYTES, data });
@@ -149,21 +164,24 @@ export class MockerEngine implements Engine {
   /** Takes the leading blocks whose hashes follow from their tokens. Throws `malformed-frame` for bytes of another block. */
   async importBlocks(blocks: ImportedBlocks): Promise<number> {
     if (this.#drivers.length === 0) return 0;
-    const { sequenceHashes, data, tokenIds, blockBytes } = blocks;
-    const chain = new BlockChain(tokenIds, this.#config.blockSizeTokens, blockHashSeed());
+    const { sequenceHashes, data, tokenIds, blockBytes, startBlock = 0, cacheNamespace = "" } = blocks;
+    const chain = new BlockChain(tokenIds, this.#config.blockSizeTokens, blockHashSeed({ cacheNamespace }));
     if (blockBytes !== MOCK_BLOCK_BYTES) {
       throw new DynamoError("malformed-frame", `blocks of ${MOCK_BLOCK_BYTES} bytes are expected, got ${blockBytes}`);
     }
     let count = 0;
     const most = Math.min(chain.blockCount, sequenceHashes.length / 2);
     while (count < most && isSamePair(chain.sequenceHashes, sequenceHashes, count)) {
-      if (!isBlockPayload(sequenceHashes, count, data)) {
+      if (count >= startBlock && !isBlockPayload(sequenceHashes, count, data, count - startBlock)) {
         throw new DynamoError("malformed-frame", `imported block ${count} does not hold what its hash says`);
       }
       count++;
     }
     chain.blockCount = count;
+    await this.#imports?.move((count - startBlock) * this.#config.blockSizeTokens * this.#config.kvBytesPerToken);
+    if (this.#drivers.length === 0) return 0;
     const driver = this.#leastBusy();
+    if (driver.scheduler.countCached({ sequenceHashes, blockCount: startBlock }) < startBlock) return 0;
     const taken = driver.scheduler.importChain(chain);
     await this.#afterNextTurn(driver, () => true);
     return taken;
@@ -201,6 +219,7 @@ export class MockerEngine implements Engine {
   async #stop(): Promise<void> {
     this.#state = "stopped";
     this.#stopSignal.abort();
+    this.#imports?.stop();
     for (const driver of this.#drivers) driver.stop();
     // The last entries, too, come outside of any method call.
     await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));

@@ -25,6 +25,9 @@ const CARD: ModelCard = {
   tokenizerSha256: "0".repeat(64),
   tokenizerBytes: 1,
   types: ["completions"],
+  role: "agg",
+  blockBytes: 0,
+  modelFingerprint: "",
   created: 0,
 };
 

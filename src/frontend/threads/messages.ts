@@ -1,5 +1,6 @@
 import type { MetricsSnapshot } from "../../observability/index.ts";
 import type { BusyThresholds, DecisionExplanation, FlatKvShare } from "../../router/index.ts";
+import type { SplitView } from "../split-stage.ts";
 import type { LiveRequestView } from "../live-requests.ts";
 
 /**
@@ -63,4 +64,6 @@ export type Answer =
 export interface ExplainedRequest {
   readonly model: string;
   readonly decisions: readonly DecisionExplanation[];
+  /** One per choice; none where there are no prefill workers. */
+  readonly disaggregation?: readonly SplitView[];
 }

@@ -22,6 +22,7 @@ function aRecord(requestId: string, candidateCount: number): DecisionRecord {
     degradations: [],
     queuedMs: 0,
     resumedTokens: 0,
+    stage: "aggregated",
   });
   record.chosen = 0;
   return record;

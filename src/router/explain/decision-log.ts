@@ -1,4 +1,5 @@
 import type { LeftOut } from "../eligibility.ts";
+import type { RouteStage } from "../route-request.ts";
 import type { WorkerCandidate } from "../policies/index.ts";
 import { CandidateColumns, type CostWeights, type PromptShape } from "../scheduling/cost.ts";
 
@@ -25,6 +26,7 @@ export class DecisionRecord {
   readonly queuedMs: number;
   /** Of the prompt's tokens: what an earlier worker had answered. */
   readonly resumedTokens: number;
+  readonly stage: RouteStage;
   reason = "";
   /** Into `candidates`. */
   chosen = -1;
@@ -49,6 +51,7 @@ export class DecisionRecord {
     readonly degradations: readonly string[];
     readonly queuedMs: number;
     readonly resumedTokens: number;
+    readonly stage: RouteStage;
   }) {
     this.requestId = details.requestId;
     this.atMs = details.atMs;
@@ -60,6 +63,7 @@ export class DecisionRecord {
     this.degradations = details.degradations;
     this.queuedMs = details.queuedMs;
     this.resumedTokens = details.resumedTokens;
+    this.stage = details.stage;
   }
 }
 

@@ -6,6 +6,8 @@ export interface DecisionExplanation {
   readonly request_id: string;
   /** ISO 8601. */
   readonly at: string;
+  /** What the worker was to do of the request. */
+  readonly stage: "aggregated" | "prefill" | "decode";
   readonly policy: string;
   readonly reason: string;
   readonly worker: { readonly instance_id: string; readonly dp_rank: number };
@@ -68,6 +70,7 @@ export function renderDecision(record: DecisionRecord, columns: CandidateColumns
   return {
     request_id: record.requestId,
     at: new Date(record.atMs).toISOString(),
+    stage: record.stage,
     policy: record.policy,
     reason: record.reason,
     worker: { instance_id: worker.instanceId, dp_rank: worker.dpRank },

@@ -8,3 +8,4 @@ export {
 } from "./memory.ts";
 export { TcpRequestPlane, type TcpRequestPlaneOptions } from "./tcp.ts";
 export type { PlaneListener, PlaneSocket, TcpNetwork } from "./tcp-network.ts";
+export { ask } from "./ask.ts";

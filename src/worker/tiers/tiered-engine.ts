@@ -140,6 +140,11 @@ export class TieredEngine implements Engine {
     return this.#parked.size === 0 ? load : { ...load, waitingRequests: load.waitingRequests + this.#parked.size };
   }
 
+  /** In the engine's cache; what lies below comes in when the request does, like that of any other. */
+  countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    return this.#engine.countBlocks(sequenceHashes);
+  }
+
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return this.#engine.exportBlocks(sequenceHashes);
   }

@@ -1,0 +1,63 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import fc from "fast-check";
+import { DynamoError } from "../errors/index.ts";
+import { MAX_HANDOFF_BYTES, decodeHandoff, decodeHandoffAsk, encodeHandoff, type Handoff } from "./handoff.ts";
+
+const HANDOFF: Handoff = {
+  id: "0123456789abcdef",
+  address: "tcp://127.0.0.1:4000",
+  endpoint: "dynamo.backend.handoff",
+  fingerprint: "llama/1/feed/beef/16/360448",
+  blockBytes: 360_448,
+  blockSizeTokens: 16,
+  regionId: 65_537,
+  runs: Uint32Array.of(0, 3, 7, 2),
+  blockCount: 5,
+  metadata: Uint8Array.of(1, 2, 3),
+};
+
+const isMalformed = (error: unknown): boolean => error instanceof DynamoError && error.reason === "malformed-frame";
+
+test("handoff: what is encoded is decoded; nothing of it may be missing or too much", () => {
+  const bytes = encodeHandoff(HANDOFF);
+  assert.deepEqual(decodeHandoff(bytes), HANDOFF);
+  for (let length = 0; length < bytes.length; length++) {
+    assert.throws(() => decodeHandoff(bytes.subarray(0, length)), isMalformed, `cut at ${length}`);
+  }
+  assert.throws(() => decodeHandoff(Buffer.concat([bytes, Buffer.from([0])])), isMalformed);
+  assert.throws(() => decodeHandoff(Buffer.alloc(MAX_HANDOFF_BYTES + 1)), isMalformed);
+});
+
+test("handoff: runs that do not add up to its blocks, and an id that is none, are refused", () => {
+  assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, blockCount: 6 })), isMalformed);
+  assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, id: "../../etc/passwd" })), isMalformed);
+  assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, blockBytes: 0 })), isMalformed);
+});
+
+test("handoff: any bytes are decoded or refused as malformed", () => {
+  const bytes = encodeHandoff(HANDOFF);
+  fc.assert(
+    fc.property(fc.nat(bytes.length - 1), fc.nat(255), (at, value) => {
+      const damaged = Buffer.from(bytes);
+      damaged[at] = value;
+      try {
+        const { runs, blockCount } = decodeHandoff(damaged);
+        assert.equal(
+          runs.reduce((sum, each, i) => sum + (i % 2) * each, 0),
+          blockCount,
+        );
+      } catch (thrown) {
+        assert.ok(isMalformed(thrown), String(thrown));
+      }
+    }),
+  );
+});
+
+test("handoff: a question is a claim or a release", () => {
+  assert.deepEqual(decodeHandoffAsk(Buffer.from('{"claim":"a"}')), { claim: "a" });
+  assert.deepEqual(decodeHandoffAsk(Buffer.from('{"release":"a"}')), { release: "a" });
+  for (const text of ["", "null", "{}", '{"claim":1}', "[]"]) {
+    assert.throws(() => decodeHandoffAsk(Buffer.from(text)), isMalformed, text);
+  }
+});

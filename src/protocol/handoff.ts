@@ -1,0 +1,121 @@
+import { DynamoError } from "../errors/index.ts";
+import { ByteReader, ByteWriter } from "../std/index.ts";
+
+/**
+ * What a prefill worker hands to a decode worker so that it can fetch a prompt's KV blocks: bytes that the frontend carries
+ * and does not read but for their summary. The blocks lie in slots of one region of the prefill worker's transfer agent,
+ * leased until they are claimed (endpoint `handoff`, single use), and then until the claim is given back or runs out.
+ *
+ *     "DHOF" | u16 version | id | address | endpoint | fingerprint | u32 block bytes | u32 tokens per block
+ *     | u32 region | u32 blocks | u32 n | n x (u32 first slot, u32 slots) | u32 bytes | the agent's metadata
+ *     texts: u32 bytes | UTF-8
+ *
+ * Block i of the prompt is the i-th slot of the runs. Hashes do not travel: the decode worker has the tokens.
+ */
+export interface Handoff {
+  /** 16 hex digits, of this handoff alone. */
+  readonly id: string;
+  /** Of the prefill worker, on the request plane. */
+  readonly address: string;
+  /** `namespace.component.handoff` */
+  readonly endpoint: string;
+  /** What both sides must agree on, see `kvFingerprint`. */
+  readonly fingerprint: string;
+  readonly blockBytes: number;
+  readonly blockSizeTokens: number;
+  readonly regionId: number;
+  /** (first slot, slots) pairs, in the order of the blocks. */
+  readonly runs: Uint32Array;
+  readonly blockCount: number;
+  /** Of the agent that holds the blocks. */
+  readonly metadata: Uint8Array;
+}
+
+/** What a handoff can be asked for, as JSON to the endpoint `handoff`. */
+export type HandoffAsk = { readonly claim: string } | { readonly release: string };
+
+/** How the decode worker fared with a handoff; travels back to the frontend in front of the first token. */
+export interface PullResult {
+  /** `pulled`, or why the blocks did not come and were computed: a reason of the catalogue. */
+  readonly outcome: string;
+  /** Leading blocks that were here already. */
+  readonly heldBlocks: number;
+  readonly pulledBlocks: number;
+  readonly byteCount: number;
+  readonly milliseconds: number;
+  /** The transfer back end; empty when nothing was transferred. */
+  readonly backend: string;
+}
+
+const MAGIC = 0x464f4844;
+const VERSION = 1;
+const MAX_TEXT_BYTES = 512;
+/** As base64 it must fit the JSON part of a request. 512 KiB hold a table of 60,000 runs. */
+export const MAX_HANDOFF_BYTES = 512 * 1024;
+
+export function encodeHandoff(handoff: Handoff): Buffer {
+  const out = new ByteWriter(1024 + handoff.metadata.length);
+  out.u32(MAGIC);
+  out.u16(VERSION);
+  out.text(handoff.id);
+  out.text(handoff.address);
+  out.text(handoff.endpoint);
+  out.text(handoff.fingerprint);
+  out.u32(handoff.blockBytes);
+  out.u32(handoff.blockSizeTokens);
+  out.u32(handoff.regionId);
+  out.u32(handoff.blockCount);
+  out.u32(handoff.runs.length / 2);
+  out.u32s(handoff.runs);
+  out.u32(handoff.metadata.length);
+  out.bytes(handoff.metadata);
+  return out.copy();
+}
+
+/** Throws `malformed-frame`. */
+export function decodeHandoff(bytes: Uint8Array): Handoff {
+  try {
+    if (bytes.length > MAX_HANDOFF_BYTES) throw new Error(`${bytes.length} bytes are more than ${MAX_HANDOFF_BYTES}`);
+    const reader = new ByteReader(bytes);
+    if (reader.u32() !== MAGIC) throw new Error("wrong magic");
+    const version = reader.u16();
+    if (version !== VERSION) throw new Error(`version ${version}, we know ${VERSION}`);
+    const id = reader.text(MAX_TEXT_BYTES);
+    const address = reader.text(MAX_TEXT_BYTES);
+    const endpoint = reader.text(MAX_TEXT_BYTES);
+    const fingerprint = reader.text(MAX_TEXT_BYTES);
+    const blockBytes = reader.u32();
+    const blockSizeTokens = reader.u32();
+    const regionId = reader.u32();
+    const blockCount = reader.u32();
+    const runs = reader.u32s(2 * reader.u32());
+    const metadata = Uint8Array.from(reader.bytes(reader.u32()));
+    if (reader.remaining > 0) throw new Error(`${reader.remaining} bytes behind the end`);
+    if (!/^[0-9a-f]{16}$/.test(id)) throw new Error("the id is not 16 hex digits");
+    let slots = 0;
+    for (let i = 1; i < runs.length; i += 2) slots += runs[i]!;
+    if (slots !== blockCount || blockBytes === 0 || blockSizeTokens === 0) {
+      throw new Error(`${slots} slots for ${blockCount} blocks of ${blockBytes} bytes and ${blockSizeTokens} tokens`);
+    }
+    return { id, address, endpoint, fingerprint, blockBytes, blockSizeTokens, regionId, runs, blockCount, metadata };
+  } catch (cause) {
+    throw new DynamoError("malformed-frame", "the handoff could not be decoded", { diagnostic: String(cause), cause });
+  }
+}
+
+/** The two things a handoff endpoint can be asked; throws `malformed-frame`. */
+export function decodeHandoffAsk(bytes: Uint8Array): HandoffAsk {
+  try {
+    const ask = JSON.parse(Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString("utf8")) as Partial<
+      Record<"claim" | "release", unknown>
+    >;
+    if (typeof ask.claim === "string") return { claim: ask.claim };
+    if (typeof ask.release === "string") return { release: ask.release };
+    throw new Error("neither a claim nor a release");
+  } catch (cause) {
+    throw new DynamoError("malformed-frame", "the question about a handoff could not be read", {
+      diagnostic: String(cause),
+      cause,
+    });
+  }
+}

@@ -1,0 +1,83 @@
+import { DynamoError, toDynamoError } from "../errors/index.ts";
+import type { Logger } from "../observability/index.ts";
+import { WORKER_ROLES, type WorkerRole } from "../protocol/index.ts";
+import type { EndpointHandler } from "../runtime/request-plane/index.ts";
+
+/**
+ * A worker's role, and its change while it runs: out of discovery, so that nobody sends more; what runs finishes, or is
+ * handed over at the end of its time; then back into discovery under the new role. The engine and its cache stay, and a
+ * request that comes meanwhile from somebody who has not heard of it yet is served as ever: none fails. One change at a time.
+ */
+export interface RoleSwitchOptions {
+  readonly role: WorkerRole;
+  readonly logger: Logger;
+  /** Throws when the worker cannot have that role. */
+  readonly prepare: (role: WorkerRole) => Promise<void>;
+  readonly unregister: () => Promise<void>;
+  /** Resolves when nothing runs any more, after `timeoutMs` at the latest; what is left by then goes on elsewhere. */
+  readonly settle: (timeoutMs: number) => Promise<void>;
+  readonly register: (role: WorkerRole) => Promise<void>;
+  readonly settleTimeoutMs: number;
+}
+
+export class RoleSwitch {
+  readonly #options: RoleSwitchOptions;
+  #role: WorkerRole;
+  #isChanging = false;
+
+  constructor(options: RoleSwitchOptions) {
+    this.#options = options;
+    this.#role = options.role;
+  }
+
+  get role(): WorkerRole {
+    return this.#role;
+  }
+
+  /** Throws `invalid-config` when it cannot, `unsupported-operation` while another change is under way. */
+  async change(role: WorkerRole): Promise<void> {
+    const { logger, prepare, unregister, settle, register, settleTimeoutMs } = this.#options;
+    if (this.#isChanging) throw new DynamoError("unsupported-operation", "the worker is changing its role already");
+    if (role === this.#role) return;
+    this.#isChanging = true;
+    try {
+      await prepare(role);
+      logger.info({ from: this.#role, to: role }, "role change: leaving discovery");
+      await unregister();
+      try {
+        await settle(settleTimeoutMs);
+        this.#role = role;
+      } finally {
+        await register(this.#role);
+      }
+      logger.info({ role }, "role change: back in discovery");
+    } finally {
+      this.#isChanging = false;
+    }
+  }
+
+  /** The endpoint `role`: `{"role": "decode"}`, answered in the same form when it has that role. */
+  readonly handle: EndpointHandler = (stream, payload) => {
+    const role = readRole(payload);
+    this.change(role).then(
+      () => {
+        stream.write(Buffer.from(JSON.stringify({ role: this.#role })));
+        stream.end();
+      },
+      (thrown: unknown) => stream.end(toDynamoError(thrown)),
+    );
+    return { onCancel: () => undefined };
+  };
+}
+
+function readRole(payload: Uint8Array): WorkerRole {
+  let role: unknown;
+  try {
+    role = (JSON.parse(Buffer.from(payload).toString("utf8")) as { role?: unknown } | null)?.role;
+  } catch (cause) {
+    throw new DynamoError("malformed-frame", "the role could not be read", { cause });
+  }
+  const known = WORKER_ROLES.find((each) => each === role);
+  if (known !== undefined) return known;
+  throw new DynamoError("invalid-field", `role: expected one of ${WORKER_ROLES.join(", ")}`, { param: "role" });
+}

@@ -1,0 +1,566 @@
+import assert from "node:assert/strict";
+import { describe, test } from "node:test";
+import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
+import type { FrontendConfig } from "../../src/frontend/index.ts";
+import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
+import type { DecisionExplanation } from "../../src/router/index.ts";
+import { MemoryNetwork } from "../../src/transfer/index.ts";
+import { DEFAULT_HANDOFF, type HandoffConfig, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
+import { startInProcessCluster, until, type InProcessCluster } from "../helpers/in-process-cluster.ts";
+
+/**
+ * Disaggregated serving with mock engines in one process: a prompt is computed on one worker, its blocks move over the
+ * transfer plane's memory back end, another worker goes on. Mock answers follow from the tokens alone, so whatever happens
+ * on the way the text must be the one that a single worker gives; and afterwards nothing may be left anywhere.
+ */
+const MOCK = mockerConfig({ blockSizeTokens: 16, contextLength: 8_192, totalBlocks: 1_024, speedupRatio: 0 });
+const PROMPT = "a prompt that is long enough for some blocks of sixteen tokens each, one byte a token ".repeat(4);
+const BLOCKS = Math.floor(PROMPT.length / 16);
+const TOKENS = 24;
+
+/** The mock engine with gates: what a test closes waits until the test opens it. */
+class GatedEngine implements Engine {
+  readonly mocker = new MockerEngine(MOCK);
+  readonly submitted: PreprocessedRequest[] = [];
+  readonly imported: ImportedBlocks[] = [];
+  gate: Partial<Record<"submit" | "count" | "export" | "import" | "steps", Promise<void>>> = {};
+  reached: Partial<Record<"submit" | "count" | "export" | "import" | "steps", () => void>> = {};
+
+  async start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo> {
+    return this.mocker.start(
+      {
+        ...sink,
+        onKvEvents: (events) => sink.onKvEvents(events),
+        onFatal: (error) => sink.onFatal(error),
+        onStep: (step) => {
+          const gate = this.gate.steps;
+          if (gate === undefined) return sink.onStep(step);
+          const copy = Uint8Array.from(step);
+          this.reached.steps?.();
+          void gate.then(() => sink.onStep(copy));
+        },
+      },
+      signal,
+    );
+  }
+  async #pass(name: "count" | "export" | "import"): Promise<void> {
+    this.reached[name]?.();
+    await this.gate[name];
+  }
+  submit(streamId: number, request: PreprocessedRequest): void {
+    this.submitted.push(request);
+    this.reached.submit?.();
+    const gate = this.gate.submit;
+    if (gate === undefined) this.mocker.submit(streamId, request);
+    else void gate.then(() => this.mocker.submit(streamId, request));
+  }
+  abort(streamId: number): void {
+    this.mocker.abort(streamId);
+  }
+  load(): LoadSnapshot {
+    return this.mocker.load();
+  }
+  async countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    await this.#pass("count");
+    return this.mocker.countBlocks(sequenceHashes);
+  }
+  async exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    await this.#pass("export");
+    return this.mocker.exportBlocks(sequenceHashes);
+  }
+  async importBlocks(blocks: ImportedBlocks): Promise<number> {
+    await this.#pass("import");
+    this.imported.push(blocks);
+    return this.mocker.importBlocks(blocks);
+  }
+  clearBlocks(): Promise<number> {
+    return this.mocker.clearBlocks();
+  }
+  drain(): Promise<void> {
+    return this.mocker.drain();
+  }
+  stop(): Promise<void> {
+    return this.mocker.stop();
+  }
+}
+
+interface Node {
+  readonly worker: RunningWorker;
+  readonly engine: GatedEngine;
+}
+
+interface Pool {
+  readonly cluster: InProcessCluster;
+  readonly prefill: Node[];
+  readonly decode: Node[];
+  add(role: "prefill" | "decode" | "agg", overrides?: Partial<WorkerConfig>): Promise<Node>;
+  ask(body?: object, options?: { signal?: AbortSignal; id?: string }): Promise<Response>;
+  text(prompt?: string): Promise<string>;
+  metric(name: string): Promise<Record<string, number>>;
+  explain(id?: string): Promise<{ decisions: DecisionExplanation[]; disaggregation: Split[] }>;
+}
+
+interface Split {
+  readonly choice: string;
+  readonly reason: string;
+  readonly fallback: string | null;
+  readonly handoff: null | {
+    blocks: number;
+    pull: null | { outcome: string; held_blocks: number; pulled_blocks: number; backend: string };
+  };
+}
+
+async function withPool(
+  counts: { prefill: number; decode: number },
+  use: (pool: Pool) => Promise<void>,
+  options: { frontend?: Partial<Omit<FrontendConfig, "limits">>; handoff?: Partial<HandoffConfig> } = {},
+): Promise<void> {
+  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always", ...options.frontend } });
+  const memory = new MemoryNetwork();
+  const pool: Pool = {
+    cluster,
+    prefill: [],
+    decode: [],
+    async add(role, overrides = {}) {
+      const engine = new GatedEngine();
+      const handoff = { ...DEFAULT_HANDOFF, memoryBytes: 64 * 1024, ...options.handoff };
+      const config = {
+        engine: MOCK,
+        modelName: "mock",
+        role,
+        handoff: { ...handoff, transfer: { memory, tcp: false as const, shm: false as const } },
+        ...overrides,
+      };
+      const worker = await cluster.addWorker(config, { makeEngine: () => Promise.resolve(engine) });
+      const node = { worker, engine };
+      (role === "prefill" ? pool.prefill : pool.decode).push(node);
+      return node;
+    },
+    ask: (body = {}, { signal, id = "asked" } = {}) =>
+      fetch(`${cluster.baseUrl}/v1/completions`, {
+        method: "POST",
+        headers: { "content-type": "application/json", "x-request-id": id },
+        body: JSON.stringify({ model: "mock", prompt: PROMPT, max_tokens: TOKENS, temperature: 0, ...body }),
+        ...(signal === undefined ? {} : { signal }),
+      }),
+    async text(prompt = PROMPT) {
+      const response = await pool.ask({ prompt });
+      const body = (await response.json()) as { choices: { text: string }[]; usage: { completion_tokens: number } };
+      assert.equal(response.status, 200, JSON.stringify(body));
+      assert.equal(body.usage.completion_tokens, TOKENS);
+      return body.choices[0]!.text;
+    },
+    async metric(name) {
+      const text = await (await fetch(`${cluster.baseUrl}/metrics`)).text();
+      const lines = text.split("\n").filter((line) => line.startsWith(`${name}{`));
+      return Object.fromEntries(
+        lines.map((line) => [
+          /(?:reason|choice|backend)="([^"]*)"/.exec(line)?.[1] ?? "",
+          Number(line.split(" ").at(-1)),
+        ]),
+      );
+    },
+    async explain(id = "asked") {
+      return (await (await fetch(`${cluster.baseUrl}/v1/route/explain/${id}`)).json()) as never;
+    },
+  };
+  try {
+    for (let i = 0; i < counts.prefill; i++) await pool.add("prefill");
+    for (let i = 0; i < counts.decode; i++) await pool.add("decode");
+    await cluster.settled(counts.prefill + counts.decode);
+    await use(pool);
+    await nothingIsLeft(pool);
+  } finally {
+    await cluster.stop();
+  }
+}
+
+/** No block is held, no byte is on its way, no stream runs, and the engines' accounts are right. */
+async function nothingIsLeft(pool: Pool): Promise<void> {
+  const nodes = [...pool.prefill, ...pool.decode];
+  await until(
+    () =>
+      nodes.every(
+        ({ worker, engine }) =>
+          (worker.handoffs?.heldBlocks ?? 0) === 0 &&
+          (worker.handoffs?.landingBytes ?? 0) === 0 &&
+          worker.load().runningRequests + worker.load().waitingRequests === 0 &&
+          engine.load().activeBlocks === 0,
+      ),
+    "all handoffs, transfers and streams to be over",
+  );
+  for (const { engine } of nodes) engine.mocker.check();
+}
+
+/** What one worker that does all of it answers. */
+async function aggregatedText(prompt = PROMPT): Promise<string> {
+  let text = "";
+  await withPool({ prefill: 0, decode: 1 }, async (pool) => void (text = await pool.text(prompt)));
+  return text;
+}
+
+function closed(engine: GatedEngine, name: keyof GatedEngine["gate"]): { reached: Promise<void>; open: () => void } {
+  const gate = Promise.withResolvers<void>();
+  const reached = Promise.withResolvers<void>();
+  engine.gate[name] = gate.promise;
+  engine.reached[name] = () => reached.resolve();
+  return {
+    reached: reached.promise,
+    open: () => {
+      delete engine.gate[name];
+      gate.resolve();
+    },
+  };
+}
+
+describe("disaggregation: a request over two workers", () => {
+  test("the prompt is computed on one, its blocks move, the other goes on with the same text", async () => {
+    const expected = await aggregatedText();
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      assert.equal(await pool.text(), expected);
+      const [prefill, decode] = [pool.prefill[0]!, pool.decode[0]!];
+      assert.deepEqual(
+        prefill.engine.submitted.slice(1).map((request) => [request.prefillOnly, request.stop.maxTokens]),
+        [[true, 1]],
+      );
+      const resumed = decode.engine.submitted.at(-1)!;
+      assert.equal(resumed.resumedTokens, 1);
+      assert.equal(resumed.handoff, undefined, "an engine is not told of handoffs");
+      assert.equal(decode.engine.imported[0]!.data.length, BLOCKS * 64);
+      const { decisions, disaggregation } = await pool.explain();
+      assert.deepEqual(
+        decisions.map(({ stage, worker }) => [stage, worker.instance_id]),
+        [
+          ["prefill", prefill.worker.instanceId],
+          ["decode", decode.worker.instanceId],
+        ],
+      );
+      const [split] = disaggregation;
+      assert.equal(split!.fallback, null);
+      assert.deepEqual(split!.handoff!.pull!.pulled_blocks, BLOCKS);
+      assert.equal(split!.handoff!.pull!.backend, "memory");
+      assert.deepEqual(await pool.metric("dynamo_frontend_disagg_choices_total"), { split: 1 });
+    });
+  });
+
+  test("only the blocks that the decode worker does not hold travel", async () => {
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      await pool.text(PROMPT.slice(0, PROMPT.length / 2));
+      const heldBlocks = Math.floor(PROMPT.length / 2 / 16);
+      await pool.text();
+      const second = pool.decode[0]!.engine.imported.at(-1)!;
+      assert.ok(second.startBlock! >= heldBlocks);
+      assert.equal(second.data.length, (BLOCKS - second.startBlock!) * 64);
+      // Now it holds everything: nothing travels.
+      await pool.text();
+      assert.equal(pool.decode[0]!.engine.imported.length, 2);
+      const { disaggregation } = await pool.explain();
+      assert.deepEqual(disaggregation.at(-1)!.handoff!.pull!.held_blocks, BLOCKS);
+    });
+  });
+
+  test("the first token goes to the client before the blocks have moved", async () => {
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      const gate = closed(pool.decode[0]!.engine, "import");
+      const response = await pool.ask({ stream: true });
+      const reader = response.body!.getReader();
+      const first = Buffer.from((await reader.read()).value!).toString();
+      assert.match(first, /"text":"[^"]+"/);
+      await gate.reached;
+      gate.open();
+      while (!(await reader.read()).done);
+    });
+  });
+
+  test("a prompt without a whole block, one token, prompt logprobs and a named worker are served whole", async () => {
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      assert.equal((await pool.ask({ max_tokens: 1 })).status, 200);
+      const pin = { backend_instance_id: pool.decode[0]!.worker.instanceId };
+      assert.equal((await pool.ask({ nvext: pin })).status, 200);
+      assert.equal((await pool.ask({ prompt: "short" })).status, 200);
+      assert.equal(pool.decode[0]!.engine.imported.length, 0);
+      const there = pool.prefill[0]!.engine.submitted.filter(({ requestId }) => requestId !== "canary");
+      assert.deepEqual(there, []);
+    });
+  });
+
+  test("several workers of each kind share the work, samples of one prompt too", async () => {
+    await withPool({ prefill: 2, decode: 2 }, async (pool) => {
+      const prompts = Array.from({ length: 12 }, (_, i) => `${i} ${PROMPT}`);
+      const texts = await Promise.all(prompts.map((prompt) => pool.text(prompt)));
+      assert.equal(new Set(texts).size, prompts.length);
+      const response = await pool.ask({ n: 3 });
+      const { choices } = (await response.json()) as { choices: unknown[] };
+      assert.equal(choices.length, 3);
+      for (const { engine } of pool.prefill) assert.ok(engine.submitted.length > 1);
+      for (const { engine } of pool.decode) assert.ok(engine.imported.length > 0);
+    });
+  });
+});
+
+describe("disaggregation: what fails is computed by the decode worker, visibly", () => {
+  async function fallsBack(
+    reason: string,
+    meddle: (pool: Pool, answer: Promise<string>) => Promise<void>,
+    prepare: (pool: Pool) => Promise<void> | void = () => undefined,
+    options: { handoff?: Partial<HandoffConfig>; frontend?: Partial<FrontendConfig>; decode?: number } = {},
+  ): Promise<void> {
+    const expected = await aggregatedText();
+    await withPool(
+      { prefill: 1, decode: options.decode ?? 1 },
+      async (pool) => {
+        await prepare(pool);
+        const answer = pool.text();
+        await meddle(pool, answer);
+        assert.equal(await answer, expected);
+        const { disaggregation } = await pool.explain();
+        assert.equal(disaggregation[0]!.fallback, reason);
+        assert.deepEqual(await pool.metric("dynamo_frontend_disagg_fallbacks_total"), { [reason]: 1 });
+      },
+      options,
+    );
+  }
+  const kill = async (pool: Pool, node: Node): Promise<void> =>
+    pool.cluster.kill(await pool.cluster.addressOf(node.worker.instanceId));
+
+  test("the prefill worker is killed before its first token", async () => {
+    let gate: ReturnType<typeof closed>;
+    await fallsBack(
+      "worker-lost",
+      async (pool) => {
+        await gate.reached;
+        await kill(pool, pool.prefill[0]!);
+        gate.open();
+      },
+      (pool) => void (gate = closed(pool.prefill[0]!.engine, "submit")),
+    );
+  });
+
+  test("the prefill worker is killed after its first token, before it handed over", async () => {
+    let gate: ReturnType<typeof closed>;
+    await fallsBack(
+      "worker-lost",
+      async (pool) => {
+        await gate.reached;
+        await kill(pool, pool.prefill[0]!);
+        gate.open();
+      },
+      (pool) => void (gate = closed(pool.prefill[0]!.engine, "export")),
+    );
+  });
+
+  test("the prefill worker is killed when its blocks are about to be claimed", async () => {
+    let gate: ReturnType<typeof closed>;
+    await fallsBack(
+      "worker-unreachable",
+      async (pool) => {
+        await gate.reached;
+        await kill(pool, pool.prefill[0]!);
+        gate.open();
+      },
+      (pool) => void (gate = closed(pool.decode[0]!.engine, "count")),
+      { handoff: { leaseMs: 500 } },
+    );
+  });
+
+  test("the prefill worker does not hand over in time", async () => {
+    let gate: ReturnType<typeof closed>;
+    await fallsBack(
+      "first-token-timeout",
+      async (_pool, answer) => {
+        await answer;
+        gate.open();
+      },
+      (pool) => void (gate = closed(pool.prefill[0]!.engine, "export")),
+      { frontend: { handoffTimeoutMs: 100 } },
+    );
+  });
+
+  test("the lease is over before the blocks are claimed", async () => {
+    let gate: ReturnType<typeof closed>;
+    await fallsBack(
+      "handoff-gone",
+      async (pool) => {
+        await gate.reached;
+        await until(() => pool.prefill[0]!.worker.handoffs!.heldBlocks === 0, "the lease to end");
+        gate.open();
+      },
+      (pool) => void (gate = closed(pool.decode[0]!.engine, "count")),
+      { handoff: { leaseMs: 50 } },
+    );
+  });
+
+  test("there is no room for what is handed over", async () => {
+    await fallsBack(
+      "transfer-full",
+      () => Promise.resolve(),
+      async (pool) => {
+        const gate = closed(pool.decode[0]!.engine, "count");
+        // Another request's blocks fill the prefill worker's memory as long as nobody claims them.
+        const other = pool.ask({ prompt: `other ${PROMPT.repeat(3)}` }, { id: "other" });
+        await gate.reached;
+        void until(() => pool.decode[0]!.engine.submitted.length > 1, "the request to fall back").then(gate.open);
+        void other.then((response) => response.text());
+      },
+      { handoff: { memoryBytes: 20 * 64 } },
+    );
+  });
+
+  test("the decode worker is killed while it pulls: another one computes it all, and the blocks' claim ends", async () => {
+    const expected = await aggregatedText();
+    await withPool({ prefill: 1, decode: 2 }, async (pool) => {
+      const gates = pool.decode.map(({ engine }) => closed(engine, "import"));
+      const answer = pool.text();
+      const victim = await Promise.race(gates.map(({ reached }, i) => reached.then(() => i)));
+      await kill(pool, pool.decode[victim]!);
+      for (const gate of gates) gate.open();
+      assert.equal(await answer, expected);
+    });
+  });
+
+  test("prefill workers that left are not waited for; new ones are used again", async () => {
+    const expected = await aggregatedText();
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      await pool.prefill[0]!.worker.drain(5_000);
+      await pool.cluster.settled(1);
+      assert.equal(await pool.text(), expected);
+      assert.deepEqual(await pool.metric("dynamo_frontend_disagg_fallbacks_total"), { "no-workers": 1 });
+      await pool.add("prefill");
+      await pool.cluster.settled(2);
+      assert.equal(await pool.text(`again ${PROMPT}`), await aggregatedText(`again ${PROMPT}`));
+      assert.deepEqual(await pool.metric("dynamo_frontend_disagg_choices_total"), { split: 1 });
+    });
+  });
+});
+
+test("disaggregation: auto sends a prompt past answers under way, whole to an idle prefill worker, which may die", async () => {
+  const expected = await aggregatedText();
+  await withPool(
+    { prefill: 1, decode: 1 },
+    async (pool) => {
+      const [prefill, decode] = [pool.prefill[0]!, pool.decode[0]!];
+      // The first one is split for news.
+      assert.equal(await pool.text(), expected);
+      assert.deepEqual(await pool.metric("dynamo_frontend_disagg_choices_total"), { split: 1 });
+      await decode.engine.clearBlocks();
+      await prefill.engine.clearBlocks();
+      const writing = closed(decode.engine, "steps");
+      const first = pool.ask({ prompt: "short", max_tokens: 200 }, { id: "first" });
+      await writing.reached;
+      const gate = closed(prefill.engine, "steps");
+      const second = pool.text();
+      await gate.reached;
+      assert.equal(prefill.engine.submitted.at(-1)!.prefillOnly, undefined);
+      const { disaggregation } = await pool.explain();
+      assert.equal(disaggregation[1]!.choice, "prefill", disaggregation[1]!.reason);
+      pool.cluster.kill(await pool.cluster.addressOf(prefill.worker.instanceId));
+      gate.open();
+      writing.open();
+      assert.equal(await second, expected);
+      assert.equal((await first).status, 200);
+      assert.deepEqual(await pool.metric("dynamo_frontend_disagg_fallbacks_total"), { "worker-lost": 1 });
+    },
+    { frontend: { disagg: "auto" } },
+  );
+});
+
+describe("disaggregation: a client that goes away", () => {
+  const arrows = {
+    "while the prompt is computed": ["prefill", "submit"],
+    "while the blocks are copied out": ["prefill", "export"],
+    "while the decode worker looks what it holds": ["decode", "count"],
+    "while the blocks are imported": ["decode", "import"],
+    "while it is decoded": ["decode", "steps"],
+  } as const;
+  for (const [when, [side, name]] of Object.entries(arrows)) {
+    test(`${when}: everything stops and nothing is kept`, async () => {
+      await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+        const { engine } = pool[side][0]!;
+        const gate = closed(engine, name);
+        const abort = new AbortController();
+        const answer = pool.ask({ max_tokens: 4_000, stream: true }, { signal: abort.signal }).then((r) => r.text());
+        await gate.reached;
+        abort.abort();
+        await assert.rejects(answer);
+        await until(async () => {
+          const gauge = await pool.metric("dynamo_frontend_inflight_requests");
+          return Object.values(gauge).every((value) => value === 0);
+        }, "the frontend to end the request");
+        gate.open();
+      });
+    });
+  }
+});
+
+test("disaggregation: a client cannot say what only our processes may: handoffs and prefill-only requests", async () => {
+  await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+    for (const field of ["handoff", "prefillOnly", "prefill_only", "resumedTokens", "kv_transfer_params"]) {
+      const response = await pool.ask({ [field]: "x" });
+      assert.equal(response.status, 400, field);
+      const nested = await pool.ask({ nvext: { [field]: "x" } });
+      assert.equal(nested.status, 400, `nvext.${field}`);
+    }
+    assert.equal(pool.decode[0]!.engine.submitted.filter(({ requestId }) => requestId !== "canary").length, 0);
+  });
+});
+
+describe("disaggregation: pairs that cannot work are refused at start", () => {
+  test("another block size, an engine that exports no blocks, too little KV memory", async () => {
+    await withPool({ prefill: 1, decode: 0 }, async (pool) => {
+      const refused = (engine: WorkerConfig["engine"], message: RegExp): Promise<void> =>
+        assert.rejects(
+          pool.cluster.addWorker({ engine, modelName: "mock", role: "decode" }),
+          (error: { reason: string; publicMessage: string }) => {
+            assert.equal(error.reason, "invalid-config");
+            assert.match(error.publicMessage, message);
+            return true;
+          },
+        );
+      await refused({ ...MOCK, blockSizeTokens: 32 }, /KV block size in tokens is 32.*prefill worker is 16/);
+      await refused(
+        { ...MOCK, contextLength: 4_096, totalBlocks: 256 },
+        /4096 tokens holds 0 sequences of the 8192 tokens/,
+      );
+      await refused(
+        { kind: "echo", contextLength: 8_192, maxSequences: 8, blockSizeTokens: 16, stepMs: 0 },
+        /the echo engine cannot export/,
+      );
+    });
+  });
+});
+
+test("disaggregation: a role changes while requests run, and none fails", async () => {
+  await withPool({ prefill: 2, decode: 2 }, async (pool) => {
+    const texts = new Map<string, string>();
+    let failed: unknown;
+    let isOver = false;
+    const load = Array.from({ length: 6 }, async (_, client) => {
+      for (let i = 0; !isOver; i++) {
+        const prompt = `${client} ${i % 5} ${PROMPT}`;
+        const text = await pool.text(prompt).catch((thrown: unknown) => void (failed ??= thrown));
+        if (text === undefined) return;
+        assert.equal(texts.get(prompt) ?? text, text);
+        texts.set(prompt, text);
+      }
+    });
+    const turn = async (node: Node, role: string): Promise<void> => {
+      const response = await fetch(`${pool.cluster.baseUrl}/v1/admin/role`, {
+        method: "POST",
+        headers: { "content-type": "application/json" },
+        body: JSON.stringify({ instance_id: node.worker.instanceId, role }),
+      });
+      assert.deepEqual(await response.json(), { instance_id: node.worker.instanceId, role });
+      assert.equal(node.worker.role, role);
+      await pool.cluster.settled(4);
+    };
+    await turn(pool.prefill[0]!, "decode");
+    await turn(pool.decode[0]!, "prefill");
+    await turn(pool.prefill[0]!, "agg");
+    await turn(pool.prefill[0]!, "prefill");
+    isOver = true;
+    await Promise.all(load);
+    assert.equal(failed, undefined);
+    assert.ok(texts.size > 0);
+  });
+});
