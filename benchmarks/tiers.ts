@@ -13,7 +13,7 @@ import { machineLine, median, table } from "./harness.ts";
  * read by a restarted worker, so that nothing is left in memory but the kernel's page cache.
  *
  * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS;
- * BENCH_TEXTS=50 compares the texts of so many prompts instead.
+ * BENCH_TEXTS=50 compares the texts of so many prompts instead, of at most BENCH_CHARACTERS.
  */
 const MODEL =
   process.env["DYN_TEST_MODEL"] ?? join(homedir(), ".cache/dynamo-ts/models/SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -21,7 +21,7 @@ const THREADS = Number(process.env["BENCH_THREADS"] ?? 1);
 const ROUNDS = Number(process.env["BENCH_ROUNDS"] ?? 5);
 /** Only compares texts, of so many prompts. */
 const TEXTS = Number(process.env["BENCH_TEXTS"] ?? 0);
-const MAX_CHARACTERS = 7_000;
+const MAX_CHARACTERS = Number(process.env["BENCH_CHARACTERS"] ?? 7_000);
 /** 62 whole blocks of 16 before the last token. */
 const PROMPT_TOKENS = 1_000;
 const BLOCKS = Math.floor((PROMPT_TOKENS - 1) / 16);
