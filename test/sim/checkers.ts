@@ -124,8 +124,6 @@ function checkSurvival(
 ): void {
   const hadTime =
     shape.frontend.limits.requestTimeoutMs >= PLENTY_MS && (shape.frontend.stallLimitMs ?? Infinity) < PLENTY_MS;
-  // The well one may have been full, and the one after it broken.
-  if (shape.maxQueuedRequests < PLENTY_QUEUED) return;
   // What waited while an engine hung or a frontend was frozen comes at once: more than a tiny buffer holds.
   if (call.outcome === "cut off" && shape.frontend.limits.responseBufferBytes < PLENTY_BYTES) return;
   if (call.outcome === "finished" || call.outcome === "left" || call.plan.behaviour.kind !== "reads") return;

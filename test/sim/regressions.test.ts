@@ -74,6 +74,13 @@ const SCENES: readonly Scene[] = [
     seeds: [1, 2, 3, 4],
     never: "no_workers",
   },
+  {
+    name: "a request that the well worker is too full for and the next one too dead is told that they are full",
+    cluster: { workers: 2, frontends: 1, maxQueuedRequests: 0 },
+    faults: [{ kind: "power off worker", atMs: 300, forMs: 0, seat: 0 }],
+    seeds: [1, 2, 3, 4, 5],
+    never: "worker_unreachable",
+  },
 ];
 
 for (const { name, cluster, faults, seeds, never } of SCENES) {
