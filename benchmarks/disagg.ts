@@ -61,7 +61,7 @@ async function stream(
   words: number,
   outputTokens: number,
   note: { ttft: number[]; gaps: number[] },
-): Promise<number> {
+): Promise<void> {
   const startMs = performance.now();
   let lastMs = startMs;
   let count = 0;
@@ -92,7 +92,6 @@ async function stream(
       count++;
     }
   }
-  return outputTokens;
 }
 
 async function measure(cluster: ProcessCluster, load: Load, seconds: number): Promise<Figures> {
@@ -106,7 +105,10 @@ async function measure(cluster: ProcessCluster, load: Load, seconds: number): Pr
   await Promise.all(
     Array.from({ length: clients }, async (_, client) => {
       const words = promptWords[client % promptWords.length]!;
-      while (performance.now() < untilMs) tokens += await stream(cluster.baseUrl, model, words, outputTokens, note);
+      while (performance.now() < untilMs) {
+        await stream(cluster.baseUrl, model, words, outputTokens, note);
+        tokens += outputTokens;
+      }
     }),
   );
   const elapsed = (performance.now() - startMs) / 1_000;
