@@ -9,7 +9,7 @@ import { machineLine, table } from "./harness.ts";
  * request before has sent, so that nothing comes from a cache. Rounds alternate between the setups and the median of
  * each figure is shown: on a shared machine trust the ratios.
  *
- * Usage: node benchmarks/disagg.ts [--seconds=12] [--rounds=2]
+ * Usage: node benchmarks/disagg.ts [--seconds=12] [--rounds=2] [--only=short,mixed]
  */
 const argument = (name: string, value: number): number =>
   Number(process.argv.find((each) => each.startsWith(`--${name}=`))?.split("=")[1] ?? value);
@@ -31,6 +31,11 @@ const LOADS = {
   mixed: { clients: 6, promptWords: [40, 40, 40, 40, 40, 900], outputTokens: 64 },
 } as const;
 type Load = keyof typeof LOADS;
+const ONLY = process.argv
+  .find((each) => each.startsWith("--only="))
+  ?.slice("--only=".length)
+  .split(",");
+const CHOSEN = (Object.keys(LOADS) as Load[]).filter((load) => ONLY?.includes(load) ?? true);
 
 interface Figures {
   readonly ttftP50: number;
@@ -56,7 +61,7 @@ async function stream(
   words: number,
   outputTokens: number,
   note: { ttft: number[]; gaps: number[] },
-): Promise<number> {
+): Promise<void> {
   const startMs = performance.now();
   let lastMs = startMs;
   let count = 0;
@@ -87,7 +92,6 @@ async function stream(
       count++;
     }
   }
-  return outputTokens;
 }
 
 async function measure(cluster: ProcessCluster, load: Load, seconds: number): Promise<Figures> {
@@ -101,7 +105,10 @@ async function measure(cluster: ProcessCluster, load: Load, seconds: number): Pr
   await Promise.all(
     Array.from({ length: clients }, async (_, client) => {
       const words = promptWords[client % promptWords.length]!;
-      while (performance.now() < untilMs) tokens += await stream(cluster.baseUrl, model, words, outputTokens, note);
+      while (performance.now() < untilMs) {
+        await stream(cluster.baseUrl, model, words, outputTokens, note);
+        tokens += outputTokens;
+      }
     }),
   );
   const elapsed = (performance.now() - startMs) / 1_000;
@@ -128,11 +135,15 @@ async function round(modelPath: string, results: Map<string, Figures[]>): Promis
     const cluster = await startProcessCluster([`--model=${modelPath}`, "--threads=1", "--log=warn", ...SETUPS[setup]]);
     try {
       await new Promise((resolve) => setTimeout(resolve, 1_000));
-      for (const load of Object.keys(LOADS) as Load[]) {
+      for (const load of CHOSEN) {
         // Long enough to learn what things cost here.
         await measure(cluster, load, Math.min(4, SECONDS / 2));
         const figures = await measure(cluster, load, SECONDS);
         const key = `${load}/${setup}`;
+        console.log(
+          key,
+          JSON.stringify(figures, (_, value: unknown) => (typeof value === "number" ? Math.round(value) : value)),
+        );
         results.set(key, [...(results.get(key) ?? []), figures]);
       }
       if (setup === "1P+1D auto") await tell(cluster);
@@ -154,7 +165,7 @@ export async function run(): Promise<void> {
   const results = new Map<string, Figures[]>();
   for (let i = 0; i < ROUNDS; i++) await round(path, results);
   const rows: Record<string, string | number>[] = [];
-  for (const load of Object.keys(LOADS) as Load[]) {
+  for (const load of CHOSEN) {
     for (const setup of Object.keys(SETUPS) as Setup[]) {
       const all = results.get(`${load}/${setup}`)!;
       const of = (field: keyof Figures): number => median(all.map((figures) => figures[field]));
