@@ -421,7 +421,7 @@ export class ModelRegistry {
     delete record.problem;
     this.#setReady(model);
     this.#logger.info(
-      { instance: instanceId, model: router.name, role: card.role, workers: router.router.workers.length },
+      { instance: instanceId, model: router.name, mode: card.role, workers: router.router.workers.length },
       "worker joined",
     );
     this.onCapacity?.();
