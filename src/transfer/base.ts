@@ -11,8 +11,8 @@ import type { Region } from "./region.ts";
  *
  * What holds for every back end: a transfer ends exactly once; bytes outside its descriptors are never touched on either
  * side; when it has ended, whatever way, no back end writes to the initiator's memory for it any more. A transfer that
- * failed may have moved some of its bytes. Within a transfer the order of blocks is not defined, so descriptors of one
- * destination must not overlap. Whoever reads source memory sees what is there when its turn comes: leave it alone until
+ * failed may have moved some of its bytes, and an object store may still finish a put that was on its way. Within a
+ * transfer the order of blocks is not defined, so descriptors of one destination must not overlap. Whoever reads source memory sees what is there when its turn comes: leave it alone until
  * the end.
  */
 export type MemoryKind = "device" | "host" | "file" | "object";

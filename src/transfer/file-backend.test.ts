@@ -36,6 +36,7 @@ transferBattery({
   hasPeer: false,
   ownerChecks: true,
   anyRange: true,
+  recallsWrites: true,
   open: (options) => open(options, false),
 });
 

@@ -6,6 +6,7 @@ transferBattery({
   hasPeer: true,
   ownerChecks: true,
   anyRange: true,
+  recallsWrites: true,
   open: (options) => {
     const memory = new MemoryNetwork();
     return openPeers(

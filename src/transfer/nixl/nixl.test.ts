@@ -36,6 +36,7 @@ if (libraryFolder === undefined) {
     hasPeer: true,
     ownerChecks: false,
     anyRange: true,
+    recallsWrites: true,
     open: (options) =>
       openPeers(options, (name, clock) => TransferAgent.start({ name, clock, shm: false, tcp: false, nixl }), true),
   });

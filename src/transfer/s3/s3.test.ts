@@ -87,6 +87,7 @@ transferBattery({
   hasPeer: false,
   ownerChecks: true,
   anyRange: false,
+  recallsWrites: false,
   open: (options) => open(options),
 });
 

@@ -7,6 +7,7 @@ transferBattery({
   hasPeer: true,
   ownerChecks: true,
   anyRange: true,
+  recallsWrites: true,
   open: (options) => openPeers(options, (name, clock) => TransferAgent.start({ name, clock, shm: false }), false),
 });
 
