@@ -475,7 +475,7 @@ export const OPTIONS = {
     env: "DYN_HANDOFF_TIMEOUT_SECS",
     group: "Faults",
     commands: [...WORKERS, "frontend", "mocker"],
-    help: "How long a frontend waits for a prefill worker's KV blocks, and a decode worker tries to fetch them; then they are computed.",
+    help: "How long a frontend waits for a prefill worker's KV blocks (longer, if computing them again takes longer), and a decode worker tries to fetch them; then they are computed.",
   },
   // ---- Faults ----
   disagg: {

@@ -478,7 +478,10 @@ export class ChoiceStream implements AttemptOwner {
       attempt.onStalled(
         new DynamoError("first-token-timeout", "the prefill worker did not hand its blocks over in time"),
       );
-    split.guard(clock.setTimer(this.#run.model.handoffTimeoutMs, late));
+    // Its engine may be in a long step of other prompts: waiting is worth as long as computing the prompt again would take.
+    const { handoffTimeoutMs, advisor } = this.#run.model;
+    const againMs = this.#request.tokenIds.length * advisor.decodeMsPerToken;
+    split.guard(clock.setTimer(Math.max(handoffTimeoutMs, againMs), late));
   }
 
   /** The descriptor: whoever decodes gets it with the tokens so far. */

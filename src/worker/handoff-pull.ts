@@ -16,7 +16,7 @@ import { DescriptorList, type Peer, type TransferAgent } from "../transfer/index
 /**
  * The decode worker's end of a handoff: which of the prompt's blocks are here, claim, read the others over the transfer
  * plane, put them into the engine's cache. Whatever fails, the engine computes what is missing: a pull never fails a
- * request, it only says how it went. One deadline for all of it.
+ * request, it only says how it went. Claim and read have one deadline; an engine in a long step is waited for.
  *
  * Memory: what is read lands in shared memory of its own size, which the engine's thread reads without a copy; at most
  * `landingBytes` at a time, a handoff that does not fit is not fetched.
@@ -57,7 +57,7 @@ export class HandoffPuller {
     const startMs = this.#options.clock.monotonicMs();
     const result = { outcome: "pulled", heldBlocks: 0, pulledBlocks: 0, byteCount: 0, milliseconds: 0, backend: "" };
     try {
-      await this.#pull(request, signal, startMs, result);
+      await this.#pull(request, signal, result);
     } catch (thrown) {
       result.outcome = signal.aborted ? "cancelled" : toDynamoError(thrown).reason;
       result.pulledBlocks = 0;
@@ -69,7 +69,6 @@ export class HandoffPuller {
   async #pull(
     request: PreprocessedRequest,
     signal: AbortSignal,
-    startMs: number,
     result: { -readonly [Field in keyof PullResult]: PullResult[Field] },
   ): Promise<void> {
     const { engine, blockSizeTokens, fingerprint } = this.#options;
@@ -88,7 +87,7 @@ export class HandoffPuller {
       void this.#release(handoff);
       return;
     }
-    const data = await this.#fetch(handoff, { from: held, to: blockCount, startMs, signal, result });
+    const data = await this.#fetch(handoff, { from: held, to: blockCount, signal, result });
     result.pulledBlocks = await engine.importBlocks({
       sequenceHashes,
       tokenIds: prompt.slice(0, blockCount * blockSizeTokens),
@@ -108,14 +107,14 @@ export class HandoffPuller {
     at: {
       readonly from: number;
       readonly to: number;
-      readonly startMs: number;
       readonly signal: AbortSignal;
       readonly result: { byteCount: number; backend: string };
     },
   ): Promise<Uint8Array> {
     const { clock, landingBytes, timeoutMs } = this.#options;
     const byteCount = (at.to - at.from) * handoff.blockBytes;
-    const leftMs = (): number => at.startMs + timeoutMs - clock.monotonicMs();
+    const startMs = clock.monotonicMs();
+    const leftMs = (): number => startMs + timeoutMs - clock.monotonicMs();
     let isRead = false;
     if (this.#landingBytes + byteCount > landingBytes) {
       void this.#release(handoff);
@@ -123,11 +122,10 @@ export class HandoffPuller {
     }
     this.#landingBytes += byteCount;
     try {
-      const claimedMs = clock.monotonicMs();
       const claimMs = await this.#claim(handoff, leftMs());
       const data = await this.#read(handoff, { ...at, byteCount, timeoutMs: Math.max(1, leftMs()) });
       isRead = true;
-      if (clock.monotonicMs() - claimedMs >= claimMs) {
+      if (clock.monotonicMs() - startMs >= claimMs) {
         throw new DynamoError("handoff-gone", "the handed-off blocks were read after their time");
       }
       at.result.byteCount = byteCount;
