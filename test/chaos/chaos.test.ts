@@ -13,6 +13,8 @@ test("chaos: mock workers and frontends as processes, faults one after another, 
     meanGapMs: 600,
     maxOutageMs: 2_500,
     onLine: (line) => lines.push(line),
+  }).catch((thrown: unknown) => {
+    throw new Error(`the run broke off:\n${lines.slice(-60).join("\n")}`, { cause: thrown });
   });
   const text = describe(report);
   t.diagnostic(text);

@@ -1,4 +1,5 @@
 import { spawn, type ChildProcess } from "node:child_process";
+import { randomInt } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -75,14 +76,21 @@ export async function startProcessCluster(
   };
 }
 
-export function freePort(): Promise<number> {
-  const { promise, resolve: found } = Promise.withResolvers<number>();
-  const server = createServer();
-  server.listen(0, "127.0.0.1", () => {
-    const address = server.address();
-    server.close(() => found(typeof address === "object" && address !== null ? address.port : 0));
-  });
-  return promise;
+/** Below the range from which systems give out ports by themselves: nothing else takes it until its user listens. */
+const PORTS_FROM = 15_000;
+const PORTS_UNTIL = 32_000;
+
+/** A port of this machine that nobody listens on, for a process that is told its port. */
+export async function freePort(): Promise<number> {
+  for (;;) {
+    const port = randomInt(PORTS_FROM, PORTS_UNTIL);
+    const server = createServer();
+    const isFree = await new Promise<boolean>((resolve) => {
+      server.once("error", () => resolve(false));
+      server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
+    });
+    if (isFree) return port;
+  }
 }
 
 export function alive(pid: number): boolean {
