@@ -351,6 +351,7 @@ export class ModelRegistry {
     const { joined: model, router } = this.#workers.get(report.instanceId) ?? {};
     if (model === undefined) return;
     router!.router.updateLoad(report.instanceId, report.load);
+    model.progress.reported(report.instanceId, report.load.steps);
     const gauges = model.workerGauges.get(report.instanceId);
     gauges?.activeBlocks.set(report.load.activeBlocks);
     gauges?.prefillTokens.set(report.load.pendingPrefillTokens);

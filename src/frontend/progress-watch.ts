@@ -7,6 +7,9 @@ import type { Clock, TimerHandle } from "../std/index.ts";
  * worker is told so and can go on elsewhere. Streams that wait for their first token prove nothing: a long prompt takes its
  * time.
  *
+ * An engine short of KV memory may put all streams of one frontend back and work on another's. Its load reports tell that
+ * it works: while its steps go up it is not stuck, whatever a frontend sees of its own streams.
+ *
  * One timer per model while it has streams, four times per limit; per item one addition. A frontend that was itself held
  * up must not blame its workers: however long the pause, a look counts as one.
  */
@@ -22,10 +25,16 @@ export class WorkerProgress {
   seenItems = 0;
   /** Looks in a row without an item. */
   misses = 0;
+  /** Of its engine, as last reported: -1 = not yet. */
+  steps = -1;
+  /** When a report last showed more steps than the one before. */
+  steppedMs = -Infinity;
   readonly streams = new Set<WatchedStream>();
 }
 
 const LOOKS = 4;
+/** Two reports of a worker that works: one may be lost. */
+const REPORTS_MS = 500;
 
 export class ProgressWatch {
   readonly #clock: Clock;
@@ -59,6 +68,14 @@ export class ProgressWatch {
     this.#workers.delete(instanceId);
   }
 
+  /** A load report of the worker came: `steps` of its engine since its start. */
+  reported(instanceId: string, steps: number): void {
+    const worker = this.#workers.get(instanceId);
+    if (worker === undefined) return;
+    if (worker.steps >= 0 && steps > worker.steps) worker.steppedMs = this.#clock.monotonicMs();
+    worker.steps = steps;
+  }
+
   close(): void {
     this.#timer?.cancel();
     this.#timer = undefined;
@@ -71,11 +88,12 @@ export class ProgressWatch {
   #look(): void {
     // An idle model costs no timer; one that comes and goes does not set one each time.
     this.#timer = this.#workers.size > 0 ? this.#nextLook() : undefined;
+    const workingSinceMs = this.#clock.monotonicMs() - Math.max(REPORTS_MS, this.#limitMs / 2);
     for (const [instanceId, worker] of this.#workers) {
       const isSilent = worker.items === worker.seenItems && isExpected(worker);
       worker.misses = isSilent ? worker.misses + 1 : 0;
       worker.seenItems = worker.items;
-      if (worker.misses >= LOOKS) this.#stalled(instanceId, worker);
+      if (worker.misses >= LOOKS && worker.steppedMs < workingSinceMs) this.#stalled(instanceId, worker);
     }
   }
 

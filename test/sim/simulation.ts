@@ -40,7 +40,6 @@ export interface RunResult {
 }
 
 /** A stall limit that no engine of a run keeps a stream waiting for. */
-const PATIENT_MS = 30_000;
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
@@ -197,7 +196,7 @@ class Run {
       () => this.calls.length >= calls.length && this.calls.every((call) => call.isOver),
     );
     this.#violations.push(...this.#nemesis.recovery.violations);
-    if (faults.length === 0) this.#violations.push(...this.#needlessMoves().map((move) => `without a fault: ${move}`));
+    if (faults.length === 0) this.#violations.push(...this.#cluster.moves.map((move) => `without a fault: ${move}`));
     checkCalls(this.calls, { ...context, calmMs }, this.#plan, cluster, this.#violations);
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
@@ -216,13 +215,6 @@ class Run {
     const { behaviour } = plan;
     if (behaviour.kind === "hostile") this.#world.marks.mark("client sent a hostile body");
     if (behaviour.kind === "garbage") this.#world.marks.mark("client sent garbage");
-  }
-
-  /** A stream that its engine put back for want of memory gives nothing for a while: longer than a short stall limit. */
-  #needlessMoves(): readonly string[] {
-    const { stallLimitMs = Infinity } = this.#plan.cluster.frontend;
-    const { moves } = this.#cluster;
-    return stallLimitMs < PATIENT_MS ? moves.filter((move) => !move.includes('"worker-stalled"')) : moves;
   }
 
   async #pass(ms: number): Promise<void> {
