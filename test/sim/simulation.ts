@@ -39,7 +39,6 @@ export interface RunResult {
   readonly marks: Marks;
 }
 
-/** A stall limit that no engine of a run keeps a stream waiting for. */
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
