@@ -351,7 +351,9 @@ export class ModelRegistry {
     const { joined: model, router } = this.#workers.get(report.instanceId) ?? {};
     if (model === undefined) return;
     router!.router.updateLoad(report.instanceId, report.load);
-    model.progress.reported(report.instanceId, report.load.steps);
+    // With nobody waiting, no stream was put back: each running one is to get its tokens.
+    const isShort = report.load.waitingRequests > 0;
+    model.progress.reported(report.instanceId, isShort ? (report.stillMs ?? Infinity) : Infinity);
     const gauges = model.workerGauges.get(report.instanceId);
     gauges?.activeBlocks.set(report.load.activeBlocks);
     gauges?.prefillTokens.set(report.load.pendingPrefillTokens);

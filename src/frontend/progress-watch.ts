@@ -8,7 +8,7 @@ import type { Clock, TimerHandle } from "../std/index.ts";
  * time.
  *
  * An engine short of KV memory may put all streams of one frontend back and work on another's. Its load reports tell that
- * it works: while its steps go up it is not stuck, whatever a frontend sees of its own streams.
+ * it works and that some wait: while it makes steps it is not stuck, whatever a frontend sees of its own streams.
  *
  * One timer per model while it has streams, four times per limit; per item one addition. A frontend that was itself held
  * up must not blame its workers: however long the pause, a look counts as one.
@@ -25,9 +25,7 @@ export class WorkerProgress {
   seenItems = 0;
   /** Looks in a row without an item. */
   misses = 0;
-  /** Of its engine, as last reported: -1 = not yet. */
-  steps = -1;
-  /** When a report last showed more steps than the one before. */
+  /** When its engine made a step, by its last report. */
   steppedMs = -Infinity;
   readonly streams = new Set<WatchedStream>();
 }
@@ -68,12 +66,10 @@ export class ProgressWatch {
     this.#workers.delete(instanceId);
   }
 
-  /** A load report of the worker came: `steps` of its engine since its start. */
-  reported(instanceId: string, steps: number): void {
+  /** A load report of the worker came: its engine made no step for `stillMs`; Infinity: nobody waits there. The last one counts, not the best one. */
+  reported(instanceId: string, stillMs: number): void {
     const worker = this.#workers.get(instanceId);
-    if (worker === undefined) return;
-    if (worker.steps >= 0 && steps > worker.steps) worker.steppedMs = this.#clock.monotonicMs();
-    worker.steps = steps;
+    if (worker !== undefined) worker.steppedMs = this.#clock.monotonicMs() - stillMs;
   }
 
   close(): void {

@@ -39,6 +39,8 @@ export interface LoadReport {
   /** 16 hex digits. */
   readonly instanceId: string;
   readonly load: LoadSnapshot;
+  /** Since the engine's last step, in ms, to a quarter of a second; undefined: the worker does not say. */
+  readonly stillMs?: number;
 }
 
 /** Reads a report from foreign bytes; undefined when it is not one. */
@@ -48,11 +50,11 @@ export function parseLoadReport(payload: Uint8Array): LoadReport | undefined {
       Buffer.from(payload.buffer, payload.byteOffset, payload.byteLength).toString("utf8"),
     ) as unknown;
     if (typeof value !== "object" || value === null) return undefined;
-    const { instanceId, load } = value as Record<string, unknown>;
+    const { instanceId, load, stillMs } = value as Record<string, unknown>;
     if (typeof instanceId !== "string" || typeof load !== "object" || load === null) return undefined;
     const numbers = load as Record<string, unknown>;
     for (const field of Object.keys(EMPTY_LOAD)) if (typeof numbers[field] !== "number") return undefined;
-    return { instanceId, load: load as LoadSnapshot };
+    return { instanceId, load: load as LoadSnapshot, ...(typeof stillMs === "number" ? { stillMs } : {}) };
   } catch {
     return undefined;
   }

@@ -9,7 +9,10 @@ const INTERVAL_MS = 250;
 /** An unchanged load is repeated so that a late subscriber learns it. */
 const REPEAT_MS = 2_000;
 
-/** Publishes the engine's load four times a second when it changed, and keeps the load gauges. Returns its stop. */
+/**
+ * Publishes the engine's load four times a second when it changed or the engine has work, and keeps the load gauges: one
+ * that has work and stands still must be told from one whose reports are lost. Returns its stop.
+ */
 export function publishLoad(
   publisher: EventPublisher,
   engine: Engine,
@@ -20,6 +23,8 @@ export function publishLoad(
   const startedMs = clock.monotonicMs();
   let lastText = "";
   let lastMs = -Infinity;
+  let steps = -1;
+  let steppedMs = startedMs;
   let timer: TimerHandle;
   const tick = (): void => {
     const nowMs = clock.monotonicMs();
@@ -27,9 +32,14 @@ export function publishLoad(
     metrics.uptime.set((nowMs - startedMs) / 1_000);
     metrics.totalBlocks.set(load.totalBlocks);
     metrics.cacheUsage.set(load.totalBlocks === 0 ? 0 : load.activeBlocks / load.totalBlocks);
-    const text = JSON.stringify({ instanceId, load } satisfies LoadReport);
-    if (text !== lastText || nowMs - lastMs >= REPEAT_MS) {
-      publisher.publish(Buffer.from(text));
+    if (load.steps !== steps) {
+      steps = load.steps;
+      steppedMs = nowMs;
+    }
+    const text = JSON.stringify(load);
+    if (text !== lastText || load.runningRequests > 0 || nowMs - lastMs >= REPEAT_MS) {
+      const report: LoadReport = { instanceId, load, stillMs: Math.round(nowMs - steppedMs) };
+      publisher.publish(Buffer.from(JSON.stringify(report)));
       lastText = text;
       lastMs = nowMs;
     }

@@ -19,6 +19,8 @@ export class FaultyEngine implements Engine {
   readonly live = new Map<number, string>();
   /** What came out while it hung. */
   #held: (() => void)[] | undefined = undefined;
+  /** When it began to hang: it counts no further. */
+  #heldLoad: LoadSnapshot | undefined = undefined;
 
   constructor(mocker: MockerEngine) {
     this.mocker = mocker;
@@ -44,11 +46,13 @@ export class FaultyEngine implements Engine {
 
   hang(): void {
     this.#held ??= [];
+    this.#heldLoad ??= this.mocker.load();
   }
 
   letGo(): void {
     const held = this.#held ?? [];
     this.#held = undefined;
+    this.#heldLoad = undefined;
     for (const run of held) run();
   }
 
@@ -71,7 +75,7 @@ export class FaultyEngine implements Engine {
     this.mocker.abort(streamId);
   }
   load(): LoadSnapshot {
-    return this.mocker.load();
+    return this.#heldLoad ?? this.mocker.load();
   }
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
     return this.mocker.countBlocks(sequenceHashes);
