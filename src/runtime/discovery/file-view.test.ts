@@ -49,8 +49,9 @@ describe("file view", () => {
 
   it("keeps keys whose files vanish without a word, as in a recursive delete, until two heartbeats did not mend it", async () => {
     const root = await mkdtemp(join(tmpdir(), "discovery-"));
+    // The holder's time stands still: its renewals are played here, and its own ones would come in between.
     const clock = new ManualClock();
-    const writer = new FileDiscovery({ root, clock });
+    const writer = new FileDiscovery({ root, clock: new ManualClock() });
     try {
       const folder = new StoreFolder(root);
       const options = { folder, clock, logger: silentLogger, own: ownHolder() };
@@ -81,14 +82,14 @@ describe("file view", () => {
       assert.deepEqual(gone, ["b"]);
       // The holder's renewal writes it again.
       await writeFile(join(path, file!), content);
-      await folder.beat(lease.id, 1);
+      assert.ok(await folder.beat(lease.id, 1));
       await look();
       await rm(join(path, file!));
       await look();
-      await folder.beat(lease.id, 2);
+      assert.ok(await folder.beat(lease.id, 2));
       await look();
       assert.deepEqual(gone, ["b"]);
-      await folder.beat(lease.id, 3);
+      assert.ok(await folder.beat(lease.id, 3));
       await look();
       assert.deepEqual(gone, ["b", "a"], "twice renewed and not mended: it was meant");
     } finally {
