@@ -98,6 +98,8 @@ export class ChoiceStream implements AttemptOwner {
   #refusals = 0;
   #refusal: DynamoError | undefined;
   #hasEngineFailed = false;
+  /** A worker that had it is gone: what comes now is a continuation, even of no token. */
+  #hasLostWorker = false;
   /** Why the last attempt ended, and when: -1 = no migration under way. */
   #lastFailure: DynamoError | undefined;
   #migratingSinceMs = -1;
@@ -246,7 +248,8 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#split?.isPrefillOnly === true) {
       return { ...this.#request, prefillOnly: true, stop: { ...this.#request.stop, maxTokens: 1 } };
     }
-    if (this.#count === 0) return this.#request;
+    // Let in before it lost its worker: the next one takes it as such, into the room that it keeps for those.
+    if (this.#count === 0) return this.#hasLostWorker ? { ...this.#request, resumedTokens: 0 } : this.#request;
     // Step 6: transfer.
     const handoff = this.#split?.handoff;
     const all = new Uint32Array(tokenIds.length + this.#count);
@@ -263,6 +266,7 @@ export class ChoiceStream implements AttemptOwner {
   }
 
   #routeOf({ tokenIds, resumedTokens, prefillOnly, handoff }: PreprocessedRequest): RouteRequest {
+    if (resumedTokens === 0) return { ...this.#promptRoute, resumedTokens };
     if (resumedTokens !== undefined) {
       const isHandedOver = handoff !== undefined;
       const stage = isHandedOver ? ({ stage: "decode", overrides: DECODE_STAGE_OVERRIDES } as const) : {};
@@ -628,7 +632,10 @@ export class ChoiceStream implements AttemptOwner {
       return;
     }
     const { decision } = attempt;
-    if (isWorkerFault(error.reason)) this.#run.model.router.inhibit(decision.instanceId);
+    if (isWorkerFault(error.reason)) {
+      this.#run.model.router.inhibit(decision.instanceId);
+      this.#hasLostWorker = true;
+    }
     if (!this.#mayMove(error.reason, decision.instanceId)) {
       this.#end(error);
       return;

@@ -474,7 +474,7 @@ export class ModelRegistry {
       metrics: new ModelMetrics(metrics, card.name),
       progress: new ProgressWatch({ clock, limitMs: this.#stallLimitMs }),
       migration: this.#migration,
-      places: new ModelPlaces(() => capacityOf(modelRouter.router.workers.length, card, this.#limits)),
+      places: new ModelPlaces(() => capacityOf(modelRouter.router.availableCount, card, this.#limits)),
       workerGauges: new Map(),
     };
     const thresholds = this.#waitingThresholds.get(card.name);
@@ -503,7 +503,9 @@ function workerCount({ router, prefill }: ServedModel): number {
 /** Requests that wait on a rank, so that its next step finds one when a sequence ends: more would only wait longer there. */
 const WAITING_PER_RANK = 8;
 
-/** Answers a model's workers can work on. Without a worker nobody waits at the gate: all are to hear that there is none. */
+/**
+ * Answers that a model's workers can work on, without those that just failed: what they had fills the others. Without a worker nobody waits at the gate: all are to hear that there is none.
+ */
 function capacityOf(
   workers: number,
   { maxSequences, dataParallelSize }: ModelCard,

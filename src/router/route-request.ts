@@ -42,8 +42,8 @@ export interface RouteRequest {
   /** The caller wants the explanation soon: a router in another process sends it along. @default false */
   readonly explain?: boolean;
   /**
-   * An answer that was under way on another worker, so many tokens long, which end `tokenIds`: neither the queue nor busy
-   * thresholds hold it up. @default a new request
+   * An answer that was under way on another worker, so many tokens long (0 or more), which end `tokenIds`: neither the queue
+   * nor busy thresholds hold it up. @default a new request
    */
   readonly resumedTokens?: number | undefined;
   /** What the worker is to do of the request, for the explanation. @default "aggregated" */

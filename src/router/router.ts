@@ -171,6 +171,15 @@ export class Router implements DecisionOwner {
     return this.#workers;
   }
 
+  /** Workers that requests go to now: without those that just failed, unless all did. */
+  get availableCount(): number {
+    const nowMs = this.#options.clock.monotonicMs();
+    if (nowMs >= this.#inhibitedUntilMs) return this.#workers.length;
+    let count = 0;
+    for (const { inhibition } of this.#workers) if (inhibition.untilMs <= nowMs) count++;
+    return count === 0 ? this.#workers.length : count;
+  }
+
   /** A worker that is already there keeps its counts; a new address replaces the old one. */
   addWorker(instanceId: string, address: string, details: WorkerDetails = {}): void {
     if (this.#byId.get(instanceId)?.address === address) return;

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
+import { generateSessionLoad, type LoadSession } from "../../src/bench/index.ts";
 import { until } from "../helpers/in-process-cluster.ts";
 import {
   RoleProcesses,
@@ -97,5 +98,48 @@ describe("faults of worker processes", { timeout: 170_000 }, () => {
     await until(async () => (await joined()) === 2, "it to be back", 30_000);
     const again = await Promise.all(Array.from({ length: COUNT }, (_, i) => streamCompletion(baseUrl, body(i))));
     again.forEach((answer, i) => assert.equal(answer.text, expected[i]!.text, `stream ${i}`));
+  });
+
+  test("500 requests a second, a worker killed and another one frozen among them: each is answered in full", async (t) => {
+    const RATE = 500;
+    const SECONDS = 4;
+    const TOKENS = 6;
+    // One dies, one freezes, one is left.
+    await startWorker();
+    await until(async () => (await joined()) === 3, "a third worker to join");
+    const sessions: LoadSession[] = Array.from({ length: RATE * SECONDS }, (_, i) => ({
+      arrivalMs: (i * 1_000) / RATE,
+      requests: [
+        {
+          delayMs: 0,
+          body: () => {
+            if (i === RATE) workers.at(-1)!.child.kill("SIGKILL");
+            if (i === 2 * RATE) workers.at(-2)!.child.kill("SIGSTOP");
+            return JSON.stringify({
+              ...body(i),
+              max_tokens: TOKENS,
+              stream: true,
+              stream_options: { include_usage: true },
+            });
+          },
+        },
+      ].values(),
+    }));
+    const report = await generateSessionLoad({
+      url: new URL("/v1/completions", baseUrl),
+      sessions,
+      // Below what the frontend lets wait: a machine that cannot keep up sends fewer and is not pushed back.
+      maxInFlight: 1_000,
+      timeoutMs: 60_000,
+      timeLimitMs: 120_000,
+    });
+    const { okCount, overloadCount, latencyMs } = report;
+    t.diagnostic(
+      `${okCount} answers at ${Math.round(report.requestsPerSecond)}/s, ${overloadCount} not sent; latency p50 ${Math.round(latencyMs.p50)}, p99 ${Math.round(latencyMs.p99)} ms`,
+    );
+    assert.deepEqual([report.failedCount, report.errors], [0, {}], JSON.stringify(report.statuses));
+    assert.equal(okCount + overloadCount, sessions.length);
+    assert.equal(report.outputTokens, TOKENS * okCount);
+    assert.ok(okCount > 2 * RATE, "the load outlasts both faults");
   });
 });
