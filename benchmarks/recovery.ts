@@ -14,7 +14,8 @@ import { machineLine, median, table } from "./harness.ts";
  *      frontend's log line that the last stream goes on elsewhere, and from there to the next worker's
  *      first word, which is dispatch and the prefill of all that moved. How long that prefill must take: as many prompts
  *      of the same lengths, at once, to one worker of the same kind that has nothing else to do.
- *   3. With DYN_TEST_MODEL=FILE.gguf the same with 32 streams of the real model on two workers of one thread each.
+ *   3. With DYN_TEST_MODEL=FILE.gguf the same with 32 streams of the real model on two workers of one thread each, with
+ *      engine steps of 512 tokens (as by default) and of 96.
  *
  * Usage: node benchmarks/recovery.ts [--seconds=12] [--rounds=3] [--rate=500] [--only-real]
  */
@@ -45,6 +46,12 @@ const REAL: Setup = {
   streams: 32,
   maxTokens: 48,
   promptTokens: 10,
+};
+/** The same with short engine steps: what moved comes back in turns, and what is there anyway is held up less. */
+const REAL_SHORT_STEPS: Setup = {
+  ...REAL,
+  name: "real model, steps of 96 tokens",
+  worker: [...REAL.worker, "--max-num-batched-tokens=96"],
 };
 const KILL_EVERY_MS = 2_000;
 const HEARTBEAT_SECONDS = 1;
@@ -261,7 +268,7 @@ export async function run(): Promise<void> {
       console.log(`${table([await shortRequests(cluster, false), await shortRequests(cluster, true)])}\n`);
     });
   if (process.env["DYN_TEST_MODEL"] === undefined) return;
-  await onCluster(REAL, () => Promise.resolve());
+  for (const setup of [REAL, REAL_SHORT_STEPS]) await onCluster(setup, () => Promise.resolve());
 }
 
 if (import.meta.main) await run();

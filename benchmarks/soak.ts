@@ -1,5 +1,5 @@
 import { spawn, type ChildProcess } from "node:child_process";
-import { mkdtempSync, readdirSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, readdirSync, rmSync } from "node:fs";
 import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -34,7 +34,7 @@ class Role {
   #inspector: WebSocket | undefined;
   #output = "";
   #nextId = 1;
-  readonly #answers = new Map<number, (result: Record<string, number>) => void>();
+  readonly #answers = new Map<number, (result: Answer) => void>();
 
   constructor(name: string, args: readonly string[]) {
     this.name = name;
@@ -57,7 +57,7 @@ class Role {
     const inspector = new WebSocket(url!);
     this.#inspector = inspector;
     inspector.addEventListener("message", ({ data }) => {
-      const { id, result } = JSON.parse(String(data)) as { id?: number; result?: Record<string, number> };
+      const { id, result } = JSON.parse(String(data)) as { id?: number; result?: Answer };
       if (id === undefined) return;
       this.#answers.get(id)?.(result ?? {});
       this.#answers.delete(id);
@@ -68,22 +68,31 @@ class Role {
     });
   }
 
-  #ask(method: string): Promise<Record<string, number>> {
+  #ask(method: string, params: object = {}): Promise<Answer> {
     const id = this.#nextId++;
-    const { promise, resolve: answered } = Promise.withResolvers<Record<string, number>>();
+    const { promise, resolve: answered } = Promise.withResolvers<Answer>();
     this.#answers.set(id, answered);
-    this.#inspector!.send(JSON.stringify({ id, method }));
+    this.#inspector!.send(JSON.stringify({ id, method, params }));
     return promise;
   }
 
   async sample(): Promise<Taken> {
     await this.#ask("HeapProfiler.collectGarbage");
     const { usedSize = 0, embedderHeapUsedSize = 0, backingStorageSize = 0 } = await this.#ask("Runtime.getHeapUsage");
+    const { result } = await this.#ask("Runtime.evaluate", {
+      expression: "process.getBuiltinModule('v8').getHeapStatistics().total_physical_size",
+    });
     const pid = this.child.pid!;
+    const engineHeapBytes = Number(result?.value ?? 0);
+    const files = fileBytes(pid);
+    const resident = residentBytes(pid);
     return {
       heapBytes: usedSize + embedderHeapUsedSize,
       bufferBytes: backingStorageSize,
-      residentBytes: residentBytes(pid),
+      residentBytes: resident,
+      fileBytes: files,
+      engineHeapBytes,
+      restBytes: resident - files - engineHeapBytes - backingStorageSize,
       handles: readdirSync(`/proc/${pid}/fd`).length,
     };
   }
@@ -99,11 +108,26 @@ class Role {
   }
 }
 
+interface Answer extends Partial<Record<"usedSize" | "embedderHeapUsedSize" | "backingStorageSize", number>> {
+  readonly result?: { readonly value: unknown };
+}
+
 interface Taken {
   readonly heapBytes: number;
   readonly bufferBytes: number;
   readonly residentBytes: number;
+  /** Of it: pages of files, code and mapped libraries. */
+  readonly fileBytes: number;
+  /** Of it: what the JavaScript engine has from the system for its heap, in use or not. */
+  readonly engineHeapBytes: number;
+  /** Of it: what is left besides buffers: memory of native code and the allocator's own. */
+  readonly restBytes: number;
   readonly handles: number;
+}
+
+function fileBytes(pid: number): number {
+  const match = /^RssFile:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"));
+  return Number(match?.[1] ?? 0) * 1_024;
 }
 
 // ---- Load ----
@@ -303,6 +327,7 @@ function report(
         "buffers per 100k (KiB)": kib(slope(index, "bufferBytes")),
         "resident, half and end (MiB)": `${mib(later[0]!.taken[index]!.residentBytes)} / ${mib(later.at(-1)!.taken[index]!.residentBytes)}`,
         "resident per 100k (KiB)": kib(slope(index, "residentBytes")),
+        "of it files, engine's heap, rest": `${kib(slope(index, "fileBytes"))}, ${kib(slope(index, "engineHeapBytes"))}, ${kib(slope(index, "restBytes"))}`,
         "handles, start and end": `${handlesAtStart[index]} / ${handlesAtEnd[index]}`,
       })),
     ),
