@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import { LoopEngine } from "../../src/engines/llama/fixtures/loop-engine.ts";
 import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { FrontendConfig } from "../../src/frontend/index.ts";
 import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
@@ -297,6 +298,60 @@ describe("disaggregation: a request over two workers", () => {
       for (const { engine } of pool.decode) assert.ok(engine.imported.length > 0);
     });
   });
+});
+
+/** The llama engine's loop on a fake model whose text depends on every cell: a wrong or missing block is seen. */
+function loopEngine(): LoopEngine {
+  return new LoopEngine({ totalBlocks: 64, blockSizeTokens: 16, vocabularySize: 512 });
+}
+
+test("disaggregation: blocks in the decode worker's host memory do not travel, and the text is the same", async () => {
+  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always" } });
+  const memory = new MemoryNetwork();
+  const engines = { prefill: loopEngine(), decode: loopEngine() };
+  const whole = await startInProcessCluster({ workers: 0 });
+  type Answer = { text: string; split: Split | undefined };
+  const ask = async ({ baseUrl }: InProcessCluster, prompt: string, id: string): Promise<Answer> => {
+    const response = await fetch(`${baseUrl}/v1/completions`, {
+      method: "POST",
+      headers: { "content-type": "application/json", "x-request-id": id },
+      body: JSON.stringify({ model: "echo", prompt, max_tokens: 4, temperature: 0 }),
+    });
+    const { choices } = (await response.json()) as { choices: { text: string }[] };
+    const told = (await (await fetch(`${baseUrl}/v1/route/explain/${id}`)).json()) as { disaggregation?: Split[] };
+    return { text: choices[0]!.text, split: told.disaggregation?.[0] };
+  };
+  const blocksOf = ({ split }: Answer): unknown => {
+    const { held_blocks, pulled_blocks } = split!.handoff!.pull!;
+    return { held_blocks, pulled_blocks };
+  };
+  try {
+    await whole.addWorker({}, { makeEngine: () => Promise.resolve(loopEngine()) });
+    for (const role of ["prefill", "decode"] as const) {
+      const transfer = { memory, tcp: false, shm: false } as const;
+      const config = { role, handoff: { ...DEFAULT_HANDOFF, memoryBytes: 1 << 20, transfer } };
+      const tiers = role === "decode" ? { kvTiers: { hostBytes: 1 << 20 } } : {};
+      await cluster.addWorker({ ...config, ...tiers }, { makeEngine: () => Promise.resolve(engines[role]) });
+    }
+    await Promise.all([cluster.settled(2), whole.settled(1)]);
+    const prompt = PROMPT.slice(0, 160);
+    const cold = await ask(cluster, prompt, "cold");
+    assert.deepEqual(blocksOf(cold), { held_blocks: 0, pulled_blocks: 10 });
+    assert.equal(cold.text, (await ask(whole, prompt, "cold")).text);
+    await until(() => engines.decode.copiedOutBlocks >= 10, "the blocks to be in host memory");
+    await engines.decode.clearBlocks();
+    const again = await ask(cluster, prompt, "again");
+    assert.deepEqual(blocksOf(again), { held_blocks: 10, pulled_blocks: 0 });
+    assert.equal(again.text, cold.text);
+    await engines.decode.clearBlocks();
+    const longer = prompt + PROMPT.slice(0, 64);
+    const part = await ask(cluster, longer, "longer");
+    assert.deepEqual(blocksOf(part), { held_blocks: 10, pulled_blocks: 4 });
+    assert.equal(part.text, (await ask(whole, longer, "longer")).text);
+  } finally {
+    await cluster.stop();
+    await whole.stop();
+  }
 });
 
 describe("disaggregation: what fails is computed by the decode worker, visibly", () => {
