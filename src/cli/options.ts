@@ -487,6 +487,16 @@ export const OPTIONS = {
     commands: FRONTENDS,
     help: "Where there are prefill workers, whether a request is split over two workers: auto = when the measured times say that it pays.",
   },
+  "disagg-wait-secs": {
+    type: "number",
+    default: 10,
+    min: 0.1,
+    max: 3_600,
+    env: "DYN_DISAGG_WAIT_SECS",
+    group: "Routing",
+    commands: FRONTENDS,
+    help: "How long a request that is to be split waits, before its prompt is computed, for a decode worker with a place and KV memory free; then a decode worker has it whole, in its own queue.",
+  },
   "migration-limit": {
     type: "integer",
     default: 3,

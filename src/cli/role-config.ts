@@ -30,6 +30,7 @@ export function frontendConfig(values: OptionValues, routerMode: string = values
     stallLimitMs: milliseconds(values["worker-stall-timeout-secs"]),
     disagg: values.disagg,
     handoffTimeoutMs: milliseconds(values["handoff-timeout-secs"]),
+    decodeWaitMs: milliseconds(values["disagg-wait-secs"]),
     limits: {
       bodyBytes: values["http-body-limit-mb"] * 1024 * 1024,
       headersTimeoutMs: milliseconds(values["http-headers-timeout-secs"]),

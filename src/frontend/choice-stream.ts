@@ -183,7 +183,18 @@ export class ChoiceStream implements AttemptOwner {
     stages.enter("route");
     this.#trace?.routing(startMs);
     if (this.#count === 0) this.#split ??= this.#considerSplit();
+    if (this.#split?.phase === "reserve") this.#reserve(startMs);
+    else this.#route(startMs);
+  }
+
+  #route(startMs: number): void {
+    const { model } = this.#run;
     const request = this.#requestNow();
+    const reserved = this.#takeReserved(request);
+    if (reserved !== undefined) {
+      this.#send(request, reserved, startMs);
+      return;
+    }
     try {
       // Step 4: route.
       const router = this.#isWithPrefillWorker ? model.prefill!.router : (model.remote ?? model.router);
@@ -193,6 +204,75 @@ export class ChoiceStream implements AttemptOwner {
     } catch (thrown) {
       this.#routeFailed(thrown, startMs);
     }
+  }
+
+  // ---- A decode worker first, so that no prompt is computed that has nowhere to go on ----
+
+  #reserve(startMs: number): void {
+    const { model } = this.#run;
+    try {
+      const routed = (model.remote ?? model.router).routeWhenReady({
+        ...this.#routeOf(this.#request),
+        stage: "decode",
+        overrides: DECODE_STAGE_OVERRIDES,
+        needsRoom: true,
+      });
+      if ("instanceId" in routed) this.#reserved(routed, startMs);
+      else void this.#awaitRoom(routed, startMs);
+    } catch (thrown) {
+      this.#noRoom(thrown, startMs);
+    }
+  }
+
+  async #awaitRoom(waiting: WaitingRoute, startMs: number): Promise<void> {
+    const { model, planes } = this.#run;
+    const late = new DynamoError("worker-full", "no decode worker had a place and KV memory in time");
+    const timer = planes.clock.setTimer(model.decodeWaitMs, () => waiting.cancel(late));
+    this.#waiting = waiting;
+    model.metrics.disaggregationWaiting(1);
+    let failure: unknown;
+    const decision = await waiting.decision.catch((thrown: unknown) => void (failure = thrown));
+    timer.cancel();
+    this.#waiting = undefined;
+    model.metrics.disaggregationWaiting(-1);
+    if (decision === undefined) this.#noRoom(failure, startMs);
+    else if (this.#ended) {
+      decision.release({ outcome: "cancelled" });
+      this.#routeFailed(new DynamoError("cancelled", "the choice ended while it waited"), startMs);
+    } else this.#reserved(decision, startMs);
+  }
+
+  #reserved(decision: RoutingDecision, startMs: number): void {
+    const split = this.#split!;
+    split.waitedMs = this.#run.planes.clock.monotonicMs() - startMs;
+    split.reserve(decision);
+    this.#route(startMs);
+  }
+
+  /** The decode workers' own queues have it then, whole. */
+  #noRoom(thrown: unknown, startMs: number): void {
+    const error = toDynamoError(thrown);
+    if (this.#ended || isOwnFault(error)) {
+      this.#routeFailed(error, startMs);
+      return;
+    }
+    const split = this.#split!;
+    split.waitedMs = this.#run.planes.clock.monotonicMs() - startMs;
+    this.#tellFallback(error.reason, "", error.diagnostic);
+    split.fallBack(error.reason);
+    this.#route(startMs);
+  }
+
+  /** The decode worker that was kept for these blocks, if it is still there. */
+  #takeReserved({ handoff }: PreprocessedRequest): RoutingDecision | undefined {
+    if (handoff === undefined) return undefined;
+    const reserved = this.#split?.takeReserved();
+    if (reserved === undefined) return undefined;
+    const { instanceId } = reserved;
+    const isThere = this.#run.model.router.workers.some((worker) => worker.instanceId === instanceId);
+    if (isThere && !this.#excluded.has(instanceId)) return reserved;
+    reserved.release({ outcome: "not-used" });
+    return undefined;
   }
 
   /** Whether the first token, or the handoff behind it, is awaited from a prefill worker. */

@@ -26,6 +26,8 @@ export interface FrontendConfig {
   readonly disagg?: SplitMode;
   /** How long a prefill worker's blocks are waited for. @default DEFAULT_HANDOFF_TIMEOUT_MS */
   readonly handoffTimeoutMs?: number;
+  /** How long a request that is to be split waits for room at a decode worker. @default DEFAULT_DECODE_WAIT_MS */
+  readonly decodeWaitMs?: number;
   readonly limits: FrontendLimits;
   readonly drainTimeoutMs: number;
   /** How long a frontend that leaves still answers with 503 while somebody holds a connection. @default 500 */
@@ -43,6 +45,7 @@ export interface MigrationConfig {
 export const DEFAULT_MIGRATION: MigrationConfig = { limit: 3, maxSequenceTokens: Infinity };
 export const DEFAULT_STALL_LIMIT_MS = 30_000;
 export const DEFAULT_HANDOFF_TIMEOUT_MS = 5_000;
+export const DEFAULT_DECODE_WAIT_MS = 10_000;
 
 /** Bounds on everything a client can send; the reasons stand beside the defaults in `cli/options.ts`. */
 export interface FrontendLimits {

@@ -84,6 +84,11 @@ export class ModelMetrics {
     this.#metrics.counter("dynamo_frontend_disagg_fallbacks_total").labels(this.#model, reason).add();
   }
 
+  /** One more, or one less, that waits for a decode worker before its prompt is computed. */
+  disaggregationWaiting(change: 1 | -1): void {
+    this.#metrics.gauge("dynamo_frontend_disagg_waiting").labels(this.#model).add(change);
+  }
+
   handoffBytes(backend: string, byteCount: number): void {
     this.#metrics.counter("dynamo_frontend_disagg_handoff_bytes_total").labels(this.#model, backend).add(byteCount);
   }

@@ -57,6 +57,7 @@ export async function startFrontend(
       stallLimitMs: config.stallLimitMs,
       disagg: config.disagg,
       handoffTimeoutMs: config.handoffTimeoutMs,
+      decodeWaitMs: config.decodeWaitMs,
       tokenizerCacheBytes: config.limits.tokenizerCacheBytes,
       limits: config.limits,
     });

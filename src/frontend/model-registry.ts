@@ -30,6 +30,7 @@ import type { FrontendLimits } from "./config.ts";
 import { fetchArtifact } from "./fetch-artifact.ts";
 import { ModelMetrics, WorkerGauges } from "./frontend-metrics.ts";
 import {
+  DEFAULT_DECODE_WAIT_MS,
   DEFAULT_HANDOFF_TIMEOUT_MS,
   DEFAULT_MIGRATION,
   DEFAULT_STALL_LIMIT_MS,
@@ -65,6 +66,8 @@ export interface ServedModel {
   readonly splits: SplitLog;
   /** From a prefill worker's token to its handoff. */
   readonly handoffTimeoutMs: number;
+  /** Before a prompt is computed, for a decode worker with a place and KV memory. */
+  readonly decodeWaitMs: number;
   /** Of its workers' blocks, to be fed with their events; undefined when the router uses none, or one of another thread. */
   readonly kvIndex: KvIndex | undefined;
   readonly metrics: ModelMetrics;
@@ -108,6 +111,7 @@ export class ModelRegistry {
   readonly #stallLimitMs: number;
   readonly #splitMode: SplitMode;
   readonly #handoffTimeoutMs: number;
+  readonly #decodeWaitMs: number;
   readonly #tokenizerCacheBytes: number;
   readonly #limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
   readonly #models = new Map<string, ServedModel>();
@@ -143,6 +147,8 @@ export class ModelRegistry {
       disagg?: SplitMode | undefined;
       /** @default 5000 */
       handoffTimeoutMs?: number | undefined;
+      /** @default 10000 */
+      decodeWaitMs?: number | undefined;
       /** Per model. */
       tokenizerCacheBytes: number;
       limits: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">;
@@ -157,6 +163,7 @@ export class ModelRegistry {
       stallLimitMs,
       disagg,
       handoffTimeoutMs,
+      decodeWaitMs,
       tokenizerCacheBytes,
       limits,
       ...routing
@@ -165,6 +172,7 @@ export class ModelRegistry {
     this.#stallLimitMs = stallLimitMs ?? DEFAULT_STALL_LIMIT_MS;
     this.#splitMode = disagg ?? "auto";
     this.#handoffTimeoutMs = handoffTimeoutMs ?? DEFAULT_HANDOFF_TIMEOUT_MS;
+    this.#decodeWaitMs = decodeWaitMs ?? DEFAULT_DECODE_WAIT_MS;
     this.#limits = limits;
     if (thread !== undefined && service !== undefined) {
       throw new DynamoError("invalid-config", "a router service is asked by one frontend thread alone");
@@ -462,6 +470,7 @@ export class ModelRegistry {
       prefill: undefined,
       splits: new SplitLog(),
       handoffTimeoutMs: this.#handoffTimeoutMs,
+      decodeWaitMs: this.#decodeWaitMs,
       advisor: new SplitAdvisor({
         mode: this.#splitMode,
         clock,

@@ -1,11 +1,13 @@
 import type { OfferedHandoff, PullResult } from "../protocol/index.ts";
-import type { SplitAdvice, SplitChoice, SplitMode } from "../router/index.ts";
+import type { RoutingDecision, SplitAdvice, SplitChoice, SplitMode } from "../router/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import type { Attempt } from "./attempt.ts";
 
 /**
  * Where a choice stands that may be split over two workers, and what is told of it:
  *
+ *     reserve: a decode worker has a place and KV memory, and keeps them; nobody has for too long: decode
+ *        │
  *     prefill ──first token──► handoff ──the prefill worker's descriptor──► decode
  *        └──────────┴── whatever fails: decode, where the prompt is computed (again)
  *     whole: all of it on a prefill worker; if that fails, decode
@@ -13,7 +15,7 @@ import type { Attempt } from "./attempt.ts";
  * While `decode` has not said how it fared, the prefill worker's stream is held open: it is the claim to the blocks there,
  * and ends with the choice.
  */
-export type SplitPhase = "prefill" | "handoff" | "decode" | "whole";
+export type SplitPhase = "reserve" | "prefill" | "handoff" | "decode" | "whole";
 
 export interface SplitView {
   readonly mode: SplitMode;
@@ -21,6 +23,8 @@ export interface SplitView {
   readonly choice: SplitChoice;
   readonly reason: string;
   readonly effective_tokens: number;
+  /** For a decode worker with a place and KV memory, before the prompt was computed. */
+  readonly waited_ms: number;
   readonly costs: SplitAdvice["costs"];
   readonly prefill_worker: string | null;
   /** null until the prefill worker offered its blocks. */
@@ -42,7 +46,7 @@ export interface SplitView {
   readonly fallback: string | null;
 }
 
-const FIRST_PHASES = { split: "prefill", decode: "decode", prefill: "whole" } as const;
+const FIRST_PHASES = { split: "reserve", decode: "decode", prefill: "whole" } as const;
 
 export class SplitStage {
   readonly mode: SplitMode;
@@ -56,7 +60,10 @@ export class SplitStage {
   fallback: string | undefined = undefined;
   firstTokenMs = -1;
   gapMs = -1;
+  waitedMs = 0;
   #hold: Attempt | undefined = undefined;
+  /** Where the answer is to go on: booked from before the prompt is computed. */
+  #reserved: RoutingDecision | undefined = undefined;
   #timer: TimerHandle | undefined = undefined;
 
   constructor(mode: SplitMode, advice: SplitAdvice) {
@@ -66,12 +73,24 @@ export class SplitStage {
   }
 
   get isWithPrefillWorker(): boolean {
-    return this.phase !== "decode";
+    return this.phase !== "decode" && this.phase !== "reserve";
   }
 
   /** Only the first token is asked for. */
   get isPrefillOnly(): boolean {
     return this.phase === "prefill";
+  }
+
+  reserve(decision: RoutingDecision): void {
+    this.#reserved = decision;
+    this.phase = "prefill";
+  }
+
+  /** The reservation is the caller's now; undefined when there is none. */
+  takeReserved(): RoutingDecision | undefined {
+    const reserved = this.#reserved;
+    this.#reserved = undefined;
+    return reserved;
   }
 
   /** The blocks' stream stays open, deaf, until `settled` or `close`. */
@@ -114,6 +133,7 @@ export class SplitStage {
     this.handoff = undefined;
     this.#hold?.hangUp();
     this.#hold = undefined;
+    this.takeReserved()?.release({ outcome: "not-used" });
   }
 
   view(): SplitView {
@@ -123,6 +143,7 @@ export class SplitStage {
       choice: advice.choice,
       reason: advice.reason,
       effective_tokens: advice.effectiveTokens,
+      waited_ms: Math.round(this.waitedMs * 100) / 100,
       costs: advice.costs,
       prefill_worker: this.prefillWorker === "" ? null : this.prefillWorker,
       handoff:

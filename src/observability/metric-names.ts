@@ -77,6 +77,11 @@ export const METRICS = {
     labels: ["model", "choice"],
     help: "Answers by what was decided where there are prefill workers: split, or whole on a decode or prefill worker.",
   },
+  dynamo_frontend_disagg_waiting: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Answers that are to be split and wait for a decode worker with a place and KV memory, before their prompt is computed.",
+  },
   dynamo_frontend_disagg_fallbacks_total: {
     type: "counter",
     labels: ["model", "reason"],

@@ -86,6 +86,15 @@ export function isRankBusy(rank: Rank, thresholds: BusyThresholds, sequences: Ac
   });
 }
 
+/** Whether a rank can begin at once with a request of so many blocks: a place in its engine and KV memory beside what it has. */
+export function hasRoom(rank: Rank, blocks: number, sequences: ActiveSequences): boolean {
+  const { capacity, reportedLoad, slot } = rank;
+  const requests = Math.max(sequences.requests(slot), reportedLoad.runningRequests + reportedLoad.waitingRequests);
+  if (capacity.maxSequences > 0 && requests >= capacity.maxSequences) return false;
+  const used = Math.max(sequences.decodeBlocks(slot), reportedLoad.activeBlocks);
+  return capacity.totalBlocks === 0 || used + blocks <= capacity.totalBlocks;
+}
+
 function noWorkers(request: RouteRequest, { model, ranks }: EligibilityContext, tried: number): DynamoError {
   if (request.pinned !== undefined) {
     return new DynamoError("no-workers", `the named worker does not serve ${model} now`, {

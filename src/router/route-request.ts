@@ -46,6 +46,11 @@ export interface RouteRequest {
    * nor busy thresholds hold it up. @default a new request
    */
   readonly resumedTokens?: number | undefined;
+  /**
+   * Only where it has a place and KV memory for the prompt at once: else it waits, in arrival order, until it has. One that
+   * is larger than any worker is told so by the worker. @default false
+   */
+  readonly needsRoom?: boolean;
   /** What the worker is to do of the request, for the explanation. @default "aggregated" */
   readonly stage?: RouteStage;
   /** Set by the router. */

@@ -318,6 +318,71 @@ describe("router: queue", () => {
   });
 });
 
+describe("router: requests that need room", () => {
+  const room = (n: number, blocks = 4): RouteRequest => ({
+    tokenIds: aPrompt(Array.from({ length: blocks }, () => n)),
+    overrides: { assumeKvReuse: false },
+    needsRoom: true,
+  });
+
+  test("go where there is a place and KV memory, wait in order while there is none, and get what comes free", async () => {
+    const { router } = aRouter({ workers: [] });
+    router.addWorker("a", "memory://a", { capacity: { ...CAPACITY, totalBlocks: 10 } });
+    router.addWorker("b", "memory://b", { capacity: { ...CAPACITY, maxSequences: 1 } });
+    const onB = placed(router.routeWhenReady({ ...room(1), allowed: new Set(["b"]) }));
+    const onA = [placed(router.routeWhenReady(room(2))), placed(router.routeWhenReady(room(3)))];
+    assert.deepEqual(
+      onA.map(({ instanceId }) => instanceId),
+      ["a", "a"],
+    );
+    const large = waits(router.routeWhenReady(room(4, 9)));
+    const small = waits(router.routeWhenReady(room(5, 1)));
+    // Neither does somebody without such a need wait, nor does the small one pass the large one by.
+    assert.ok("instanceId" in router.routeWhenReady({ tokenIds: aPrompt([6]), allowed: new Set(["b"]) }));
+    onA[0]!.release();
+    onB.release();
+    assert.equal(router.workers.find(({ instanceId }) => instanceId === "a")!.activeRequests, 1);
+    onA[1]!.release();
+    assert.equal((await large.decision).instanceId, "a");
+    (await large.decision).release();
+    assert.equal((await small.decision).instanceId, "a");
+  });
+
+  test("what a worker reports of itself counts, and one that is larger than every worker does not wait for ever", async () => {
+    const { router } = aRouter({ workers: [] });
+    router.addWorker("a", "memory://a", { capacity: { ...CAPACITY, totalBlocks: 10 } });
+    router.updateLoad("a", { ...EMPTY_LOAD, activeBlocks: 8 });
+    assert.equal(router.outlook(room(1)).hasRoom, false);
+    const waiting = waits(router.routeWhenReady(room(1)));
+    router.updateLoad("a", { ...EMPTY_LOAD, activeBlocks: 2 });
+    assert.equal((await waiting.decision).instanceId, "a");
+    assert.equal(placed(router.routeWhenReady(room(2, 11))).instanceId, "a");
+  });
+
+  test("leave the queue with a cancel, at their deadline, with the last worker and with the router", async () => {
+    const { router, clock } = aRouter({ workers: [], config: { queueLimit: 3 } });
+    router.addWorker("a", "memory://a", { capacity: { ...CAPACITY, maxSequences: 1 } });
+    placed(router.routeWhenReady(room(1)));
+    const cancelled = waits(router.routeWhenReady(room(2)));
+    const late = waits(router.routeWhenReady({ ...room(3), deadlineMs: 1_000 }));
+    const orphan = waits(router.routeWhenReady(room(4)));
+    assert.throws(() => router.routeWhenReady(room(5)), isReason("too-many-requests"));
+    cancelled.cancel(new DynamoError("worker-full", "for too long"));
+    await assert.rejects(cancelled.decision, isReason("worker-full"));
+    clock.advance(1_100);
+    await assert.rejects(late.decision, isReason("request-deadline"));
+    router.removeWorker("a");
+    clock.advance(1_000);
+    await assert.rejects(orphan.decision, isReason("no-workers"));
+    router.addWorker("a", "memory://a", { capacity: { ...CAPACITY, maxSequences: 1 } });
+    placed(router.routeWhenReady(room(1)));
+    const last = waits(router.routeWhenReady(room(2)));
+    router.close(new DynamoError("draining", "bye"));
+    await assert.rejects(last.decision, isReason("draining"));
+    assert.equal(clock.pendingTimerCount, 0);
+  });
+});
+
 describe("router: a worker that registers anew", () => {
   const config = { queueThreshold: 0.2 };
 

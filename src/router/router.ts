@@ -8,7 +8,7 @@ import { BookedDecision, type DecisionOwner } from "./booked-decision.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
 import type { PoolOutlook } from "./disagg/index.ts";
 import { Degradations, EMPTY_INDEX, NO_DEGRADATION, NO_INDEX, SESSION_MOVED } from "./degradations.ts";
-import { eligibleRanks, isRankBusy, type Eligible } from "./eligibility.ts";
+import { eligibleRanks, hasRoom, isRankBusy, type Eligible } from "./eligibility.ts";
 import { DecisionLog, DecisionRecord } from "./explain/decision-log.ts";
 import { renderDecision, type DecisionExplanation } from "./explain/render.ts";
 import { OverlapScores, type KvIndexReader } from "./indexer/base.ts";
@@ -94,6 +94,8 @@ export class Router implements DecisionOwner {
   /** Own decisions: in place of the index, or beside it. Ranks are slots. */
   readonly #approximate: ApproximateIndex | undefined;
   readonly #queue: RouteQueue<QueuedRoute, RoutingDecision>;
+  /** Of those that wait for a place and KV memory. */
+  readonly #roomQueue: RouteQueue<QueuedRoute, RoutingDecision>;
   readonly #sessions: SessionAffinity | undefined;
   readonly #log: DecisionLog;
   readonly #degraded: Degradations;
@@ -162,6 +164,14 @@ export class Router implements DecisionOwner {
         this.metrics.queuedCachedTokens.set(cachedTokens);
       },
     });
+    this.#roomQueue = new RouteQueue<QueuedRoute, RoutingDecision>({
+      clock,
+      policy: "fcfs",
+      limit: this.#config.queueLimit,
+      refreshAfterMs: 0,
+      place: ({ request }, waitedMs) => this.#place(() => this.#bookWithRoom(request, waitedMs)),
+      cachedTokens: () => 0,
+    });
     options.metrics.onCollect(() => this.#collectStates());
   }
 
@@ -189,7 +199,7 @@ export class Router implements DecisionOwner {
     );
     this.#byId.set(instanceId, worker);
     this.#setWorkers();
-    this.#queue.drain();
+    this.#drain();
   }
 
   /** Its bookings end, and what the indexes know of it is forgotten. */
@@ -204,7 +214,7 @@ export class Router implements DecisionOwner {
     this.#index?.removeWorker(instanceId);
     this.#setWorkers();
     this.#holdVerdicts();
-    this.#queue.drain();
+    this.#drain();
   }
 
   /**
@@ -212,18 +222,18 @@ export class Router implements DecisionOwner {
    * the queue anyway is not told meanwhile that there is none.
    */
   #holdVerdicts(): void {
-    if (this.#queue.length === 0) return;
+    if (this.#queue.length + this.#roomQueue.length === 0) return;
     this.#verdictTimer?.cancel();
     this.#verdictTimer = this.#options.clock.setTimer(WORKER_RETURN_MS, () => {
       this.#verdictTimer = undefined;
-      this.#queue.drain();
+      this.#drain();
     });
   }
 
   updateLoad(instanceId: string, load: LoadSnapshot): void {
     this.#byId.get(instanceId)?.report(load);
     // A worker that was above a busy threshold may be below it now.
-    this.#queue.drain();
+    this.#drain();
   }
 
   /** Leaves the worker out for a while: it broke, or did not answer. It comes back by itself. */
@@ -239,7 +249,7 @@ export class Router implements DecisionOwner {
 
   set busyThresholds(thresholds: BusyThresholds) {
     this.#thresholds = thresholds;
-    this.#queue.drain();
+    this.#drain();
   }
 
   // ---- Decisions ----
@@ -258,10 +268,11 @@ export class Router implements DecisionOwner {
 
   /**
    * A worker at once in the usual case. With a queue threshold, and every worker's backlog above it, the request waits
-   * for its turn: see queue.ts. Throws as `route` does, and `too-many-requests` when the queue is full; a waiting one is
-   * rejected with the same, or with `request-deadline`.
+   * for its turn: see queue.ts; so does one that needs room where there is none. Throws as `route` does, and
+   * `too-many-requests` when the queue is full; a waiting one is rejected with the same, or with `request-deadline`.
    */
   routeWhenReady(request: RouteRequest): RoutingDecision | WaitingRoute {
+    if (request.needsRoom === true) return this.#routeWithRoom(request);
     const { queueThreshold } = this.#config;
     if (queueThreshold === undefined || request.resumedTokens !== undefined) return this.route(request);
     try {
@@ -277,6 +288,37 @@ export class Router implements DecisionOwner {
       if (error.reason === "too-many-requests") this.metrics.backpressure("queue_full");
       throw error;
     }
+  }
+
+  #routeWithRoom(request: RouteRequest): RoutingDecision | WaitingRoute {
+    try {
+      const isFirst = this.#roomQueue.length === 0;
+      const decision = isFirst ? this.#bookWithRoom(request, 0) : undefined;
+      return decision ?? this.#roomQueue.enter(queueItem(request));
+    } catch (thrown) {
+      throw this.#refused(thrown);
+    }
+  }
+
+  /** undefined when no rank has room now. */
+  #bookWithRoom(request: RouteRequest, waitedMs: number): RoutingDecision | undefined {
+    const eligible = this.#withRoom(request, this.#eligible(request));
+    return eligible === undefined ? undefined : this.#book(request, eligible, waitedMs);
+  }
+
+  /** Those that have room; all of them when none will ever have as much. */
+  #withRoom(request: RouteRequest, eligible: Eligible): Eligible | undefined {
+    const { ranks, leftOut } = eligible;
+    // The prompt and a block to grow.
+    const blocks = Math.floor(promptTokensOf(request) / this.#blockSizeTokens) + 1;
+    const free = ranks.filter((rank) => hasRoom(rank, blocks, this.#sequences));
+    if (free.length === ranks.length) return eligible;
+    if (free.length > 0) {
+      return { ranks: free, leftOut: { ...leftOut, busy: leftOut.busy + ranks.length - free.length } };
+    }
+    return ranks.some(({ capacity: { totalBlocks } }) => totalBlocks === 0 || totalBlocks >= blocks)
+      ? undefined
+      : eligible;
   }
 
   /** Where the request would go now, without sending it: nothing is booked or counted. Throws as `route` does. */
@@ -299,6 +341,7 @@ export class Router implements DecisionOwner {
     this.#verdictTimer?.cancel();
     this.#verdictTimer = undefined;
     this.#queue.close(error);
+    this.#roomQueue.close(error);
   }
 
   /**
@@ -306,7 +349,9 @@ export class Router implements DecisionOwner {
    * there. Nothing is booked or counted. Throws as `route` does.
    */
   outlook(request: RouteRequest): PoolOutlook {
-    const { eligible, prompt } = this.#evaluate(request, this.#eligible(request));
+    const all = this.#eligible(request);
+    const withRoom = this.#withRoom(request, all);
+    const { eligible, prompt } = this.#evaluate(request, withRoom ?? all);
     const { cost, device, host, disk } = this.#columns;
     let best = 0;
     for (let i = 1; i < eligible.ranks.length; i++) if (cost[i]! < cost[best]!) best = i;
@@ -315,7 +360,8 @@ export class Router implements DecisionOwner {
       cachedTokens: (device[best]! + host[best]! + disk[best]!) * prompt.blockSizeTokens,
       queuedTokens: this.#sequences.prefillTokens(slot),
       activeRequests: this.#sequences.requests(slot),
-      rankCount: eligible.ranks.length,
+      rankCount: all.ranks.length,
+      hasRoom: withRoom !== undefined,
     };
   }
 
@@ -338,14 +384,14 @@ export class Router implements DecisionOwner {
   /** What another router booked, finished prefilling, or freed. Own events must not come back here. */
   applyRemoteBooking(routerId: string, event: BookingEvent): RemoteResult {
     const result = this.#remote.apply(routerId, event);
-    if (event.type !== "add") this.#queue.drain();
+    if (event.type !== "add") this.#drain();
     return result;
   }
 
   /** The other router is gone: what it booked no longer counts. */
   dropRemoteRouter(routerId: string): void {
     this.#remote.drop(routerId);
-    this.#queue.drain();
+    this.#drain();
   }
 
   // ---- For decisions ----
@@ -362,7 +408,7 @@ export class Router implements DecisionOwner {
     this.#sequences.prefillDone(decision.booking);
     if (decision.sessionId !== undefined) this.#bindSession(decision, decision.sessionId);
     this.onBooking?.({ type: "prefill-completed", requestId: decision.requestId });
-    this.#queue.drain();
+    this.#drain();
   }
 
   addOutput(booking: Booking, tokens: number): void {
@@ -375,10 +421,15 @@ export class Router implements DecisionOwner {
     this.#live.delete(decision);
     this.#releaseSession(decision);
     this.onBooking?.({ type: "free", requestId: decision.requestId });
-    this.#queue.drain();
+    this.#drain();
   }
 
   // ---- Inside ----
+
+  #drain(): void {
+    this.#roomQueue.drain();
+    this.#queue.drain();
+  }
 
   #setWorkers(): void {
     this.#workers = [...this.#byId.values()].toSorted((a, b) => (a.instanceId < b.instanceId ? -1 : 1));
@@ -422,10 +473,17 @@ export class Router implements DecisionOwner {
   }
 
   #placeQueued(request: RouteRequest, waitedMs: number): RoutingDecision | undefined {
-    try {
+    return this.#place(() => {
       const eligible = this.#eligible(request);
       if (this.#isSaturated(eligible.ranks, this.#config.queueThreshold ?? Infinity)) return undefined;
       return this.#book(request, eligible, waitedMs);
+    });
+  }
+
+  /** From a queue: undefined = it goes on waiting. */
+  #place(book: () => RoutingDecision | undefined): RoutingDecision | undefined {
+    try {
+      return book();
     } catch (thrown) {
       const error = toDynamoError(thrown);
       if (this.#verdictTimer !== undefined && error.reason === "no-workers") return undefined;

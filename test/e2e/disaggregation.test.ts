@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import { LoopEngine } from "../../src/engines/llama/fixtures/loop-engine.ts";
 import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { FrontendConfig } from "../../src/frontend/index.ts";
 import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
@@ -21,7 +22,12 @@ const TOKENS = 24;
 
 /** The mock engine with gates: what a test closes waits until the test opens it. */
 class GatedEngine implements Engine {
-  readonly mocker = new MockerEngine(MOCK);
+  readonly mocker: MockerEngine;
+
+  constructor(config: typeof MOCK = MOCK) {
+    this.mocker = new MockerEngine(config);
+  }
+
   readonly submitted: PreprocessedRequest[] = [];
   readonly imported: ImportedBlocks[] = [];
   gate: Partial<Record<"submit" | "count" | "export" | "import" | "steps", Promise<void>>> = {};
@@ -103,6 +109,7 @@ interface Pool {
 
 interface Split {
   readonly choice: string;
+  readonly waited_ms: number;
   readonly reason: string;
   readonly fallback: string | null;
   readonly handoff: null | {
@@ -123,7 +130,7 @@ async function withPool(
     prefill: [],
     decode: [],
     async add(role, overrides = {}) {
-      const engine = new GatedEngine();
+      const engine = new GatedEngine(overrides.engine?.kind === "mocker" ? overrides.engine : MOCK);
       const handoff = { ...DEFAULT_HANDOFF, memoryBytes: 64 * 1024, ...options.handoff };
       const config = {
         engine: MOCK,
@@ -231,9 +238,10 @@ describe("disaggregation: a request over two workers", () => {
       const { decisions, disaggregation } = await pool.explain();
       assert.deepEqual(
         decisions.map(({ stage, worker }) => [stage, worker.instance_id]),
+        // The decode worker first: it keeps the room.
         [
-          ["prefill", prefill.worker.instanceId],
           ["decode", decode.worker.instanceId],
+          ["prefill", prefill.worker.instanceId],
         ],
       );
       const [split] = disaggregation;
@@ -297,6 +305,60 @@ describe("disaggregation: a request over two workers", () => {
       for (const { engine } of pool.decode) assert.ok(engine.imported.length > 0);
     });
   });
+});
+
+/** The llama engine's loop on a fake model whose text depends on every cell: a wrong or missing block is seen. */
+function loopEngine(): LoopEngine {
+  return new LoopEngine({ totalBlocks: 64, blockSizeTokens: 16, vocabularySize: 512 });
+}
+
+test("disaggregation: blocks in the decode worker's host memory do not travel, and the text is the same", async () => {
+  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always" } });
+  const memory = new MemoryNetwork();
+  const engines = { prefill: loopEngine(), decode: loopEngine() };
+  const whole = await startInProcessCluster({ workers: 0 });
+  type Answer = { text: string; split: Split | undefined };
+  const ask = async ({ baseUrl }: InProcessCluster, prompt: string, id: string): Promise<Answer> => {
+    const response = await fetch(`${baseUrl}/v1/completions`, {
+      method: "POST",
+      headers: { "content-type": "application/json", "x-request-id": id },
+      body: JSON.stringify({ model: "echo", prompt, max_tokens: 4, temperature: 0 }),
+    });
+    const { choices } = (await response.json()) as { choices: { text: string }[] };
+    const told = (await (await fetch(`${baseUrl}/v1/route/explain/${id}`)).json()) as { disaggregation?: Split[] };
+    return { text: choices[0]!.text, split: told.disaggregation?.[0] };
+  };
+  const blocksOf = ({ split }: Answer): unknown => {
+    const { held_blocks, pulled_blocks } = split!.handoff!.pull!;
+    return { held_blocks, pulled_blocks };
+  };
+  try {
+    await whole.addWorker({}, { makeEngine: () => Promise.resolve(loopEngine()) });
+    for (const role of ["prefill", "decode"] as const) {
+      const transfer = { memory, tcp: false, shm: false } as const;
+      const config = { role, handoff: { ...DEFAULT_HANDOFF, memoryBytes: 1 << 20, transfer } };
+      const tiers = role === "decode" ? { kvTiers: { hostBytes: 1 << 20 } } : {};
+      await cluster.addWorker({ ...config, ...tiers }, { makeEngine: () => Promise.resolve(engines[role]) });
+    }
+    await Promise.all([cluster.settled(2), whole.settled(1)]);
+    const prompt = PROMPT.slice(0, 160);
+    const cold = await ask(cluster, prompt, "cold");
+    assert.deepEqual(blocksOf(cold), { held_blocks: 0, pulled_blocks: 10 });
+    assert.equal(cold.text, (await ask(whole, prompt, "cold")).text);
+    await until(() => engines.decode.copiedOutBlocks >= 10, "the blocks to be in host memory");
+    await engines.decode.clearBlocks();
+    const again = await ask(cluster, prompt, "again");
+    assert.deepEqual(blocksOf(again), { held_blocks: 10, pulled_blocks: 0 });
+    assert.equal(again.text, cold.text);
+    await engines.decode.clearBlocks();
+    const longer = prompt + PROMPT.slice(0, 64);
+    const part = await ask(cluster, longer, "longer");
+    assert.deepEqual(blocksOf(part), { held_blocks: 10, pulled_blocks: 4 });
+    assert.equal(part.text, (await ask(whole, longer, "longer")).text);
+  } finally {
+    await cluster.stop();
+    await whole.stop();
+  }
 });
 
 describe("disaggregation: what fails is computed by the decode worker, visibly", () => {
@@ -463,6 +525,117 @@ test("disaggregation: auto sends a prompt past answers under way, whole to an id
     },
     { frontend: { disagg: "auto" } },
   );
+});
+
+describe("disaggregation: no prompt is computed before its answer has room at a decode worker", () => {
+  const onePlace = { ...MOCK, maxSequences: 1 };
+  /** 64 blocks: the prompt twice fits once. */
+  const littleMemory = { ...MOCK, contextLength: 1_024, totalBlocks: 64 };
+  const twice = PROMPT + PROMPT;
+  const ours = ({ engine }: Node, id: string): PreprocessedRequest[] =>
+    engine.submitted.filter(({ requestId }) => requestId === id);
+
+  /** One answer under way at the only decode worker, its prompt long. */
+  async function withOneAnswering(
+    engine: typeof MOCK,
+    use: (pool: Pool, first: Promise<Response>, go: () => void) => Promise<void>,
+    frontend: Partial<FrontendConfig> = {},
+  ): Promise<void> {
+    await withPool(
+      { prefill: 0, decode: 0 },
+      async (pool) => {
+        await pool.add("prefill", { engine });
+        const decode = await pool.add("decode", { engine });
+        await pool.cluster.settled(2);
+        const gate = closed(decode.engine, "steps");
+        const first = pool.ask({ prompt: `first ${twice}` }, { id: "first" });
+        await gate.reached;
+        await use(pool, first, gate.open);
+      },
+      { frontend },
+    );
+  }
+
+  for (const [what, engine] of Object.entries({ "no place": onePlace, "too little KV memory": littleMemory })) {
+    test(`${what}: the prompt waits until an answer has ended`, async () => {
+      const expected = await aggregatedText(twice);
+      await withOneAnswering(engine, async (pool, first, go) => {
+        const second = pool.text(twice);
+        const waiting = async (): Promise<boolean> =>
+          Object.values(await pool.metric("dynamo_frontend_disagg_waiting"))[0] === 1;
+        await until(waiting, "the second one to wait");
+        assert.deepEqual(ours(pool.prefill[0]!, "asked"), [], "its prompt is not computed");
+        go();
+        assert.equal((await first).status, 200);
+        assert.equal(await second, expected);
+        const { disaggregation } = await pool.explain();
+        assert.equal(disaggregation[0]!.fallback, null);
+        assert.ok(disaggregation[0]!.waited_ms > 0);
+        assert.equal(ours(pool.prefill[0]!, "asked").length, 1);
+        assert.deepEqual(await pool.metric("dynamo_frontend_disagg_fallbacks_total"), {});
+      });
+    });
+  }
+
+  test("who has waited for long enough is served whole, and told so", async () => {
+    const expected = await aggregatedText(twice);
+    const waits = { decodeWaitMs: 50 };
+    await withOneAnswering(
+      onePlace,
+      async (pool, first, go) => {
+        const second = pool.text(twice);
+        await until(() => ours(pool.decode[0]!, "asked").length === 1, "the second one to be at the decode worker");
+        go();
+        assert.equal((await first).status, 200);
+        assert.equal(await second, expected);
+        assert.deepEqual(ours(pool.prefill[0]!, "asked"), []);
+        assert.equal((await pool.explain()).disaggregation[0]!.fallback, "worker-full");
+      },
+      waits,
+    );
+  });
+
+  test("a client that leaves while it waits, or while its prompt is computed, gives the room back", async () => {
+    await withOneAnswering(onePlace, async (pool, first, go) => {
+      const abort = new AbortController();
+      const second = pool.ask({ prompt: twice }, { signal: abort.signal, id: "second" });
+      await until(
+        async () => Object.values(await pool.metric("dynamo_frontend_disagg_waiting"))[0] === 1,
+        "the second one to wait",
+      );
+      abort.abort();
+      await assert.rejects(second);
+      go();
+      assert.equal((await first).status, 200);
+      const computing = closed(pool.prefill[0]!.engine, "submit");
+      const later = new AbortController();
+      const third = pool.ask({ prompt: `third ${twice}` }, { signal: later.signal, id: "third" });
+      await computing.reached;
+      later.abort();
+      await assert.rejects(third);
+      computing.open();
+      // With a place kept for one of them, this one would not get any.
+      await pool.text(twice);
+      assert.equal((await pool.explain()).disaggregation[0]!.fallback, null);
+    });
+  });
+
+  test("the decode worker that was kept is killed while the prompt is computed: the blocks go to another one", async () => {
+    const expected = await aggregatedText();
+    await withPool({ prefill: 1, decode: 2 }, async (pool) => {
+      const gate = closed(pool.prefill[0]!.engine, "submit");
+      const answer = pool.text();
+      await gate.reached;
+      const { decisions } = await pool.explain();
+      const kept = pool.decode.find(({ worker }) => worker.instanceId === decisions[0]!.worker.instance_id)!;
+      await kept.worker.drain(1_000);
+      await pool.cluster.settled(2);
+      gate.open();
+      assert.equal(await answer, expected);
+      const { disaggregation } = await pool.explain();
+      assert.equal(disaggregation[0]!.handoff!.pull!.pulled_blocks, BLOCKS);
+    });
+  });
 });
 
 describe("disaggregation: a client that goes away", () => {

@@ -145,6 +145,21 @@ export class TieredCache {
     return { hashes, start, end: start + count, sources: taken, needsRead, recomputeMs };
   }
 
+  /**
+   * How many leading blocks the engine's cache, the host and the disk have between them, as far as taking them is worth it;
+   * the first `inEngine` are known to be in the engine's cache. An object store may be farther away than whoever asks. Only
+   * looks: nothing is counted as asked for.
+   */
+  countNear(sequenceHashes: Uint32Array, inEngine: number): number {
+    const sources: number[] = [];
+    for (let i = inEngine; i < sequenceHashes.length / 2; i++) {
+      const source = this.#sourceOf(sequenceHashes[2 * i]!, sequenceHashes[2 * i + 1]!);
+      if (source === undefined || this.#lower[source - 1]?.tier.name === "object") break;
+      sources.push(source);
+    }
+    return inEngine + this.costs.worthTaking(sources, this.#options.blockSizeTokens).count;
+  }
+
   /** Reads what is below the host into it. Resolves when all is there, failed, or late; never rejects. */
   async fetch(match: TierMatch, options: { readonly deadlineMs: number; readonly signal: AbortSignal }): Promise<void> {
     const { clock } = this.#options;

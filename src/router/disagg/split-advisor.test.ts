@@ -46,6 +46,14 @@ test("advisor: an idle decode worker keeps the prompt; with answers under way, w
   assert.equal(advisor.decide({ ...LONG, decode: busy, prefill: { ...IDLE, activeRequests: 25 } }).choice, "prefill");
 });
 
+test("advisor: a pool without room for the answer does not get it, unless none has", () => {
+  const { advisor } = newAdvisor();
+  const full = { ...IDLE, hasRoom: false };
+  assert.equal(advisor.decide({ ...LONG, decode: full }).choice, "prefill");
+  assert.equal(advisor.decide({ ...LONG, prefill: full }).choice, "decode");
+  assert.equal(advisor.decide({ ...LONG, decode: full, prefill: full }).choice, "decode");
+});
+
 test("advisor: what is cached there, and a queue here, keep a prompt where it is; a queue there gives it away", () => {
   const { advisor } = newAdvisor();
   const decode = { ...IDLE, activeRequests: 4 };

@@ -37,6 +37,8 @@ export interface PoolOutlook {
   readonly activeRequests: number;
   /** Ranks of the pool. */
   readonly rankCount: number;
+  /** That worker has a place and KV memory for it. @default true */
+  readonly hasRoom?: boolean;
 }
 
 export interface SplitQuestion {
@@ -144,9 +146,7 @@ export class SplitAdvisor {
         this.#handoff.at(movedBlocks),
       ),
     };
-    let choice: SplitChoice = "decode";
-    if (costs.prefill.totalMs < costs[choice].totalMs) choice = "prefill";
-    if (costs.split.totalMs < costs[choice].totalMs) choice = "split";
+    const choice = cheapest(costs, decode.hasRoom !== false, prefill.hasRoom !== false);
     const others = CHOICES.filter((each) => each !== choice).map((each) => `${WORDS[each]} ${ms(costs[each].totalMs)}`);
     const reason = `${WORDS[choice]}: ${ms(costs[choice].totalMs)} of delay; ${others.join(", ")}`;
     return { choice, reason, effectiveTokens, costs };
@@ -239,6 +239,22 @@ function cost(prompt: PromptCost, decodeMs: number, handoffMs: number): SplitCos
 }
 
 const CHOICES: readonly SplitChoice[] = ["split", "decode", "prefill"];
+
+/** Where there is room for the answer; if there is none anywhere, of all. */
+function cheapest(
+  costs: Readonly<Record<SplitChoice, SplitCost>>,
+  hasDecodeRoom: boolean,
+  hasPrefillRoom: boolean,
+): SplitChoice {
+  const isOpen = (choice: SplitChoice): boolean => (choice === "prefill" ? hasPrefillRoom : hasDecodeRoom);
+  const open = hasDecodeRoom || hasPrefillRoom ? ORDER.filter(isOpen) : ORDER;
+  let choice = open[0]!;
+  for (const each of open) if (costs[each].totalMs < costs[choice].totalMs) choice = each;
+  return choice;
+}
+
+/** Which one is taken of two that cost the same: the one with less to go wrong. */
+const ORDER: readonly SplitChoice[] = ["decode", "prefill", "split"];
 const WORDS = { split: "split", decode: "whole on a decode worker", prefill: "whole on a prefill worker" } as const;
 
 function ms(milliseconds: number): string {

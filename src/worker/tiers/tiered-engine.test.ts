@@ -10,6 +10,8 @@ import { MemoryTier, RecordingMeters } from "../../kvbm/tiers/fixtures/memory-ti
 import { silentLogger } from "../../observability/index.ts";
 import type { KvEvent } from "../../protocol/index.ts";
 import { systemClock } from "../../std/index.ts";
+import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
+import type { ImportedBlocks } from "../../engines/index.ts";
 import { TieredEngine } from "./tiered-engine.ts";
 
 /**
@@ -211,6 +213,82 @@ test("tiers: from below the host the request is parked; several that want the sa
     }
     assert.equal(readsBefore, 8);
     assert.equal(below.reads, 8);
+  });
+});
+
+/** The blocks of a prompt as another worker has them. */
+async function blocksElsewhere(tokens: readonly number[], startBlock: number): Promise<ImportedBlocks> {
+  const other = new LoopEngine();
+  const recorder = new EngineRecorder(other);
+  await recorder.start();
+  await recorder.run(aRequest(Uint32Array.from(tokens), { stop: { maxTokens: 1 } }));
+  const blockCount = Math.floor(tokens.length / BLOCK);
+  const { sequenceHashes } = hashBlocks(Uint32Array.from(tokens), BLOCK, blockHashSeed());
+  const { data, blockBytes } = await other.exportBlocks(sequenceHashes);
+  await recorder.stop();
+  assert.equal(data.length, blockCount * blockBytes);
+  return {
+    sequenceHashes,
+    tokenIds: Uint32Array.from(tokens.slice(0, blockCount * BLOCK)),
+    blockBytes,
+    startBlock,
+    data: data.subarray(startBlock * blockBytes),
+  };
+}
+
+for (const tier of ["host", "disk"] as const) {
+  test(`tiers: blocks in the ${tier} tier count as held, and come in before an import that goes on behind them`, async () => {
+    const below = new MemoryTier("disk");
+    await withRig({ lower: [below] }, async (rig) => {
+      const elsewhere = await blocksElsewhere(prompt(33), 5);
+      await rig.say(prompt(5 * BLOCK, 0), 1);
+      await rig.cache.settled();
+      await rig.inner.clearBlocks();
+      if (tier === "disk") rig.host.pool.clear();
+      assert.equal(await rig.inner.countBlocks(elsewhere.sequenceHashes), 0);
+      assert.equal(await rig.engine.countBlocks(elsewhere.sequenceHashes), 5);
+      assert.equal(await rig.engine.importBlocks(elsewhere), 3);
+      assert.equal(rig.meters.onboardedBlocks.get(tier), 5);
+      assert.equal(await rig.say(prompt(33)), 32);
+    });
+  });
+}
+
+test("tiers: blocks of an object store do not count as held: another worker may be nearer", async () => {
+  const below = new MemoryTier("object");
+  await withRig({ lower: [below] }, async (rig) => {
+    await rig.say(prompt(33));
+    await rig.cache.settled();
+    await rig.inner.clearBlocks();
+    rig.host.pool.clear();
+    const { sequenceHashes } = hashBlocks(Uint32Array.from(prompt(33)), BLOCK, blockHashSeed());
+    assert.equal(await rig.engine.countBlocks(sequenceHashes), 0);
+    // A request of its own takes them all the same.
+    assert.equal(await rig.say(prompt(33)), 32);
+  });
+});
+
+test("tiers: held blocks that are gone, or cannot be read, when an import needs them: it takes nothing, the text is the same", async () => {
+  const below = new MemoryTier("disk");
+  await withRig({ lower: [below] }, async (rig) => {
+    const elsewhere = await blocksElsewhere(prompt(33), 5);
+    await rig.say(prompt(5 * BLOCK, 0), 1);
+    await rig.cache.settled();
+    await rig.inner.clearBlocks();
+    rig.host.pool.clear();
+    assert.equal(await rig.engine.countBlocks(elsewhere.sequenceHashes), 5);
+    await rig.engine.clearBlocks();
+    assert.equal(await rig.engine.importBlocks(elsewhere), 0);
+    assert.equal(await rig.say(prompt(33)), 0);
+    // And a read that never ends is waited for only as long as computing would take.
+    await rig.cache.settled();
+    await rig.inner.clearBlocks();
+    rig.host.pool.clear();
+    below.hold();
+    rig.cache.costs.tookToPrefill(100, 100);
+    assert.equal(await rig.engine.importBlocks(elsewhere), 0);
+    below.release();
+    assert.equal((await rig.say(prompt(33))) % BLOCK, 0);
   });
 });
 

@@ -60,6 +60,8 @@ export class TieredEngine implements Engine {
   #info: EngineInfo | undefined = undefined;
   #sink: EngineSink | undefined = undefined;
   #isDraining = false;
+  /** Ends reads of imports. */
+  readonly #stopping = new AbortController();
   #whenUnparked: (() => void)[] = [];
   #stopped: Promise<void> | undefined = undefined;
 
@@ -140,17 +142,38 @@ export class TieredEngine implements Engine {
     return this.#parked.size === 0 ? load : { ...load, waitingRequests: load.waitingRequests + this.#parked.size };
   }
 
-  /** In the engine's cache; what lies below comes in when the request does, like that of any other. */
-  countBlocks(sequenceHashes: Uint32Array): Promise<number> {
-    return this.#engine.countBlocks(sequenceHashes);
+  /** With what lies in the host and on disk: it comes in before an import, or with the request, like that of any other. */
+  async countBlocks(sequenceHashes: Uint32Array): Promise<number> {
+    const inEngine = await this.#engine.countBlocks(sequenceHashes);
+    return this.#cache?.countNear(sequenceHashes, inEngine) ?? inEngine;
   }
 
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return this.#engine.exportBlocks(sequenceHashes);
   }
 
-  importBlocks(blocks: ImportedBlocks): Promise<number> {
+  /** Behind blocks that may lie in the tiers: those first. What has left them meanwhile is missing, and nothing is taken. */
+  async importBlocks(blocks: ImportedBlocks): Promise<number> {
+    const { startBlock = 0, tokenIds, cacheNamespace = "" } = blocks;
+    if (startBlock > 0) await this.#bringIn(tokenIds, cacheNamespace, startBlock);
     return this.#engine.importBlocks(blocks);
+  }
+
+  async #bringIn(tokenIds: Uint32Array, cacheNamespace: string, blockCount: number): Promise<void> {
+    if (this.#cache === undefined || this.#info === undefined) return;
+    const hashes = hashBlocks(tokenIds, this.#info.blockSizeTokens, blockHashSeed({ cacheNamespace }));
+    const match = this.#cache.match(hashes, blockCount);
+    if (match === undefined) return;
+    if (match.needsRead) {
+      const deadlineMs = this.#readDeadlineMs(match);
+      await this.#cache.fetch(match, { deadlineMs, signal: this.#stopping.signal });
+    }
+    this.#cache.copyIn(match, tokenIds, cacheNamespace);
+  }
+
+  /** Computing the blocks would be done by then. */
+  #readDeadlineMs({ recomputeMs }: TierMatch): number {
+    return this.#options.clock.monotonicMs() + Math.min(MAX_PARKED_MS, Math.max(MIN_PARKED_MS, recomputeMs));
   }
 
   /** Of the engine's cache, the host and the disk; returns how many were in the engine's cache. */
@@ -173,6 +196,7 @@ export class TieredEngine implements Engine {
 
   async #stop(): Promise<void> {
     this.#isDraining = true;
+    this.#stopping.abort();
     await new Promise<void>((resolve) => this.#options.clock.nextTurn(resolve));
     this.#endParked(new DynamoError("engine-stopped", "the engine was stopped"));
     await this.#engine.stop();
@@ -203,7 +227,7 @@ export class TieredEngine implements Engine {
     const sinceMs = this.#options.clock.monotonicMs();
     const parked: Parked = { request, abort: new AbortController(), sinceMs };
     this.#parked.set(streamId, parked);
-    const deadlineMs = sinceMs + Math.min(MAX_PARKED_MS, Math.max(MIN_PARKED_MS, match.recomputeMs));
+    const deadlineMs = this.#readDeadlineMs(match);
     void this.#cache!.fetch(match, { deadlineMs, signal: parked.abort.signal }).then(() => {
       if (this.#parked.get(streamId) !== parked) return;
       try {
