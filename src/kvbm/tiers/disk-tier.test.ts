@@ -41,14 +41,14 @@ class Rig {
 
   async write(depth: number, chain = 0): Promise<boolean> {
     const block = aBlock(depth, chain);
-    return this.tier.write(block, itsBytes(block));
+    return this.tier.write([block], [itsBytes(block)]);
   }
 
   /** True when the block comes back; if it does, it is right. */
   async read(depth: number, chain = 0): Promise<boolean> {
     const block = aBlock(depth, chain);
     const into = new Uint8Array(FORMAT.blockBytes);
-    if (!(await this.tier.read(block, into))) return false;
+    if (!(await this.tier.read([block], [into]))[0]) return false;
     assert.deepEqual(into, new Uint8Array(itsBytes(block)));
     return true;
   }

@@ -90,7 +90,21 @@ export class DiskTier implements LowerTier {
     return this.#health.mayTry();
   }
 
-  async write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
+  readonly maxRunBlocks = 1;
+
+  runLength(): number {
+    return 1;
+  }
+
+  async write([block]: readonly BlockIdentity[], [data]: readonly Uint8Array[]): Promise<boolean> {
+    return block !== undefined && data !== undefined && this.#write(block, data);
+  }
+
+  async read(run: readonly BlockIdentity[], into: readonly Uint8Array[]): Promise<readonly boolean[]> {
+    return Promise.all(run.map((block, i) => this.#read(block, into[i]!)));
+  }
+
+  async #write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
     const { meters, format } = this.#options;
     const file = await this.#ensureOpen();
     if (file === undefined) {
@@ -120,7 +134,7 @@ export class DiskTier implements LowerTier {
     return true;
   }
 
-  async read(block: BlockIdentity, into: Uint8Array): Promise<boolean> {
+  async #read(block: BlockIdentity, into: Uint8Array): Promise<boolean> {
     const { meters, format } = this.#options;
     const index = this.#index;
     const file = this.#file;

@@ -34,6 +34,19 @@ test("offload queue: priority, then arrival; bounded; nothing twice (against a p
   );
 });
 
+test("offload queue: a run at the head is whole when it is as long as it may be, or when something else follows", () => {
+  const queue = new OffloadQueue(16);
+  const isWhole = (limit: number): boolean => queue.hasWholeRun(() => limit);
+  assert(!isWhole(1));
+  for (const depth of [4, 5, 6]) queue.tryAdd(aBlock(depth), 0);
+  assert.deepEqual([1, 2, 3, 4].map(isWhole), [true, true, true, false]);
+  queue.tryAdd(aBlock(8), 0);
+  assert(isWhole(4), "7 is missing: it will not come behind 8");
+  queue.take();
+  assert.deepEqual(queue.peek(), aBlock(5));
+  assert(isWhole(2));
+});
+
 test("sight filter: the second sight passes, ten minutes later it counts from less, and memory is bounded", () => {
   const filter = new SightFilter(2, 100);
   assert(!filter.see(1, 0));

@@ -214,6 +214,30 @@ test("tiers: from below the host the request is parked; several that want the sa
   });
 });
 
+test("tiers: a prompt's blocks go down and come back in runs that end at the same depths, whatever the batches were", async () => {
+  const below = new MemoryTier("object", Infinity, 3);
+  await withRig({ lower: [below] }, async (rig) => {
+    const told = (): number[] =>
+      rig.recorder.kvEvents.flatMap((event) =>
+        event.type === "stored" && event.tier === "external" ? [event.startBlock] : [],
+      );
+    await rig.say(prompt(41));
+    await rig.cache.settled();
+    // 10 blocks of the prompt and one of the answer: 0-2, 3-5, 6-8, 9 and what came after it.
+    assert.deepEqual(below.writes.slice(0, 3), [3, 3, 3]);
+    assert.equal(
+      below.writes.reduce((sum, count) => sum + count, 0),
+      11,
+    );
+    assert.equal(told()[0], 0, "routers are told what is in the store");
+    await rig.inner.clearBlocks();
+    rig.host.pool.clear();
+    rig.cache.costs.tookToPrefill(100, 100_000);
+    assert.equal(await rig.say(prompt(41)), 40);
+    assert.equal(rig.meters.onboardedBlocks.get("object"), 10);
+  });
+});
+
 test("tiers: abort, stop and the engine's death while parked end the stream once", async () => {
   const below = new MemoryTier("disk");
   const parkOne = async (rig: Rig): Promise<number> => {
@@ -309,7 +333,7 @@ test("tiers: random loads over small tiers with faults: every text right, nothin
       fc.integer({ min: 3, max: 24 }),
       async (rounds, hostBlocks) => {
         const disk = new MemoryTier("disk", 12);
-        const object = new MemoryTier("object");
+        const object = new MemoryTier("object", Infinity, 3);
         await withRig({ hostBlocks, lower: [disk, object] }, async (rig) => {
           for (const round of rounds) {
             const submitted = round.map((step) => {

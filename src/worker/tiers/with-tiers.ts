@@ -22,7 +22,7 @@ import { TieredEngine, type CacheHooks } from "./tiered-engine.ts";
 export interface WithTiersOptions {
   readonly engine: Engine;
   /** Told apart by its content: blocks of one model are never found by another. */
-  readonly modelPath: string;
+  readonly modelPath: string | undefined;
   readonly config: KvTiersConfig;
   readonly metrics: Metrics;
   readonly clock: Clock;
