@@ -820,6 +820,16 @@ export const OPTIONS = {
     commands: ROUTERS,
     help: "Credit of a block that a worker has on disk.",
   },
+  "shared-cache-multiplier": {
+    type: "number",
+    default: 0.1,
+    min: 0,
+    max: 100,
+    env: "DYN_SHARED_CACHE_MULTIPLIER",
+    group: "Routing",
+    commands: ROUTERS,
+    help: "Credit of a block that a worker finds in the object store or folder of --kv-s3.",
+  },
   "router-decode-active-request-weight": {
     type: "number",
     default: 0,
