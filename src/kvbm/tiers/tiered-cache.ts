@@ -7,7 +7,7 @@ import { blocksOf, follows, keyOf, storedEvents, type BlockIdentity } from "./bl
 import { DeviceMirror } from "./device-mirror.ts";
 import type { HostTier } from "./host-tier.ts";
 import { OffloadQueue, type OffloadPriority } from "./offload-queue.ts";
-import type { SightFilter } from "./sight-filter.ts";
+import type { OffloadFilter } from "./sight-filter.ts";
 import { TierCosts } from "./tier-costs.ts";
 import type { LowerTier, ReadOptions, TierMeters, TierName } from "./tier.ts";
 
@@ -43,8 +43,10 @@ export interface TieredCacheOptions {
   readonly totalBlocks: number;
   readonly port: CachePort;
   readonly host: HostTier;
+  /** @default every block that the engine registers */
+  readonly hostFilter?: OffloadFilter | undefined;
   /** Nearest first, each with its filter. */
-  readonly lower: readonly { readonly tier: LowerTier; readonly filter: SightFilter }[];
+  readonly lower: readonly { readonly tier: LowerTier; readonly filter: OffloadFilter }[];
   readonly clock: Clock;
   readonly logger: Logger;
   readonly meters: TierMeters;
@@ -80,7 +82,7 @@ const WRITES_AT_A_TIME = 4;
 
 interface Lower {
   readonly tier: LowerTier;
-  readonly filter: SightFilter;
+  readonly filter: OffloadFilter;
   readonly queue: OffloadQueue;
   writing: number;
 }
@@ -231,6 +233,7 @@ export class TieredCache {
   /** Forgets every block of the host and the disk that nothing uses; returns how many. */
   async clear(): Promise<number> {
     this.#queue.clear();
+    this.#options.hostFilter?.clear();
     for (const { queue, filter } of this.#lower) {
       queue.clear();
       filter.clear();
@@ -276,18 +279,23 @@ export class TieredCache {
     this.#options.meters.matched(lookedUp, found);
   }
 
-  /** A request has asked for these blocks: those in the host may now be worth a place below. */
+  /** A request has asked for these blocks: each may now be worth a place below where it is. */
   #see(hashes: BlockHashes, count: number): void {
-    if (this.#lower.length === 0) return;
+    const { hostFilter, clock } = this.#options;
     for (let i = 0; i < count; i++) {
       const block = identityAt(hashes, i);
       if (this.#host.has(block)) this.#offerBelow(block, 0);
+      else if (hostFilter !== undefined && this.#mirror.has(block.lo, block.hi)) this.#offerToHost(block, 0);
     }
     this.#pumpAllBelow();
+    // Not at once: it tells routers of what makes room.
+    if (this.#queue.size > 0) clock.nextTurn(() => this.#pump());
   }
 
   #offerToHost(block: BlockIdentity, priority: OffloadPriority): void {
     if (this.#isClosed || this.#host.has(block)) return;
+    const { hostFilter, clock } = this.#options;
+    if (hostFilter?.see(keyOf(block.lo, block.hi), clock.monotonicMs()) === false) return;
     if (!this.#queue.tryAdd(block, priority)) this.#options.meters.failed("host", "queue-full");
   }
 
