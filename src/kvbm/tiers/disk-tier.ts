@@ -252,7 +252,8 @@ export class DiskTier implements LowerTier {
       index.pool.release(index.fill(slot, block));
       blocks.push(block);
     }
-    for (const slot of free) index.pool.free(slot);
+    // The lowest is taken first again: the file grows with what is in it, and a scan reads no more than that.
+    for (const slot of free.reverse()) index.pool.free(slot);
     this.#index = index;
     this.#stored = inChains(blocks);
   }

@@ -233,6 +233,28 @@ for (const [what, misbehave] of Object.entries(BAD_STORES)) {
   });
 }
 
+test("object tier: a bucket that vanishes, and a server that goes, degrade the tier; with the next it goes on", async () => {
+  const server = await startS3Server();
+  const clock = new ManualClock();
+  const client = new S3Client({ ...server.options, attempts: 1 }, { clock: systemClock, random: systemRandom });
+  const life = await aLife(new BucketStore(client, "not-made-yet"), clock);
+  try {
+    assert(!(await write(life, 0)));
+    assert(life.meters.degradedTiers.has("object"), "no bucket is not the same as no object");
+    await client.createBucket("not-made-yet", { signal: AbortSignal.timeout(5_000), deadlineMs: Infinity });
+    clock.advance(2_000);
+    assert(await write(life, 0, 2));
+    assert(await read(life, 1));
+    assert(!life.meters.degradedTiers.has("object"));
+  } finally {
+    await server.close();
+  }
+  assert(!(await read(life, 1)));
+  assert(life.meters.degradedTiers.has("object"));
+  assert(!has(life, 1), "nobody is parked for a store that is away");
+  await life.tier.close();
+});
+
 test("object tier: a folder of the store that nobody made is not made, its model's is", async (t) => {
   const folder = await aFolder(t);
   const life = await aLife(new FolderStore(join(folder, "not-mounted")));
