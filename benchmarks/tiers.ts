@@ -2,17 +2,21 @@ import { existsSync, readFileSync } from "node:fs";
 import { mkdtemp, readdir, rm, stat } from "node:fs/promises";
 import { homedir, tmpdir } from "node:os";
 import { join } from "node:path";
-import { BUCKET, startS3Server, type S3Server } from "../src/transfer/s3/fixtures/s3-server.ts";
+import { systemClock, systemRandom } from "../src/std/index.ts";
+import { BUCKET, type S3Server } from "../src/transfer/s3/fixtures/s3-server.ts";
+import { S3Client } from "../src/transfer/s3/index.ts";
 import { startProcessCluster, type ProcessCluster } from "../test/helpers/process-cluster.ts";
 import { machineLine, median, table } from "./harness.ts";
+import { startS3Process } from "./s3-process.ts";
 
 /**
  * KV tiers, from HTTP to SSE with the real model and one worker: the first token of a 1,000-token prompt computed, and
  * with its blocks restored from host memory, from disk, from a shared folder and from an object store (a local S3 server
- * in this process); then decode throughput with offload running beside the same without tiers. Disk, folder and store are
+ * in a process of its own), beside bare GETs of the same objects; then decode throughput with offload running beside the same without tiers. Disk, folder and store are
  * read by a restarted worker, so that nothing is left in memory but the kernel's page cache.
  *
- * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS;
+ * Environment: DYN_TEST_MODEL a GGUF file, BENCH_THREADS compute threads (default 1), BENCH_ROUNDS; BENCH_ONLY=pattern
+ * leaves out tiers whose name it does not match;
  * BENCH_TEXTS=50 compares the texts of so many prompts instead, of at most BENCH_CHARACTERS.
  */
 const MODEL =
@@ -22,6 +26,8 @@ const ROUNDS = Number(process.env["BENCH_ROUNDS"] ?? 5);
 /** Only compares texts, of so many prompts. */
 const TEXTS = Number(process.env["BENCH_TEXTS"] ?? 0);
 const MAX_CHARACTERS = Number(process.env["BENCH_CHARACTERS"] ?? 7_000);
+/** Tiers to measure. */
+const ONLY = new RegExp(process.env["BENCH_ONLY"] ?? "");
 /** 62 whole blocks of 16 before the last token. */
 const PROMPT_TOKENS = 1_000;
 const BLOCKS = Math.floor((PROMPT_TOKENS - 1) / 16);
@@ -208,6 +214,37 @@ async function compareTexts(
   console.log(table(rows, 0));
 }
 
+/** What the server alone costs: the objects of one prompt, fetched by a client that does nothing else with them. */
+async function bareGets({ options, directory }: S3Server): Promise<void> {
+  const client = new S3Client(options, { clock: systemClock, random: systemRandom });
+  const limits = (): { signal: AbortSignal; deadlineMs: number } => ({
+    signal: AbortSignal.timeout(60_000),
+    deadlineMs: Infinity,
+  });
+  try {
+    const objects = await client.list(BUCKET, "", "", limits());
+    const pieces = objects.map(({ byteCount }) => Buffer.alloc(byteCount));
+    const times: number[] = [];
+    for (let round = 0; round < ROUNDS; round++) {
+      const startedMs = performance.now();
+      await Promise.all(objects.map(({ key }, i) => client.get({ bucket: BUCKET, key }, 0, [pieces[i]!], limits())));
+      times.push((performance.now() - startedMs) / ROUNDS);
+    }
+    const blocks = await blocksBelow(directory);
+    console.log(
+      table([
+        {
+          "bare GETs": "the blocks of one prompt",
+          ms: median(times),
+          "blocks per object": (blocks / objects.length).toFixed(1),
+        },
+      ]),
+    );
+  } finally {
+    await client.close();
+  }
+}
+
 /** Tokens per second of all streams together, prompts included: every round fills the tiers with new blocks. */
 async function decode(cluster: ProcessCluster, round: number): Promise<number> {
   const startedMs = performance.now();
@@ -268,7 +305,7 @@ export async function run(): Promise<void> {
   const folder = await mkdtemp(join(tmpdir(), "dynamo-bench-tiers-"));
   let server: S3Server | undefined;
   try {
-    server = await startS3Server();
+    server = await startS3Process();
     const { endpoint, accessKeyId, secretAccessKey } = server.options;
     const disk = join(folder, "disk");
     const shared = await mkdtemp(join(folder, "shared-"));
@@ -302,11 +339,12 @@ export async function run(): Promise<void> {
       return;
     }
     const rows: Record<string, string | number>[] = [];
-    for (const setup of setups) rows.push(await measure(setup));
+    for (const setup of setups) if (ONLY.test(setup.name)) rows.push(await measure(setup));
     console.log(`${PROMPT_TOKENS} tokens, ${THREADS} compute thread(s), ${ROUNDS} rounds, medians; HTTP to SSE\n`);
     console.log(table(rows));
+    if (ONLY.test("object store")) await bareGets(server);
     console.log("");
-    await compareDecode(join(folder, "decode"));
+    if (ONLY.test("decode")) await compareDecode(join(folder, "decode"));
   } finally {
     await server?.close();
     await rm(folder, { recursive: true, force: true });

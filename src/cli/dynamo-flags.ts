@@ -12,7 +12,6 @@ export interface DynamoFlag {
 const IN_CARD = "the workers' model cards say it";
 const OWN_PROCESSOR = "there is one chat processor, of the frontend's own";
 const NO_IMAGES = "only text is served";
-const NO_SHARED_CACHE = "there is no shared cache that workers pull from";
 const NO_CLASSES = "there are no policy classes: --router-queue-policy orders one queue";
 const ONE_INDEX = "the index is in the frontend, or in dynamo router with --router-service";
 const NO_AIC = "times come from --planner-profile-data or the built-in polynomials";
@@ -58,8 +57,7 @@ export const DYNAMO_FLAGS: Readonly<Record<string, DynamoFlag>> = {
   "router-conditional-disagg": { why: "--disagg=auto is the default", ignored: true },
   "router-prefill-policy": { why: "both pools are routed by --router-mode" },
   "router-decode-policy": { why: "both pools are routed by --router-mode" },
-  "shared-cache-multiplier": { why: NO_SHARED_CACHE },
-  "shared-cache-type": { why: NO_SHARED_CACHE },
+  "shared-cache-type": { why: "workers tell what they find in the store of --kv-s3" },
   "router-policy-config": { why: NO_CLASSES },
   "router-session-affinity-mode": { why: "a session leaves its worker only when that cannot take it (soft)" },
   "use-remote-indexer": { why: ONE_INDEX },

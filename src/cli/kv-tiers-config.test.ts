@@ -36,6 +36,25 @@ test("KV tiers: none unless asked for; Dynamo's variables mean the same as the f
   assert.deepEqual(await tiers([], env), expected);
 });
 
+test("KV tiers: a frequency filter per tier, by flag or variable; what the counters cannot hold is refused", async () => {
+  const flags = ["--kv-host=1GB", "--kv-disk=4GB", "--kv-disk-path=/var/kv", "--kv-s3=file:///mnt/kv"];
+  const expected = {
+    hostBytes: 1e9,
+    hostMinFrequency: 2,
+    disk: { bytes: 4e9, folder: "/var/kv", minSights: 2, minFrequency: 3 },
+    object: { store: { kind: "folder", folder: "/mnt/kv" }, minFrequency: 4 },
+  };
+  const asked = ["--kv-host-min-frequency=2", "--kv-disk-min-frequency=3", "--kv-s3-min-frequency=4"];
+  assert.deepEqual(await tiers([...flags, ...asked]), expected);
+  const env = {
+    DYN_KVBM_HOST_OFFLOAD_MIN_FREQUENCY: "2",
+    DYN_KVBM_DISK_OFFLOAD_MIN_FREQUENCY: "3",
+    DYN_KVBM_OBJECT_OFFLOAD_MIN_FREQUENCY: "4",
+  };
+  assert.deepEqual(await tiers(flags, env), expected);
+  await assert.rejects(tiers([...flags, "--kv-disk-min-frequency=16"]), /kv-disk-min-frequency/);
+});
+
 test("KV tiers: a store is a bucket of AWS, a bucket elsewhere or a folder", async () => {
   const s3 = { accessKeyId: "id", secretAccessKey: "secret", sessionToken: undefined };
   const at = (endpoint: string, region = "us-east-1"): unknown => ({

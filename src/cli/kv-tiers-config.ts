@@ -12,8 +12,10 @@ export function kvTiersConfig(values: OptionValues, env: NodeJS.ProcessEnv): KvT
   const diskBytes = parseByteSize(values["kv-disk"] ?? "0", "kv-disk");
   const store = storeOf(values, env);
   if (hostBytes === 0 && diskBytes === 0 && store === undefined) return undefined;
+  const hostMinFrequency = values["kv-host-min-frequency"];
   return {
     hostBytes,
+    ...(hostMinFrequency === 0 ? {} : { hostMinFrequency }),
     ...(diskBytes === 0
       ? {}
       : {
@@ -21,10 +23,15 @@ export function kvTiersConfig(values: OptionValues, env: NodeJS.ProcessEnv): KvT
             bytes: diskBytes,
             folder: resolve(values["kv-disk-path"] ?? join(defaultDiscoveryFolder(), "kv")),
             minSights: values["kv-disk-every-block"] ? 1 : 2,
+            ...frequency(values["kv-disk-min-frequency"]),
           },
         }),
-    ...(store === undefined ? {} : { object: { store } }),
+    ...(store === undefined ? {} : { object: { store, ...frequency(values["kv-s3-min-frequency"]) } }),
   };
+}
+
+function frequency(minFrequency: number): { readonly minFrequency?: number } {
+  return minFrequency === 0 ? {} : { minFrequency };
 }
 
 function storeOf(values: OptionValues, env: NodeJS.ProcessEnv): KvObjectConfig["store"] | undefined {

@@ -276,6 +276,39 @@ export const OPTIONS = {
     commands: WORKERS,
     help: "Secret key for the S3 service; from the environment or a file only.",
   },
+  "kv-host-min-frequency": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    // The counters' range.
+    max: 15,
+    env: "DYN_KVBM_HOST_OFFLOAD_MIN_FREQUENCY",
+    group: "KV tiers",
+    commands: WORKERS,
+    help: "Copy a block to host memory, and from there further down, only from its Nth use on; 0 = at once.",
+  },
+  "kv-disk-min-frequency": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    // The counters' range.
+    max: 15,
+    env: "DYN_KVBM_DISK_OFFLOAD_MIN_FREQUENCY",
+    group: "KV tiers",
+    commands: WORKERS,
+    help: "Write a block to disk only from its Nth use on, plainly counted, in place of the filter of --kv-disk-every-block.",
+  },
+  "kv-s3-min-frequency": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    // The counters' range.
+    max: 15,
+    env: "DYN_KVBM_OBJECT_OFFLOAD_MIN_FREQUENCY",
+    group: "KV tiers",
+    commands: WORKERS,
+    help: "Write a block to the store of --kv-s3 only from its Nth use on; 0 = at once.",
+  },
   "kv-remote-path": {
     type: "text",
     default: undefined,
@@ -829,6 +862,16 @@ export const OPTIONS = {
     group: "Routing",
     commands: ROUTERS,
     help: "Credit of a block that a worker has on disk.",
+  },
+  "shared-cache-multiplier": {
+    type: "number",
+    default: 0.1,
+    min: 0,
+    max: 100,
+    env: "DYN_SHARED_CACHE_MULTIPLIER",
+    group: "Routing",
+    commands: ROUTERS,
+    help: "Credit of a block that a worker finds in the object store or folder of --kv-s3.",
   },
   "router-decode-active-request-weight": {
     type: "number",

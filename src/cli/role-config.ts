@@ -77,6 +77,7 @@ export function routerConfig(values: OptionValues): Partial<RouterConfig> {
     prefillLoadScale: values["router-prefill-load-scale"],
     hostCacheHitWeight: values["router-host-cache-hit-weight"],
     diskCacheHitWeight: values["router-disk-cache-hit-weight"],
+    sharedCacheMultiplier: values["shared-cache-multiplier"],
     decodeActiveRequestWeight: values["router-decode-active-request-weight"],
     temperature: values["router-temperature"],
     maxImbalance: values["router-max-imbalance"],

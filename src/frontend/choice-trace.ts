@@ -83,6 +83,7 @@ function attributesOf(explanation: DecisionExplanation): Parameters<Span["set"]>
           "dynamo.route.overlap_blocks.device": chosen.overlap_blocks.device,
           "dynamo.route.overlap_blocks.host": chosen.overlap_blocks.host,
           "dynamo.route.overlap_blocks.disk": chosen.overlap_blocks.disk,
+          "dynamo.route.overlap_blocks.shared": chosen.overlap_blocks.shared,
           "dynamo.route.load.active_requests": chosen.load.active_requests,
           "dynamo.route.load.prefill_tokens": chosen.load.prefill_tokens,
           "dynamo.route.load.decode_blocks": chosen.load.decode_blocks,

@@ -42,7 +42,8 @@ export const DEFAULT_ROUTER_CONFIG: RouterConfig = {
   prefillLoadScale: 1,
   hostCacheHitWeight: 0.75,
   diskCacheHitWeight: 0.25,
-  sharedCacheMultiplier: 0,
+  // Dynamo: 0.5, for a pool in the memory of its workers; ours is an object store or folder, further away than a disk.
+  sharedCacheMultiplier: 0.1,
   decodeActiveRequestWeight: 0,
   trackPrefillTokens: true,
   temperature: 0,

@@ -197,9 +197,25 @@ describe("router: without events", () => {
     index.apply(index.rankOf("a", 0), stored([1, 2]));
     index.apply(index.rankOf("a", 0), { ...stored([1, 2, 3, 4]), tier: "host" });
     const overlap = () => router.preview({ tokenIds: aPrompt([1, 2, 3, 4]) }).candidates[0]?.overlap_blocks;
-    assert.deepEqual(overlap(), { device: 2, host: 2, disk: 0 });
+    assert.deepEqual(overlap(), { device: 2, host: 2, disk: 0, shared: 0 });
     router.route({ tokenIds: aPrompt([1, 2, 3]) }).release();
-    assert.deepEqual(overlap(), { device: 3, host: 1, disk: 0 });
+    assert.deepEqual(overlap(), { device: 3, host: 1, disk: 0, shared: 0 });
+  });
+});
+
+describe("router: tiers", () => {
+  test("a worker that finds the prompt in the shared store goes before one that has nothing, after one with a disk", () => {
+    const { router, index } = aRouter({ workers: ["a", "b", "c"] });
+    index.apply(index.rankOf("b", 0), { ...stored([1, 2, 3]), tier: "external" });
+    const request = { tokenIds: aPrompt([1, 2, 3, 4]) };
+    const one = router.preview(request);
+    assert.equal(one.worker.instance_id, "b");
+    const chosen = one.candidates.find((candidate) => candidate.chosen)!;
+    assert.deepEqual(chosen.overlap_blocks, { device: 0, host: 0, disk: 0, shared: 3 });
+    assert.equal(chosen.cost.credit, 0.3);
+    assert.equal(one.predicted.cached_blocks, 3);
+    index.apply(index.rankOf("c", 0), { ...stored([1, 2, 3]), tier: "disk" });
+    assert.equal(router.preview(request).worker.instance_id, "c");
   });
 });
 

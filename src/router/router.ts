@@ -19,7 +19,7 @@ import { RouterMetrics } from "./router-metrics.ts";
 import { ActiveSequences, type Booking } from "./scheduling/active-sequences.ts";
 import { ApproximateIndex } from "./scheduling/approximate-index.ts";
 import { hasThresholds, type BusyThresholds } from "./scheduling/busy.ts";
-import { CandidateColumns, computeCosts, type CostWeights, type PromptShape } from "./scheduling/cost.ts";
+import { CandidateColumns, computeCosts, overlapOf, type CostWeights, type PromptShape } from "./scheduling/cost.ts";
 import { RouteQueue, type QueueItem, type Waiting } from "./scheduling/queue.ts";
 import { SessionAffinity, type Binding } from "./scheduling/session-affinity.ts";
 import { Worker, preferenceMultiplier, type Rank, type WorkerDetails } from "./worker-set.ts";
@@ -352,12 +352,12 @@ export class Router implements DecisionOwner {
     const all = this.#eligible(request);
     const withRoom = this.#withRoom(request, all);
     const { eligible, prompt } = this.#evaluate(request, withRoom ?? all);
-    const { cost, device, host, disk } = this.#columns;
+    const { cost } = this.#columns;
     let best = 0;
     for (let i = 1; i < eligible.ranks.length; i++) if (cost[i]! < cost[best]!) best = i;
     const { slot } = eligible.ranks[best]!;
     return {
-      cachedTokens: (device[best]! + host[best]! + disk[best]!) * prompt.blockSizeTokens,
+      cachedTokens: overlapOf(this.#columns, best) * prompt.blockSizeTokens,
       queuedTokens: this.#sequences.prefillTokens(slot),
       activeRequests: this.#sequences.requests(slot),
       rankCount: all.ranks.length,
@@ -500,7 +500,8 @@ export class Router implements DecisionOwner {
     index.findMatches(hashes.sequenceHashes, hashes.blockCount, scores);
     let best = 0;
     for (let rank = 0; rank < index.rankCount; rank++) {
-      best = Math.max(best, scores.device[rank]! + scores.host[rank]! + scores.disk[rank]!);
+      const inMemory = scores.device[rank]! + scores.host[rank]!;
+      best = Math.max(best, inMemory + scores.disk[rank]! + scores.shared[rank]!);
     }
     return best * this.#blockSizeTokens;
   }
@@ -595,7 +596,7 @@ export class Router implements DecisionOwner {
 
   /** Own decisions extend what the index says of the device, and take as much from what follows in the other tiers. */
   #fillOverlap(ranks: readonly Rank[]): void {
-    const { device, host, disk } = this.#columns;
+    const { device, host, disk, shared } = this.#columns;
     const known = this.#indexScores;
     const knownRanks = this.#index === undefined ? 0 : Math.min(this.#index.rankCount, known.device.length);
     const own = this.#ownScores.device;
@@ -606,14 +607,17 @@ export class Router implements DecisionOwner {
         device[i] = known.device[indexRank]!;
         host[i] = known.host[indexRank]!;
         disk[i] = known.disk[indexRank]!;
+        shared[i] = known.shared[indexRank]!;
       }
       if (slot >= ownRanks) continue;
-      const more = own[slot]! - device[i]!;
+      let more = own[slot]! - device[i]!;
       if (more <= 0) continue;
       device[i] = own[slot]!;
-      const fromHost = Math.min(more, host[i]!);
-      host[i]! -= fromHost;
-      disk[i] = Math.max(0, disk[i]! - (more - fromHost));
+      for (const below of [host, disk, shared]) {
+        const taken = Math.min(more, below[i]!);
+        below[i]! -= taken;
+        more -= taken;
+      }
     }
   }
 
@@ -634,8 +638,7 @@ export class Router implements DecisionOwner {
   }
 
   #hasOverlap(): boolean {
-    const { count, device, host, disk } = this.#columns;
-    for (let i = 0; i < count; i++) if (device[i]! + host[i]! + disk[i]! > 0) return true;
+    for (let i = 0; i < this.#columns.count; i++) if (overlapOf(this.#columns, i) > 0) return true;
     return false;
   }
 
@@ -671,8 +674,7 @@ export class Router implements DecisionOwner {
       record.chosen = choice.index;
       record.reason = request.pinned === undefined ? choice.reason : "named by the caller";
     }
-    const { device, host, disk } = this.#columns;
-    record.overlapBlocks = device[record.chosen]! + host[record.chosen]! + disk[record.chosen]!;
+    record.overlapBlocks = overlapOf(this.#columns, record.chosen);
     return record;
   }
 
@@ -735,9 +737,8 @@ export class Router implements DecisionOwner {
 
   #countOverlap({ overlapBlocks, prompt }: DecisionRecord): void {
     if (this.#policy.usesOverlap !== true || prompt.blocks === 0) return;
-    const { count, device, host, disk } = this.#columns;
     let best = 0;
-    for (let i = 0; i < count; i++) best = Math.max(best, device[i]! + host[i]! + disk[i]!);
+    for (let i = 0; i < this.#columns.count; i++) best = Math.max(best, overlapOf(this.#columns, i));
     this.metrics.hitRate.observe(overlapBlocks / prompt.blocks);
     if (best === overlapBlocks) return;
     this.metrics.nonMaxOverlap.add();

@@ -114,7 +114,7 @@ async function start(
       ? bare
       : withTiers({
           engine: bare,
-          modelPath: config.engine.modelPath ?? "",
+          modelPath: config.engine.modelPath,
           config: config.kvTiers,
           metrics: planes.metrics,
           clock,

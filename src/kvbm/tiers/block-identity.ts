@@ -56,16 +56,24 @@ export function storedEvents(blocks: readonly BlockIdentity[], tier: StorageTier
 /** Small enough for one message of the event plane. */
 const MAX_BLOCKS_PER_EVENT = 128;
 
-function follows(block: BlockIdentity, before: BlockIdentity): boolean {
+export function follows(block: BlockIdentity, before: BlockIdentity): boolean {
   return block.parentLo === before.lo && block.parentHi === before.hi && block.depth === before.depth + 1;
 }
 
-/** Chain after chain, parents first: what is left out has a parent that is not among the blocks. */
-export function inChains(blocks: readonly BlockIdentity[]): BlockIdentity[] {
+/**
+ * Chain after chain, parents first. What has a parent that is not among the blocks is left out, unless that parent is
+ * known: by default none is.
+ */
+export function inChains(
+  blocks: readonly BlockIdentity[],
+  isKnown: (lo: number, hi: number) => boolean = () => false,
+): BlockIdentity[] {
   const children = new Map<number, BlockIdentity[]>();
   const stack: BlockIdentity[] = [];
+  const among = new Set(blocks.map(({ lo, hi }) => keyOf(lo, hi)));
   for (const block of blocks) {
-    if (block.depth === 0) {
+    const { parentLo, parentHi } = block;
+    if (block.depth === 0 || (!among.has(keyOf(parentLo, parentHi)) && isKnown(parentLo, parentHi))) {
       stack.push(block);
       continue;
     }

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { mkdir, mkdtemp, open, readdir, rename, rm } from "node:fs/promises";
+import { mkdir, mkdtemp, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test, type TestContext } from "node:test";
@@ -41,14 +41,14 @@ class Rig {
 
   async write(depth: number, chain = 0): Promise<boolean> {
     const block = aBlock(depth, chain);
-    return this.tier.write(block, itsBytes(block));
+    return this.tier.write([block], [itsBytes(block)]);
   }
 
   /** True when the block comes back; if it does, it is right. */
   async read(depth: number, chain = 0): Promise<boolean> {
     const block = aBlock(depth, chain);
     const into = new Uint8Array(FORMAT.blockBytes);
-    if (!(await this.tier.read(block, into))) return false;
+    if (!(await this.tier.read([block], [into]))[0]) return false;
     assert.deepEqual(into, new Uint8Array(itsBytes(block)));
     return true;
   }
@@ -182,6 +182,18 @@ test("disk tier: entries of another model or layout are not found, and never tak
   const misled = await rig.start({ format: { ...FORMAT, fingerprint: [1, 2] } });
   assert.equal(misled.usedBytes, 0);
   assert.equal(rig.meters.failures.get("disk foreign"), 1);
+});
+
+test("disk tier: the file is as long as what was written, also in the next life", async (t) => {
+  const rig = await aRig(t);
+  for (const blocks of [1, 3]) {
+    const tier = await rig.start();
+    for (let depth = 0; depth < blocks; depth++)
+      if (!tier.has(aBlock(depth).lo, aBlock(depth).hi)) await rig.write(depth);
+    const { size } = await stat(tier.path);
+    assert.equal(Math.ceil(size / STRIDE), blocks);
+    await tier.close();
+  }
 });
 
 test("disk tier: full or read-only it is degraded, reads on, and recovers by itself", async (t) => {

@@ -90,7 +90,21 @@ export class DiskTier implements LowerTier {
     return this.#health.mayTry();
   }
 
-  async write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
+  readonly maxRunBlocks = 1;
+
+  runLength(): number {
+    return 1;
+  }
+
+  async write([block]: readonly BlockIdentity[], [data]: readonly Uint8Array[]): Promise<boolean> {
+    return block !== undefined && data !== undefined && this.#write(block, data);
+  }
+
+  async read(run: readonly BlockIdentity[], into: readonly Uint8Array[]): Promise<readonly boolean[]> {
+    return Promise.all(run.map((block, i) => this.#read(block, into[i]!)));
+  }
+
+  async #write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
     const { meters, format } = this.#options;
     const file = await this.#ensureOpen();
     if (file === undefined) {
@@ -120,7 +134,7 @@ export class DiskTier implements LowerTier {
     return true;
   }
 
-  async read(block: BlockIdentity, into: Uint8Array): Promise<boolean> {
+  async #read(block: BlockIdentity, into: Uint8Array): Promise<boolean> {
     const { meters, format } = this.#options;
     const index = this.#index;
     const file = this.#file;
@@ -238,7 +252,8 @@ export class DiskTier implements LowerTier {
       index.pool.release(index.fill(slot, block));
       blocks.push(block);
     }
-    for (const slot of free) index.pool.free(slot);
+    // The lowest is taken first again: the file grows with what is in it, and a scan reads no more than that.
+    for (const slot of free.reverse()) index.pool.free(slot);
     this.#index = index;
     this.#stored = inChains(blocks);
   }

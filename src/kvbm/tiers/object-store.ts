@@ -9,8 +9,8 @@ import type { ReadOptions } from "./tier.ts";
 export interface ObjectStore {
   /** Stores the object unless it is there. */
   put(key: string, pieces: readonly Buffer[], options: ReadOptions): Promise<void>;
-  /** Fills the pieces. `object-not-found` when there is none. */
-  get(key: string, into: readonly Buffer[], options: ReadOptions): Promise<void>;
+  /** Fills the pieces from byte `start` on. `object-not-found` when there is none. */
+  get(key: string, start: number, into: readonly Buffer[], options: ReadOptions): Promise<void>;
   /** A page of the keys with this prefix that come after `after`, in order; empty at the end. */
   list(prefix: string, after: string, options: ReadOptions): Promise<readonly string[]>;
   close(): Promise<void>;
@@ -41,8 +41,8 @@ export class BucketStore implements ObjectStore {
     await this.#client.put({ bucket: this.#bucket, key }, pieces, { ...options, ifAbsent: true });
   }
 
-  get(key: string, into: readonly Buffer[], options: ReadOptions): Promise<void> {
-    return this.#client.get({ bucket: this.#bucket, key }, 0, into, options);
+  get(key: string, start: number, into: readonly Buffer[], options: ReadOptions): Promise<void> {
+    return this.#client.get({ bucket: this.#bucket, key }, start, into, options);
   }
 
   async list(prefix: string, after: string, options: ReadOptions): Promise<readonly string[]> {
@@ -78,14 +78,14 @@ export class FolderStore implements ObjectStore {
     }
   }
 
-  async get(key: string, into: readonly Buffer[]): Promise<void> {
+  async get(key: string, start: number, into: readonly Buffer[]): Promise<void> {
     const file = await open(join(this.#folder, key)).catch((thrown: NodeJS.ErrnoException) => {
       if (thrown.code !== "ENOENT") throw failed(thrown);
       throw new DynamoError("object-not-found", "the object is not in the store", { diagnostic: key });
     });
     try {
       // What is missing is found by the checksum.
-      await file.readv(into, 0);
+      await file.readv(into, start);
     } catch (thrown) {
       throw failed(thrown);
     } finally {

@@ -12,6 +12,7 @@ import { FORMAT, NO_LIMIT, aBlock, itsBytes } from "./fixtures/blocks.ts";
 import { RecordingMeters } from "./fixtures/memory-tier.ts";
 import { BucketStore, FolderStore, type ObjectStore } from "./object-store.ts";
 import { ObjectTier } from "./object-tier.ts";
+import { packKey } from "./pack-key.ts";
 
 interface Life {
   readonly tier: ObjectTier;
@@ -26,14 +27,16 @@ async function aLife(store: ObjectStore, clock: Clock = systemClock, format = FO
   return { tier, meters };
 }
 
-async function write({ tier }: Life, depth: number): Promise<boolean> {
-  return tier.write(aBlock(depth), itsBytes(aBlock(depth)));
+/** Blocks `from` to `to` of a chain, in one object. */
+async function write({ tier }: Life, from: number, to = from): Promise<boolean> {
+  const run = Array.from({ length: to - from + 1 }, (_, i) => aBlock(from + i));
+  return tier.write(run, run.map(itsBytes));
 }
 
 async function read({ tier }: Life, depth: number, deadlineMs = Infinity): Promise<boolean> {
   const into = new Uint8Array(new SharedArrayBuffer(FORMAT.blockBytes));
   const signal = Number.isFinite(deadlineMs) ? AbortSignal.timeout(50) : NO_LIMIT.signal;
-  if (!(await tier.read(aBlock(depth), into, { signal, deadlineMs }))) return false;
+  if (!(await tier.read([aBlock(depth)], [into], { signal, deadlineMs }))[0]) return false;
   assert.deepEqual(into, itsBytes(aBlock(depth)));
   return true;
 }
@@ -58,6 +61,17 @@ async function keepsBlocks(makeStore: () => ObjectStore): Promise<void> {
   assert(!has(second, 2));
   assert(await read(second, 0));
   await second.tier.close();
+  const third = await aLife(makeStore());
+  assert(await write(third, 2, 6));
+  await third.tier.close();
+  const fourth = await aLife(makeStore());
+  const run = [3, 4, 5].map((depth) => aBlock(depth));
+  assert.equal(fourth.tier.runLength(run), 3, "neighbours in one object are read together");
+  assert.equal(fourth.tier.runLength([aBlock(1), aBlock(2)]), 1, "blocks of two objects are not");
+  const into = run.map(() => new Uint8Array(new SharedArrayBuffer(FORMAT.blockBytes)));
+  assert.deepEqual(await fourth.tier.read(run, into, NO_LIMIT), [true, true, true]);
+  assert.deepEqual(into, run.map(itsBytes));
+  await fourth.tier.close();
   const other = await aLife(makeStore(), systemClock, { ...FORMAT, fingerprint: [7, 7] });
   assert(!has(other, 0), "another model does not find it");
   await other.tier.close();
@@ -78,7 +92,7 @@ test("object tier: a shared folder keeps blocks over lives and models apart, wit
   const folder = await aFolder(t);
   await keepsBlocks(() => new FolderStore(folder));
   const [model] = await readdir(folder);
-  assert.equal((await readdir(join(folder, model!))).length, 2);
+  assert.equal((await readdir(join(folder, model!))).length, 3);
 });
 
 test("object tier: damaged, short and foreign objects are refused and counted", async (t) => {
@@ -87,11 +101,9 @@ test("object tier: damaged, short and foreign objects are refused and counted", 
   for (let depth = 0; depth < 3; depth++) await write(life, depth);
   const model = join(folder, (await readdir(folder))[0]!);
   const pathOf = async (depth: number): Promise<string> => {
-    const low = aBlock(depth).lo.toString(16).padStart(8, "0");
-    return join(
-      model,
-      (await readdir(model)).find((name) => name.endsWith(low))!,
-    );
+    const key = packKey([aBlock(depth)]);
+    assert((await readdir(model)).includes(key));
+    return join(model, key);
   };
   const flipped = await readFile(await pathOf(0));
   flipped[3_000]! ^= 1;
@@ -110,6 +122,62 @@ test("object tier: damaged, short and foreign objects are refused and counted", 
   });
   assert(!life.meters.degradedTiers.has("object"), "the store itself works");
   await life.tier.close();
+});
+
+test("object tier: a damaged block of an object costs that block alone", async (t) => {
+  const folder = await aFolder(t);
+  const life = await aLife(new FolderStore(folder));
+  assert(await write(life, 0, 3));
+  const model = join(folder, (await readdir(folder))[0]!);
+  const path = join(model, (await readdir(model))[0]!);
+  const bytes = await readFile(path);
+  bytes[(64 + FORMAT.blockBytes) * 2 + 100]! ^= 1;
+  await writeFile(path, bytes.subarray(0, bytes.length - 1));
+  const run = [0, 1, 2, 3].map((depth) => aBlock(depth));
+  const into = run.map(() => new Uint8Array(FORMAT.blockBytes));
+  assert.deepEqual(await life.tier.read(run, into, NO_LIMIT), [true, true, false, false]);
+  assert.deepEqual(Object.fromEntries(life.meters.failures), { "object corrupt": 2 });
+  assert(has(life, 1) && !has(life, 2) && !has(life, 3));
+  await life.tier.close();
+});
+
+test("object tier: tells what a listing found, parents first, and what it finds gone; what came and left, neither", async (t) => {
+  const folder = await aFolder(t);
+  const first = await aLife(new FolderStore(folder));
+  await write(first, 4, 6);
+  await write(first, 0, 3);
+  assert.deepEqual(
+    first.tier.takeStored().map(({ depth }) => depth),
+    [0, 1, 2, 3, 4, 5, 6],
+  );
+  assert.deepEqual(first.tier.takeStored(), []);
+  await write(first, 7);
+  const model = join(folder, (await readdir(folder))[0]!);
+  await rm(join(model, packKey([aBlock(7)])));
+  assert(!(await read(first, 7)));
+  assert.deepEqual([first.tier.takeStored(), first.tier.takeRemoved().length], [[], 0]);
+  await first.tier.close();
+  const second = new ObjectTier({
+    store: new FolderStore(folder),
+    format: FORMAT,
+    clock: systemClock,
+    logger: silentLogger,
+    meters: new RecordingMeters(),
+  });
+  let changes = 0;
+  second.onChange = () => changes++;
+  await second.open();
+  await second.listed();
+  assert.equal(changes, 1);
+  assert.deepEqual(
+    second.takeStored(),
+    Array.from({ length: 7 }, (_, depth) => aBlock(depth)),
+  );
+  await rm(model, { recursive: true });
+  const into = new Uint8Array(FORMAT.blockBytes);
+  assert.deepEqual(await second.read([aBlock(4)], [into], NO_LIMIT), [false]);
+  assert.deepEqual([...second.takeRemoved()], [aBlock(4).lo, aBlock(4).hi]);
+  await second.close();
 });
 
 test("object tier: a folder that is gone degrades the tier, which recovers by itself", async (t) => {
@@ -164,6 +232,28 @@ for (const [what, misbehave] of Object.entries(BAD_STORES)) {
     }
   });
 }
+
+test("object tier: a bucket that vanishes, and a server that goes, degrade the tier; with the next it goes on", async () => {
+  const server = await startS3Server();
+  const clock = new ManualClock();
+  const client = new S3Client({ ...server.options, attempts: 1 }, { clock: systemClock, random: systemRandom });
+  const life = await aLife(new BucketStore(client, "not-made-yet"), clock);
+  try {
+    assert(!(await write(life, 0)));
+    assert(life.meters.degradedTiers.has("object"), "no bucket is not the same as no object");
+    await client.createBucket("not-made-yet", { signal: AbortSignal.timeout(5_000), deadlineMs: Infinity });
+    clock.advance(2_000);
+    assert(await write(life, 0, 2));
+    assert(await read(life, 1));
+    assert(!life.meters.degradedTiers.has("object"));
+  } finally {
+    await server.close();
+  }
+  assert(!(await read(life, 1)));
+  assert(life.meters.degradedTiers.has("object"));
+  assert(!has(life, 1), "nobody is parked for a store that is away");
+  await life.tier.close();
+});
 
 test("object tier: a folder of the store that nobody made is not made, its model's is", async (t) => {
   const folder = await aFolder(t);

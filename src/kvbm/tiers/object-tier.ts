@@ -1,17 +1,22 @@
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
 import type { Clock, TimerHandle } from "../../std/index.ts";
-import { keyOf, type BlockIdentity } from "./block-identity.ts";
+import { inChains, keyOf, type BlockIdentity } from "./block-identity.ts";
 import { HEADER_BYTES, encodeHeader, entryFault, type EntryFormat } from "./entry.ts";
+import { MAX_PACK_BLOCKS, blocksOfPackKey, packKey } from "./pack-key.ts";
 import type { ObjectStore } from "./object-store.ts";
 import { TierHealth } from "./tier-health.ts";
 import type { LowerTier, ReadOptions, TierMeters } from "./tier.ts";
 
 /**
- * G4: blocks as objects `<fingerprint>/<sequence hash>`, each with its header, in a store that every worker of the model
- * shares. An object is written once, whoever comes first; nothing is deleted here, the store's own rules do that. What is
- * there is known from a listing at the start and every five minutes, and from what passes by; at most 100,000 blocks,
- * the ones used last.
+ * G4: packs of up to eight consecutive blocks, one object each, in a store that every worker of the model shares:
+ *
+ *     <fingerprint>/<pack key> = header, bytes, header, bytes, ...       a read takes the stretch that it needs
+ *
+ * An object costs milliseconds whatever is in it, a block of a pack tenths of one. The key says which blocks are in
+ * the pack (pack-key.ts), so that a listing tells all about them. An object is written once, whoever comes first; nothing is
+ * deleted here, the store's own rules do that. What is there is known from a listing at the start and every five minutes,
+ * and from what passes by; at most 100,000 blocks, the ones used last.
  */
 export interface ObjectTierOptions {
   readonly store: ObjectStore;
@@ -27,14 +32,29 @@ const CALL_TIMEOUT_MS = 10_000;
 /** A listing is made of pages, each with the time of a call. */
 const MAX_PAGES = 200;
 
+/** Beyond this the bytes cost more than the request, and half an object more than it should. */
+const MAX_PACK_BYTES = 8 * 1024 * 1024;
+
+/** Where a block is. */
+interface Place {
+  readonly block: BlockIdentity;
+  /** Of the object; the same text for all blocks of a pack. */
+  readonly key: string;
+  readonly index: number;
+}
+
 export class ObjectTier implements LowerTier {
   readonly name = "object";
   readonly capacityBytes = Infinity;
+  readonly maxRunBlocks: number;
+  onChange: (() => void) | undefined = undefined;
   readonly #options: ObjectTierOptions;
   readonly #health: TierHealth;
   readonly #prefix: string;
   /** Least recently used first. */
-  readonly #known = new Set<number>();
+  readonly #known = new Map<number, Place>();
+  /** What routers have not been told yet: true = it came. */
+  readonly #untold = new Map<number, { readonly block: BlockIdentity; readonly isHere: boolean }>();
   readonly #closed = new AbortController();
   #timer: TimerHandle | undefined = undefined;
   #listing: Promise<void> = Promise.resolve();
@@ -42,7 +62,9 @@ export class ObjectTier implements LowerTier {
   constructor(options: ObjectTierOptions) {
     this.#options = options;
     this.#health = new TierHealth({ ...options, tier: "object" });
-    const [lo, hi] = options.format.fingerprint;
+    const { fingerprint, blockBytes } = options.format;
+    this.maxRunBlocks = Math.max(1, Math.min(MAX_PACK_BLOCKS, Math.floor(MAX_PACK_BYTES / blockBytes)));
+    const [lo, hi] = fingerprint;
     this.#prefix = `${hex(hi)}${hex(lo)}/`;
   }
 
@@ -69,59 +91,90 @@ export class ObjectTier implements LowerTier {
     return this.#health.mayTry();
   }
 
-  async write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
+  /** Neighbours in one object, or a block by itself. */
+  runLength(blocks: readonly BlockIdentity[]): number {
+    const [first, ...rest] = blocks.map(({ lo, hi }) => this.#known.get(keyOf(lo, hi)));
+    const end = rest.findIndex((place, i) => place?.key !== first?.key || place?.index !== first!.index + i + 1);
+    return first === undefined || rest.length === 0 ? 1 : end < 0 ? blocks.length : end + 1;
+  }
+
+  async write(run: readonly BlockIdentity[], data: readonly Uint8Array[]): Promise<boolean> {
     const { store, format, meters } = this.#options;
+    const key = `${this.#prefix}${packKey(run)}`;
     try {
-      await store.put(this.#keyOf(block), [encodeHeader(format, block, data), asBuffer(data)], this.#limits());
+      const pieces = run.flatMap((block, i) => [encodeHeader(format, block, data[i]!), asBuffer(data[i]!)]);
+      await store.put(key, pieces, this.#limits());
     } catch (thrown) {
-      meters.failed("object", "write-failed");
+      meters.failed("object", "write-failed", run.length);
       this.#failed(thrown);
       return false;
     }
     this.#health.worked();
-    this.#note(keyOf(block.lo, block.hi));
+    run.forEach((block, index) => this.#note({ block, key, index }));
     return true;
   }
 
-  async read(block: BlockIdentity, into: Uint8Array, options: ReadOptions): Promise<boolean> {
+  async read(
+    run: readonly BlockIdentity[],
+    into: readonly Uint8Array[],
+    options: ReadOptions,
+  ): Promise<readonly boolean[]> {
     const { store, format, meters, clock } = this.#options;
-    const header = Buffer.alloc(HEADER_BYTES);
-    const key = keyOf(block.lo, block.hi);
+    const { key, index } = this.#placeOf(run[0]!);
+    const stride = HEADER_BYTES + format.blockBytes;
+    const headers = run.map(() => Buffer.alloc(HEADER_BYTES));
     try {
-      await store.get(this.#keyOf(block), [header, asBuffer(into)], {
+      const pieces = into.flatMap((piece, i) => [headers[i]!, asBuffer(piece)]);
+      await store.get(key, index * stride, pieces, {
         deadlineMs: options.deadlineMs,
         signal: AbortSignal.any([options.signal, this.#closed.signal]),
       });
     } catch (thrown) {
       if (thrown instanceof DynamoError && thrown.reason === "object-not-found") {
-        this.#known.delete(key);
-        meters.failed("object", "gone");
+        for (const block of run) this.#forget(block);
+        meters.failed("object", "gone", run.length);
       } else if (options.signal.aborted && clock.monotonicMs() < options.deadlineMs) {
         // Whoever asked does not want it any more: the store is not to blame.
       } else {
-        meters.failed("object", "read-failed");
+        meters.failed("object", "read-failed", run.length);
         this.#failed(thrown);
       }
-      return false;
+      return run.map(() => false);
     }
-    const fault = entryFault(format, block, header, into);
+    return run.map((block, i) => this.#isWhole(block, headers[i]!, into[i]!));
+  }
+
+  /** Of a block that is not known any more: where it would be by itself. */
+  #placeOf(block: BlockIdentity): Place {
+    const known = this.#known.get(keyOf(block.lo, block.hi));
+    return known ?? { block, key: `${this.#prefix}${packKey([block])}`, index: 0 };
+  }
+
+  #isWhole(block: BlockIdentity, header: Buffer, data: Uint8Array): boolean {
+    const { format, meters } = this.#options;
+    const fault = entryFault(format, block, header, data);
     if (fault === undefined) {
       this.#health.worked();
-      this.#note(key);
+      this.#touch(block);
       return true;
     }
     // It stays in the store for somebody to look at; a worker that starts later finds out again.
-    this.#known.delete(key);
+    this.#forget(block);
     meters.failed("object", fault);
     return false;
   }
 
   takeStored(): BlockIdentity[] {
-    return [];
+    const came = [...this.#untold.values()].filter(({ isHere }) => isHere).map(({ block }) => block);
+    for (const { lo, hi } of came) this.#untold.delete(keyOf(lo, hi));
+    // Whether a router knows a parent that is not in the store is for the router to say.
+    return inChains(came, () => true);
   }
 
   takeRemoved(): Uint32Array {
-    return new Uint32Array(0);
+    const gone = [...this.#untold.values()].filter(({ isHere }) => !isHere).map(({ block }) => block);
+    for (const { lo, hi } of gone) this.#untold.delete(keyOf(lo, hi));
+    return Uint32Array.from(gone.flatMap(({ lo, hi }) => [lo, hi]));
   }
 
   /** The store is everybody's. */
@@ -143,8 +196,8 @@ export class ObjectTier implements LowerTier {
       for (let page = 0; page < MAX_PAGES; page++) {
         const keys = await store.list(this.#prefix, after, this.#limits());
         for (const key of keys) {
-          const [, hi, lo] = /\/([0-9a-f]{8})([0-9a-f]{8})$/.exec(key) ?? [];
-          if (hi !== undefined) this.#note(keyOf(parseInt(lo!, 16), parseInt(hi, 16)));
+          const blocks = blocksOfPackKey(key.slice(this.#prefix.length));
+          blocks?.forEach((block, index) => this.#note({ block, key, index }));
         }
         if (keys.length === 0) break;
         after = keys.at(-1)!;
@@ -153,6 +206,7 @@ export class ObjectTier implements LowerTier {
     } catch (thrown) {
       this.#failed(thrown);
     }
+    this.onChange?.();
     if (!this.#closed.signal.aborted) {
       this.#timer = clock.setTimer(LIST_EVERY_MS, () => {
         this.#listing = this.#list();
@@ -173,14 +227,28 @@ export class ObjectTier implements LowerTier {
     };
   }
 
-  #note(key: number): void {
-    this.#known.delete(key);
-    this.#known.add(key);
-    if (this.#known.size > MAX_KNOWN) this.#known.delete(this.#known.values().next().value!);
+  /** A block that is in several objects is read from the one heard of last. */
+  #note(place: Place): void {
+    const key = keyOf(place.block.lo, place.block.hi);
+    if (!this.#known.delete(key)) this.#change(place.block, true);
+    this.#known.set(key, place);
+    if (this.#known.size > MAX_KNOWN) this.#forget(this.#known.values().next().value!.block);
   }
 
-  #keyOf({ lo, hi }: BlockIdentity): string {
-    return `${this.#prefix}${hex(hi)}${hex(lo)}`;
+  #touch({ lo, hi }: BlockIdentity): void {
+    const place = this.#known.get(keyOf(lo, hi));
+    if (place !== undefined) this.#note(place);
+  }
+
+  #forget(block: BlockIdentity): void {
+    if (this.#known.delete(keyOf(block.lo, block.hi))) this.#change(block, false);
+  }
+
+  #change(block: BlockIdentity, isHere: boolean): void {
+    const key = keyOf(block.lo, block.hi);
+    const before = this.#untold.get(key);
+    if (before !== undefined && before.isHere !== isHere) this.#untold.delete(key);
+    else this.#untold.set(key, { block, isHere });
   }
 }
 

@@ -3,6 +3,7 @@ import { test } from "node:test";
 import fc from "fast-check";
 import { keyOf, storedEvents } from "./block-identity.ts";
 import { aBlock } from "./fixtures/blocks.ts";
+import { FrequencyFilter, offloadFilter } from "./offload-filter.ts";
 import { OffloadQueue, type OffloadPriority } from "./offload-queue.ts";
 import { SightFilter } from "./sight-filter.ts";
 import { TierCosts } from "./tier-costs.ts";
@@ -34,6 +35,19 @@ test("offload queue: priority, then arrival; bounded; nothing twice (against a p
   );
 });
 
+test("offload queue: a run at the head is whole when it is as long as it may be, or when something else follows", () => {
+  const queue = new OffloadQueue(16);
+  const isWhole = (limit: number): boolean => queue.hasWholeRun(() => limit);
+  assert(!isWhole(1));
+  for (const depth of [4, 5, 6]) queue.tryAdd(aBlock(depth), 0);
+  assert.deepEqual([1, 2, 3, 4].map(isWhole), [true, true, true, false]);
+  queue.tryAdd(aBlock(8), 0);
+  assert(isWhole(4), "7 is missing: it will not come behind 8");
+  queue.take();
+  assert.deepEqual(queue.peek(), aBlock(5));
+  assert(isWhole(2));
+});
+
 test("sight filter: the second sight passes, ten minutes later it counts from less, and memory is bounded", () => {
   const filter = new SightFilter(2, 100);
   assert(!filter.see(1, 0));
@@ -47,6 +61,17 @@ test("sight filter: the second sight passes, ten minutes later it counts from le
   for (let key = 10; key < 1_000; key++) filter.see(key, 1_200_000);
   assert(filter.size <= 100);
   assert(new SightFilter(1).see(5, 0), "a filter of one lets everything pass");
+});
+
+test("frequency filter: the n-th sight passes, blocks apart, until it is cleared; none means at once", () => {
+  const filter = new FrequencyFilter(3, 64);
+  const keys = [1, 2 ** 32, 7 + 9 * 2 ** 32].map((key) => key + 5);
+  for (let sight = 1; sight <= 4; sight++) for (const key of keys) assert.equal(filter.see(key), sight >= 3);
+  filter.clear();
+  assert(!filter.see(keys[0]!));
+  for (const minFrequency of [0, 1]) assert(offloadFilter({ minFrequency }).see(1, 0));
+  assert(!offloadFilter({ minFrequency: 2, minSights: 1 }).see(1, 0));
+  assert(!offloadFilter({ minSights: 2 }).see(1, 0));
 });
 
 test("tier costs: takes what saves most, leaves what is slower than computing, and tries it again some time", () => {

@@ -1,5 +1,5 @@
 import type { BlockIdentity } from "./block-identity.ts";
-import { keyOf } from "./block-identity.ts";
+import { follows, keyOf } from "./block-identity.ts";
 
 /**
  * Blocks that wait to go one tier down, in the order (priority, tick): prompts before what was generated after them, which
@@ -37,6 +37,29 @@ export class OffloadQueue {
     return block;
   }
 
+  peek(): BlockIdentity | undefined {
+    return this.#rows[0].at(0) ?? this.#rows[1].at(0);
+  }
+
+  /**
+   * Whether the blocks at the head, each of which follows the one before it, are as many as they will get: `limit`, or
+   * something else comes behind them. Cost: their number.
+   */
+  hasWholeRun(limit: (first: BlockIdentity) => number): boolean {
+    const row = this.#rows[0].size > 0 ? this.#rows[0] : this.#rows[1];
+    const first = row.at(0);
+    if (first === undefined) return false;
+    const most = limit(first);
+    let last = first;
+    for (let i = 1; i < most; i++) {
+      const next = row.at(i);
+      if (next === undefined) return false;
+      if (!follows(next, last)) return true;
+      last = next;
+    }
+    return true;
+  }
+
   clear(): void {
     while (this.take() !== undefined);
   }
@@ -53,6 +76,10 @@ class Row {
 
   add(block: BlockIdentity): void {
     this.#blocks.push(block);
+  }
+
+  at(i: number): BlockIdentity | undefined {
+    return this.#blocks[this.#head + i];
   }
 
   take(): BlockIdentity | undefined {

@@ -1,3 +1,10 @@
+/** Says which blocks are worth a place one tier down. A sight is a block that was computed or asked for. */
+export interface OffloadFilter {
+  /** Notes one sight of a block (`keyOf`); true when it may pass. */
+  see(key: number, nowMs: number): boolean;
+  clear(): void;
+}
+
 /**
  * Lets a block through once it was seen often enough: against wearing out disks with blocks that nobody asks for again.
  * The rule of Dynamo's KVBM: the first sight counts 1, each further one doubles, a block passes at `minSights`, and every
@@ -7,7 +14,7 @@ const DECAY_MS = 600_000;
 const MAX_ENTRIES = 1_000_000;
 const MAX_COUNT = 1 << 20;
 
-export class SightFilter {
+export class SightFilter implements OffloadFilter {
   readonly minSights: number;
   readonly #maxEntries: number;
   readonly #counts = new Map<number, number>();

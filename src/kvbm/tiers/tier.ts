@@ -31,7 +31,10 @@ export interface ReadOptions {
   readonly deadlineMs: number;
 }
 
-/** A tier below host memory. Its calls never reject: what goes wrong is a failure that the tier reports. */
+/**
+ * A tier below host memory. Its calls never reject: what goes wrong is a failure that the tier reports. Blocks come and go
+ * in runs, in which each block follows the one before it; a tier that keeps single blocks has runs of one.
+ */
 export interface LowerTier {
   readonly name: "disk" | "object";
   readonly usedBytes: number;
@@ -43,11 +46,17 @@ export interface LowerTier {
   has(lo: number, hi: number): boolean;
   /** False while it is left alone after a failure. */
   isWritable(): boolean;
-  /** `data` must stay as it is until it resolves: true when the block is stored, now or before. */
-  write(block: BlockIdentity, data: Uint8Array): Promise<boolean>;
-  /** True when `into` holds the block's bytes, verified. Nothing writes to it any more once it has resolved. */
-  read(block: BlockIdentity, into: Uint8Array, options: ReadOptions): Promise<boolean>;
-  /** What came since the last call, to be told to routers. */
+  /** Longest run that one write takes. */
+  readonly maxRunBlocks: number;
+  /** How many of these consecutive blocks one read takes, from the first on: at least 1. */
+  runLength(blocks: readonly BlockIdentity[]): number;
+  /** A piece of `data` per block, which must stay as it is until it resolves: true when all are stored, now or before. */
+  write(run: readonly BlockIdentity[], data: readonly Uint8Array[]): Promise<boolean>;
+  /** Per block: whether its piece holds its bytes, verified. Nothing writes to the pieces once it has resolved. */
+  read(run: readonly BlockIdentity[], into: readonly Uint8Array[], options: ReadOptions): Promise<readonly boolean[]>;
+  /** Called when blocks came or went by themselves; `takeStored` and `takeRemoved` tell which. */
+  onChange?: (() => void) | undefined;
+  /** What came since the last call, to be told to routers; what came and left in between, and the reverse, is not told. */
   takeStored(): BlockIdentity[];
   /** (lo, hi) of what left since the last call. */
   takeRemoved(): Uint32Array;

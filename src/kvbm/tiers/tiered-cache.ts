@@ -1,15 +1,15 @@
 import type { Logger } from "../../observability/index.ts";
-import type { KvEvent } from "../../protocol/index.ts";
+import type { KvEvent, StorageTier } from "../../protocol/index.ts";
 import type { Clock } from "../../std/index.ts";
 import type { BlockHashes } from "../../tokens/index.ts";
 import { NO_BLOCK } from "../block-pool.ts";
-import { blocksOf, keyOf, storedEvents, type BlockIdentity } from "./block-identity.ts";
+import { blocksOf, follows, keyOf, storedEvents, type BlockIdentity } from "./block-identity.ts";
 import { DeviceMirror } from "./device-mirror.ts";
 import type { HostTier } from "./host-tier.ts";
 import { OffloadQueue, type OffloadPriority } from "./offload-queue.ts";
-import type { SightFilter } from "./sight-filter.ts";
+import type { OffloadFilter } from "./sight-filter.ts";
 import { TierCosts } from "./tier-costs.ts";
-import type { LowerTier, TierMeters, TierName } from "./tier.ts";
+import type { LowerTier, ReadOptions, TierMeters, TierName } from "./tier.ts";
 
 /**
  * The tiers of one engine: what leaves its cache lives on below, and comes back when a request asks for it.
@@ -43,12 +43,14 @@ export interface TieredCacheOptions {
   readonly totalBlocks: number;
   readonly port: CachePort;
   readonly host: HostTier;
+  /** @default every block that the engine registers */
+  readonly hostFilter?: OffloadFilter | undefined;
   /** Nearest first, each with its filter. */
-  readonly lower: readonly { readonly tier: LowerTier; readonly filter: SightFilter }[];
+  readonly lower: readonly { readonly tier: LowerTier; readonly filter: OffloadFilter }[];
   readonly clock: Clock;
   readonly logger: Logger;
   readonly meters: TierMeters;
-  /** For routers: blocks that came into or left the host and disk tiers. Never called inside a call of this class. */
+  /** For routers: blocks that came into or left the tiers below the engine's cache. Never called inside a call of this class. */
   readonly onEvents: (events: readonly KvEvent[]) => void;
   /** True while requests run, which a long row of copies would hold up. */
   readonly isBusy: () => boolean;
@@ -80,7 +82,7 @@ const WRITES_AT_A_TIME = 4;
 
 interface Lower {
   readonly tier: LowerTier;
-  readonly filter: SightFilter;
+  readonly filter: OffloadFilter;
   readonly queue: OffloadQueue;
   writing: number;
 }
@@ -108,6 +110,7 @@ export class TieredCache {
 
   /** Opens the tiers below the host and tells what they still have. */
   async open(): Promise<void> {
+    for (const { tier } of this.#lower) tier.onChange = () => this.#tell();
     await Promise.all(this.#lower.map(({ tier }) => tier.open()));
     this.#tell();
   }
@@ -167,17 +170,14 @@ export class TieredCache {
     const late = new AbortController();
     const reads: Promise<void>[] = [];
     const perTier = this.#lower.map(() => 0);
-    match.sources.forEach((source, i) => {
-      if (source <= IN_HOST) return;
-      const block = identityAt(match.hashes, match.start + i);
-      const read = this.#load(source - 1, block, {
-        deadlineMs: options.deadlineMs,
-        signal: AbortSignal.any([options.signal, late.signal]),
-      });
-      if (read === undefined) return;
-      reads.push(read);
-      perTier[source - 1]!++;
-    });
+    const limits = { deadlineMs: options.deadlineMs, signal: AbortSignal.any([options.signal, late.signal]) };
+    for (let from = 0, to = 0; from < match.sources.length; from = to) {
+      const source = match.sources[from]!;
+      const blocks: BlockIdentity[] = [];
+      for (; match.sources[to] === source; to++) blocks.push(identityAt(match.hashes, match.start + to));
+      if (source > IN_HOST) perTier[source - 1]! += this.#load(source - 1, blocks, limits, reads);
+    }
+    const blocksRead = perTier.reduce((sum, count) => sum + count, 0);
     const stop = Promise.withResolvers<void>();
     const timer = clock.setTimer(options.deadlineMs - startMs, () => stop.resolve());
     options.signal.addEventListener("abort", () => stop.resolve(), { once: true });
@@ -186,7 +186,7 @@ export class TieredCache {
     timer.cancel();
     if (inTime) {
       const elapsedMs = clock.monotonicMs() - startMs;
-      perTier.forEach((count, i) => this.costs.tookToRead(i + 1, count, (elapsedMs * count) / reads.length));
+      perTier.forEach((count, i) => this.costs.tookToRead(i + 1, count, (elapsedMs * count) / blocksRead));
     } else {
       late.abort();
       if (!options.signal.aborted)
@@ -248,6 +248,7 @@ export class TieredCache {
   /** Forgets every block of the host and the disk that nothing uses; returns how many. */
   async clear(): Promise<number> {
     this.#queue.clear();
+    this.#options.hostFilter?.clear();
     for (const { queue, filter } of this.#lower) {
       queue.clear();
       filter.clear();
@@ -293,17 +294,23 @@ export class TieredCache {
     this.#options.meters.matched(lookedUp, found);
   }
 
-  /** A request has asked for these blocks: those in the host may now be worth a place below. */
+  /** A request has asked for these blocks: each may now be worth a place below where it is. */
   #see(hashes: BlockHashes, count: number): void {
-    if (this.#lower.length === 0) return;
+    const { hostFilter, clock } = this.#options;
     for (let i = 0; i < count; i++) {
       const block = identityAt(hashes, i);
       if (this.#host.has(block)) this.#offerBelow(block, 0);
+      else if (hostFilter !== undefined && this.#mirror.has(block.lo, block.hi)) this.#offerToHost(block, 0);
     }
+    this.#pumpAllBelow();
+    // Not at once: it tells routers of what makes room.
+    if (this.#queue.size > 0) clock.nextTurn(() => this.#pump());
   }
 
   #offerToHost(block: BlockIdentity, priority: OffloadPriority): void {
     if (this.#isClosed || this.#host.has(block)) return;
+    const { hostFilter, clock } = this.#options;
+    if (hostFilter?.see(keyOf(block.lo, block.hi), clock.monotonicMs()) === false) return;
     if (!this.#queue.tryAdd(block, priority)) this.#options.meters.failed("host", "queue-full");
   }
 
@@ -312,7 +319,6 @@ export class TieredCache {
     for (const lower of this.#lower) {
       if (lower.tier.has(block.lo, block.hi) || !lower.filter.see(keyOf(block.lo, block.hi), nowMs)) continue;
       if (!lower.queue.tryAdd(block, priority)) this.#options.meters.failed(lower.tier.name, "queue-full");
-      this.#pumpBelow(lower);
     }
   }
 
@@ -322,6 +328,7 @@ export class TieredCache {
     this.#track(
       this.#offload().finally(() => {
         this.#isOffloading = false;
+        this.#pumpAllBelow();
       }),
     );
   }
@@ -370,6 +377,7 @@ export class TieredCache {
       meters.offloaded("host", stored.length);
       this.#tell(storedEvents(stored, "host"));
       for (const block of stored) this.#offerBelow(block, 0);
+      this.#pumpAllBelow();
     }
   }
 
@@ -380,29 +388,26 @@ export class TieredCache {
     return held === slot;
   }
 
+  #pumpAllBelow(): void {
+    for (const lower of this.#lower) this.#pumpBelow(lower);
+  }
+
   #pumpBelow(lower: Lower): void {
     const { meters } = this.#options;
     const { tier, queue } = lower;
-    while (lower.writing < WRITES_AT_A_TIME) {
-      const block = queue.take();
-      if (block === undefined) break;
-      if (tier.has(block.lo, block.hi)) continue;
-      if (!tier.isWritable()) {
-        meters.failed(tier.name, "degraded");
-        continue;
-      }
-      const slot = this.#host.pool.find(block.lo, block.hi);
-      if (slot === NO_BLOCK) {
-        meters.failed(tier.name, "gone");
-        continue;
-      }
-      this.#host.pool.retain(slot);
+    const { pool } = this.#host;
+    while (lower.writing < WRITES_AT_A_TIME && queue.size > 0) {
+      // The rest of a prompt is on its way: what is written together is read together.
+      if (this.#isOffloading && !queue.hasWholeRun((first) => runLimit(tier, first))) break;
+      const { blocks, slots } = this.#takeRun(lower);
+      if (blocks.length === 0) continue;
       lower.writing++;
+      const data = slots.map((slot) => this.#host.bytesOf(slot));
       this.#track(
-        tier.write(block, this.#host.bytesOf(slot)).then((stored) => {
-          this.#host.pool.release(slot);
+        tier.write(blocks, data).then((stored) => {
+          for (let i = slots.length - 1; i >= 0; i--) pool.release(slots[i]!);
           lower.writing--;
-          if (stored) meters.offloaded(tier.name, 1);
+          if (stored) meters.offloaded(tier.name, blocks.length);
           this.#tell();
           this.#pumpBelow(lower);
         }),
@@ -411,46 +416,105 @@ export class TieredCache {
     meters.waiting(tier.name, queue.size);
   }
 
-  /** Undefined when there is no room for it. */
-  #load(
-    index: number,
-    block: BlockIdentity,
-    options: { readonly deadlineMs: number; readonly signal: AbortSignal },
-  ): Promise<void> | undefined {
-    const { clock, meters } = this.#options;
-    const key = keyOf(block.lo, block.hi);
-    const known = this.#loading.get(key);
-    if (known !== undefined || this.#host.has(block)) return known;
-    const slot = this.#host.take();
-    if (slot === NO_BLOCK) {
-      meters.failed("host", "no-room");
-      return undefined;
-    }
-    const load = async (): Promise<void> => {
-      const isThere = await this.#lower[index]!.tier.read(block, this.#host.bytesOf(slot), options);
-      this.#loading.delete(key);
-      if (!isThere) {
-        this.#host.pool.free(slot);
-        return;
+  /** The blocks at the head of a queue that go into one write, each held in the host; none when all that was taken is gone. */
+  #takeRun({ tier, queue }: Lower): { blocks: BlockIdentity[]; slots: number[] } {
+    const { meters } = this.#options;
+    const { pool } = this.#host;
+    const blocks: BlockIdentity[] = [];
+    const slots: number[] = [];
+    let limit = 1;
+    for (let next = queue.peek(); next !== undefined && blocks.length < limit; next = queue.peek()) {
+      if (blocks.length > 0 && !follows(next, blocks.at(-1)!)) break;
+      queue.take();
+      if (tier.has(next.lo, next.hi)) {
+        if (blocks.length > 0) break;
+        continue;
       }
-      const held = this.#host.fill(slot, block);
+      const slot = pool.find(next.lo, next.hi);
+      if (slot === NO_BLOCK || !tier.isWritable()) {
+        meters.failed(tier.name, slot === NO_BLOCK ? "gone" : "degraded");
+        continue;
+      }
+      pool.retain(slot);
+      if (blocks.length === 0) limit = runLimit(tier, next);
+      blocks.push(next);
+      slots.push(slot);
+    }
+    return { blocks, slots };
+  }
+
+  /**
+   * Starts to read consecutive blocks from a lower tier into the host, unless they are there or on their way. Adds what is
+   * to be waited for to `reads`; returns how many blocks that is.
+   */
+  #load(index: number, blocks: readonly BlockIdentity[], limits: ReadOptions, reads: Promise<void>[]): number {
+    const { tier } = this.#lower[index]!;
+    const missing: BlockIdentity[] = [];
+    let count = 0;
+    for (const block of blocks) {
+      const known = this.#loading.get(keyOf(block.lo, block.hi));
+      if (known !== undefined) {
+        reads.push(known);
+        count++;
+      } else if (!this.#host.has(block)) missing.push(block);
+    }
+    for (let from = 0; from < missing.length;) {
+      const rest = missing.slice(from, from + tier.maxRunBlocks);
+      const run = rest.slice(0, tier.runLength(rest));
+      from += run.length;
+      const slots = this.#takeSlots(run.length);
+      if (slots.length === 0) break;
+      reads.push(this.#read(tier, run.slice(0, slots.length), slots, limits));
+      count += slots.length;
+    }
+    return count;
+  }
+
+  /** As many of the host's slots as there is room for. */
+  #takeSlots(count: number): number[] {
+    const slots: number[] = [];
+    while (slots.length < count) {
+      const slot = this.#host.take();
+      if (slot === NO_BLOCK) break;
+      slots.push(slot);
+    }
+    if (slots.length < count) this.#options.meters.failed("host", "no-room", count - slots.length);
+    return slots;
+  }
+
+  #read(tier: LowerTier, run: readonly BlockIdentity[], slots: readonly number[], limits: ReadOptions): Promise<void> {
+    const { pool } = this.#host;
+    const read = async (): Promise<void> => {
+      const pieces = slots.map((slot) => this.#host.bytesOf(slot));
+      const areThere = await tier.read(run, pieces, limits);
+      const held: number[] = [];
+      const stored: BlockIdentity[] = [];
+      run.forEach((block, i) => {
+        this.#loading.delete(keyOf(block.lo, block.hi));
+        if (areThere[i] !== true) {
+          pool.free(slots[i]!);
+          return;
+        }
+        held.push(this.#host.fill(slots[i]!, block));
+        if (held.at(-1) === slots[i]) stored.push(block);
+      });
       // Kept until those who wait for it had their turn.
-      clock.nextTurn(() => {
-        this.#host.pool.release(held);
-        this.#tell(held === slot ? storedEvents([block], "host") : []);
+      this.#options.clock.nextTurn(() => {
+        for (let i = held.length - 1; i >= 0; i--) pool.release(held[i]!);
+        this.#tell(storedEvents(stored, "host"));
       });
     };
-    const loading = load();
-    this.#loading.set(key, loading);
-    this.#track(loading);
-    return loading;
+    const reading = read();
+    for (const { lo, hi } of run) this.#loading.set(keyOf(lo, hi), reading);
+    this.#track(reading);
+    return reading;
   }
 
   /** What changed in the tiers, removals first: they made the room. */
   #tell(stored: readonly KvEvent[] = []): void {
     const { meters } = this.#options;
     const events: KvEvent[] = [];
-    const removed = (tier: "host" | "disk", sequenceHashes: Uint32Array): void => {
+    const removed = (tier: StorageTier, sequenceHashes: Uint32Array): void => {
       if (sequenceHashes.length > 0) events.push({ type: "removed", dpRank: 0, tier, sequenceHashes });
     };
     removed("host", this.#host.pool.takeEvicted());
@@ -460,10 +524,9 @@ export class TieredCache {
     for (const { tier } of this.#lower) {
       const gone = tier.takeRemoved();
       const came = tier.takeStored();
-      if (tier.name === "disk") {
-        removed("disk", gone);
-        events.push(...storedEvents(came, "disk"));
-      }
+      const told = tier.name === "disk" ? "disk" : "external";
+      removed(told, gone);
+      events.push(...storedEvents(came, told));
       meters.used(tier.name, tier.usedBytes, tier.capacityBytes);
     }
     if (events.length > 0) this.#options.onEvents(events);
@@ -473,6 +536,11 @@ export class TieredCache {
     this.#running.add(work);
     void work.finally(() => this.#running.delete(work));
   }
+}
+
+/** Runs end at the same depths in every worker, so that a store has a block once. */
+function runLimit({ maxRunBlocks }: LowerTier, first: BlockIdentity): number {
+  return maxRunBlocks - (first.depth % maxRunBlocks);
 }
 
 function identityAt({ sequenceHashes, localHashes }: BlockHashes, i: number): BlockIdentity {

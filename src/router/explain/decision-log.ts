@@ -7,7 +7,7 @@ import { CandidateColumns, type CostWeights, type PromptShape } from "../schedul
  * The last decisions, for people. A decision leaves references and copied numbers only; texts are made when somebody
  * asks (render.ts). Bounded twice: 4,096 records, and 16 MiB of numbers:
  *
- *     records   ring of 4,096                arena   Float32Array, used round and round; a record's 8 columns of
+ *     records   ring of 4,096                arena   Float32Array, used round and round; a record's 9 columns of
  *               [r0][r1]...[rn]                      `count` numbers lie at `begin`, and are gone once overwritten
  *
  * The arena starts small and doubles while live records would be overwritten: with four workers it stays under 1 MiB.
@@ -71,6 +71,7 @@ const COLUMN_NAMES = [
   "device",
   "host",
   "disk",
+  "shared",
   "prefillTokens",
   "decodeBlocks",
   "activeRequests",

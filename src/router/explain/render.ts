@@ -44,11 +44,20 @@ export interface DecisionExplanation {
   readonly outcome: string | null;
 }
 
+/** Leading blocks of the prompt: on the device, then those that continue them tier by tier. */
+export interface OverlapExplanation {
+  readonly device: number;
+  readonly host: number;
+  readonly disk: number;
+  /** In the store that workers share. */
+  readonly shared: number;
+}
+
 export interface CandidateExplanation {
   readonly instance_id: string;
   readonly dp_rank: number;
   readonly chosen: boolean;
-  readonly overlap_blocks: { readonly device: number; readonly host: number; readonly disk: number };
+  readonly overlap_blocks: OverlapExplanation;
   readonly load: { readonly active_requests: number; readonly prefill_tokens: number; readonly decode_blocks: number };
   readonly cost: {
     readonly raw_prefill: number;
@@ -114,7 +123,12 @@ function candidate(record: DecisionRecord, columns: CandidateColumns, index: num
     instance_id: instanceId,
     dp_rank: dpRank,
     chosen: index === record.chosen,
-    overlap_blocks: { device: columns.device[index]!, host: columns.host[index]!, disk: columns.disk[index]! },
+    overlap_blocks: {
+      device: columns.device[index]!,
+      host: columns.host[index]!,
+      disk: columns.disk[index]!,
+      shared: columns.shared[index]!,
+    },
     load: {
       active_requests: columns.activeRequests[index]!,
       prefill_tokens: columns.prefillTokens[index]!,

@@ -14,9 +14,10 @@ export type ApplyStatus = "ok" | "parent-block-not-found" | "block-not-found" | 
 export class OverlapScores {
   /** Leading blocks in the device tier. */
   device: Uint32Array = new Uint32Array(64);
-  /** Blocks that continue the device match in host memory, then on disk (or external). */
+  /** Blocks that continue the device match in host memory, then on disk, then in the shared store or on disk. */
   host: Uint32Array = new Uint32Array(64);
   disk: Uint32Array = new Uint32Array(64);
+  shared: Uint32Array = new Uint32Array(64);
 
   /** Makes room for ranks 0 to count-1 and zeroes them. */
   reset(rankCount: number): void {
@@ -25,11 +26,13 @@ export class OverlapScores {
       this.device = new Uint32Array(size);
       this.host = new Uint32Array(size);
       this.disk = new Uint32Array(size);
+      this.shared = new Uint32Array(size);
       return;
     }
     this.device.fill(0, 0, rankCount);
     this.host.fill(0, 0, rankCount);
     this.disk.fill(0, 0, rankCount);
+    this.shared.fill(0, 0, rankCount);
   }
 }
 

@@ -32,7 +32,7 @@ function check(query: ReaderQuery, scores: OverlapScores, rankCount: number): st
   for (let rank = 0; rank < rankCount; rank++) {
     const allowed = query.allowed.find((entry) => entry.rank === rank)?.scores ?? [0];
     const [device, host, disk] = [scores.device[rank]!, scores.host[rank]!, scores.disk[rank]!];
-    if (!allowed.includes(device) || host !== 0 || disk !== 0) {
+    if (!allowed.includes(device) || host !== 0 || disk !== 0 || scores.shared[rank] !== 0) {
       return `${query.name}: rank ${rank} scores ${device}/${host}/${disk}, allowed ${allowed.join()}`;
     }
   }

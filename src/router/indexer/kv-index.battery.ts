@@ -46,6 +46,13 @@ export function scoresOf(
   return [scores.device[rank]!, scores.host[rank]!, scores.disk[rank]!];
 }
 
+/** Blocks that continue those of `scoresOf` in the shared store. */
+function sharedOf(index: Pick<KvIndex, "findMatches">, chain: Uint32Array, rank: number): number {
+  const scores = new OverlapScores();
+  index.findMatches(chain, chain.length / 2, scores);
+  return scores.shared[rank]!;
+}
+
 /** A dump as one line per (tier, block), sorted: equal texts mean equal contents. */
 export function contentsOf(index: KvIndex, rank: number): string[] {
   const lines: string[] = [];
@@ -177,13 +184,14 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
     assert.deepEqual(scoresOf(index, chain, a), [2, 0, 0]);
   });
 
-  test(`${name}: host memory continues the device match, disk and external memory continue both`, () => {
+  test(`${name}: host memory continues the device match, disk continues both, the shared store all`, () => {
     const { index, a } = create2();
     index.apply(a, aStored({ chain, to: 2 }));
     index.apply(a, aStored({ chain, from: 1, to: 4, tier: "host" }));
     index.apply(a, aStored({ chain, from: 3, to: 5, tier: "disk" }));
     index.apply(a, aStored({ chain, from: 5, to: 6, tier: "external" }));
-    assert.deepEqual(scoresOf(index, chain, a), [2, 2, 2]);
+    assert.deepEqual(scoresOf(index, chain, a), [2, 2, 1]);
+    assert.equal(sharedOf(index, chain, a), 1);
     index.apply(a, aRemoved({ chain, from: 2, to: 3, tier: "host" }));
     assert.deepEqual(scoresOf(index, chain, a), [2, 0, 0]);
     index.apply(a, aRemoved({ chain, to: 2 }));
@@ -196,7 +204,17 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
     index.apply(b, aStored({ chain, to: 1, tier: "host" }));
     index.apply(b, aStored({ chain, from: 1, to: 3, tier: "external" }));
     assert.deepEqual(scoresOf(index, chain, a), [0, 0, 3]);
-    assert.deepEqual(scoresOf(index, chain, b), [0, 1, 2]);
+    assert.deepEqual(scoresOf(index, chain, b), [0, 1, 0]);
+    assert.equal(sharedOf(index, chain, b), 2);
+  });
+
+  test(`${name}: what continues a block of the shared store on disk counts as shared`, () => {
+    const { index, a } = create2();
+    index.apply(a, aStored({ chain, to: 2, tier: "external" }));
+    index.apply(a, aStored({ chain, from: 2, to: 4, tier: "disk" }));
+    index.apply(a, aStored({ chain, from: 4, to: 5, tier: "host" }));
+    assert.deepEqual(scoresOf(index, chain, a), [0, 0, 0]);
+    assert.equal(sharedOf(index, chain, a), 4);
   });
 
   test(`${name}: a block in disk and in external memory stays when it leaves one of them`, () => {
@@ -204,8 +222,9 @@ export function kvIndexBattery(name: string, create: () => KvIndex): void {
     index.apply(a, aStored({ chain, to: 1, tier: "disk" }));
     index.apply(a, aStored({ chain, to: 1, tier: "external" }));
     assert.equal(index.stats().memberships, 2);
+    assert.deepEqual([...scoresOf(index, chain, a), sharedOf(index, chain, a)], [0, 0, 1, 0]);
     index.apply(a, aRemoved({ chain, to: 1, tier: "disk" }));
-    assert.deepEqual(scoresOf(index, chain, a), [0, 0, 1]);
+    assert.deepEqual([...scoresOf(index, chain, a), sharedOf(index, chain, a)], [0, 0, 0, 1]);
   });
 
   test(`${name}: cleared forgets one rank in all tiers and leaves the other rank of the worker alone`, () => {

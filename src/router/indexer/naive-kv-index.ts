@@ -106,8 +106,11 @@ export class NaiveKvIndex implements KvIndex {
       into.device[rank] = at;
       while (isIn(at, "host")) at++;
       into.host[rank] = at - into.device[rank]!;
-      while (isIn(at, "disk", "external")) at++;
+      while (isIn(at, "disk")) at++;
       into.disk[rank] = at - into.device[rank]! - into.host[rank]!;
+      const beforeShared = at;
+      while (isIn(at, "disk", "external")) at++;
+      into.shared[rank] = at - beforeShared;
     }
   }
 

@@ -15,9 +15,9 @@ import { EMPTY_SET, NODE_CONTINUATION, NODE_PAIRS, PLANE_KEY_BITS } from "./rank
 /**
  * The lookup: walks a chain from its first block and tells per rank how far it is covered. From one block to the next it
  * tries the record's child (chains stored at once lie side by side in memory), and asks the hash table only where the
- * prompt takes another branch. While the rank set stays the same nothing else happens; where it changes, three sets of
- * active ranks (matching in device, in host, in disk or external memory) are narrowed, 32 ranks at a time, and only ranks
- * that drop out cost something each. So: a few ns per block, plus about one per rank that holds the first block.
+ * prompt takes another branch. While the rank set stays the same nothing else happens; where it changes, four sets of
+ * active ranks (matching on the device, in host memory, on disk, in the shared store) are narrowed, 32 ranks at a time, and
+ * only ranks that drop out cost something each. So: a few ns per block, plus about one per rank that holds the first block.
  *
  * Reads shared memory without any lock. Under a concurrent write it returns something, always ends and never throws; the
  * caller throws the result away (write-gate.ts). Owns its scratch: one matcher per thread.
@@ -28,10 +28,12 @@ export class PrefixMatcher {
   #device = new Uint32Array(8);
   #host = new Uint32Array(8);
   #disk = new Uint32Array(8);
-  /** The set under the walk, one array per tier (disk and external in one). */
+  #shared = new Uint32Array(8);
+  /** The set under the walk, one array per tier; the last one has disk and store together, a match there takes either. */
   #inDevice = new Uint32Array(8);
   #inHost = new Uint32Array(8);
   #inDisk = new Uint32Array(8);
+  #inShared = new Uint32Array(8);
   /** Words that the first block's set touches: nobody else can match. */
   #firstWord = 0;
   #endWord = 0;
@@ -81,21 +83,24 @@ export class PrefixMatcher {
     this.#device = new Uint32Array(size);
     this.#host = new Uint32Array(size);
     this.#disk = new Uint32Array(size);
+    this.#shared = new Uint32Array(size);
     this.#inDevice = new Uint32Array(size);
     this.#inHost = new Uint32Array(size);
     this.#inDisk = new Uint32Array(size);
+    this.#inShared = new Uint32Array(size);
   }
 
   /** Spreads a set into one bit set per tier, over the words that still matter. */
   #load(set: number, isFirst: boolean): void {
     const { sets } = this.#memory;
-    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
+    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
     const size = inDevice.length;
     const firstWord = isFirst ? 0 : this.#firstWord;
     const endWord = isFirst ? size : this.#endWord;
     inDevice.fill(0, firstWord, endWord);
     inHost.fill(0, firstWord, endWord);
     inDisk.fill(0, firstWord, endWord);
+    inShared.fill(0, firstWord, endWord);
     let lowest = size;
     let highest = -1;
     // The number of nodes is bounded by the words of all planes: half-written links must not lead round in circles.
@@ -110,7 +115,10 @@ export class PrefixMatcher {
         const plane = key >>> PLANE_KEY_BITS;
         if (plane === 0) inDevice[word] = bits;
         else if (plane === 1) inHost[word] = bits;
-        else inDisk[word] = inDisk[word]! | bits;
+        else {
+          if (plane === 2) inDisk[word] = bits;
+          inShared[word] = inShared[word]! | bits;
+        }
         if (word < lowest) lowest = word;
         if (word > highest) highest = word;
       }
@@ -121,37 +129,45 @@ export class PrefixMatcher {
   }
 
   #start(): void {
-    const [device, host, disk] = [this.#device, this.#host, this.#disk];
-    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
+    const [device, host, disk, shared] = [this.#device, this.#host, this.#disk, this.#shared];
+    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
     for (let word = this.#firstWord; word < this.#endWord; word++) {
       const d = inDevice[word]!;
       const h = inHost[word]!;
+      const k = inDisk[word]!;
       device[word] = d;
       host[word] = h & ~d;
-      disk[word] = inDisk[word]! & ~h & ~d;
+      disk[word] = k & ~h & ~d;
+      shared[word] = inShared[word]! & ~k & ~h & ~d;
     }
   }
 
   /** The block's set differs from the one before: who drops out of a tier goes on in the next one, or is done. */
   #narrow(block: number, into: OverlapScores): boolean {
-    const [device, host, disk] = [this.#device, this.#host, this.#disk];
-    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
+    const [device, host, disk, shared] = [this.#device, this.#host, this.#disk, this.#shared];
+    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
     let active = 0;
     for (let word = this.#firstWord; word < this.#endWord; word++) {
       const h = inHost[word]!;
       const k = inDisk[word]!;
+      const s = inShared[word]!;
       const offDevice = device[word]! & ~inDevice[word]!;
       const offHost = host[word]! & ~h;
       const offDisk = disk[word]! & ~k;
-      if ((offDevice | offHost | offDisk) !== 0) {
+      const offShared = shared[word]! & ~s;
+      if ((offDevice | offHost | offDisk | offShared) !== 0) {
         endDevice(offDevice, word, block, into);
         endHost(offHost, word, block, into);
         endDisk(offDisk, word, block, into);
+        endShared(offShared, word, block, into);
         device[word] = device[word]! & ~offDevice;
         host[word] = (host[word]! & ~offHost) | (offDevice & h);
-        disk[word] = (disk[word]! & ~offDisk) | (((offDevice & ~h) | offHost) & k);
+        // Who leaves the device goes on in the nearest tier that has the block.
+        const below = (offDevice & ~h) | offHost;
+        disk[word] = (disk[word]! & ~offDisk) | (below & k);
+        shared[word] = (shared[word]! & ~offShared) | (((below & ~k) | offDisk) & s);
       }
-      active |= device[word]! | host[word]! | disk[word]!;
+      active |= device[word]! | host[word]! | disk[word]! | shared[word]!;
     }
     return active !== 0;
   }
@@ -161,6 +177,7 @@ export class PrefixMatcher {
       endDevice(this.#device[word]!, word, block, into);
       endHost(this.#host[word]!, word, block, into);
       endDisk(this.#disk[word]!, word, block, into);
+      endShared(this.#shared[word]!, word, block, into);
     }
   }
 }
@@ -184,5 +201,13 @@ function endDisk(ranks: number, word: number, block: number, into: OverlapScores
   for (let bits = ranks | 0; bits !== 0; bits &= bits - 1) {
     const rank = (word << 5) | (31 - Math.clz32(bits & -bits));
     disk[rank] = block - device[rank]! - host[rank]!;
+  }
+}
+
+function endShared(ranks: number, word: number, block: number, into: OverlapScores): void {
+  const { device, host, disk, shared } = into;
+  for (let bits = ranks | 0; bits !== 0; bits &= bits - 1) {
+    const rank = (word << 5) | (31 - Math.clz32(bits & -bits));
+    shared[rank] = block - device[rank]! - host[rank]! - disk[rank]!;
   }
 }

@@ -74,6 +74,7 @@ export class SharedKvIndex implements KvIndexReader {
       into.device[rank] = scores.device[writerRank]!;
       into.host[rank] = scores.host[writerRank]!;
       into.disk[rank] = scores.disk[writerRank]!;
+      into.shared[rank] = scores.shared[writerRank]!;
     }
   }
 

@@ -1,5 +1,6 @@
 import { loadCap } from "./balance.ts";
 import { requestLoad, type RoutingPolicy, type WorkerCandidate } from "./base.ts";
+import { overlapOf } from "../scheduling/cost.ts";
 import { lowest } from "./select.ts";
 
 /**
@@ -25,7 +26,7 @@ export const stayUntilSaturatedPolicy: RoutingPolicy = {
       const candidate = candidates[i]!;
       if (requestLoad(candidate) >= cap) continue;
       if (isSaturated(candidate, columns.prefillTokens[i]!, columns.decodeBlocks[i]!)) continue;
-      const overlap = columns.device[i]! + columns.host[i]! + columns.disk[i]!;
+      const overlap = overlapOf(columns, i);
       const cost = columns.cost[i]!;
       if (overlap > bestOverlap || (overlap === bestOverlap && cost < bestCost)) {
         best = i;

@@ -53,7 +53,7 @@ test("cost: the reference's example, 10 prompt blocks with overlaps 2, 5, 8 and 
 });
 
 test("cost: each term and weight does what the formula says", () => {
-  assert.deepEqual(costs([{ host: 4 }, { disk: 4 }, { shared: 4 }]), [7, 9, 10]);
+  assert.deepEqual(costs([{ host: 4 }, { disk: 4 }, { shared: 5 }]), [7, 9, 9.5]);
   assert.deepEqual(costs([{ shared: 4 }], { sharedCacheMultiplier: 0.5 }), [8]);
   assert.deepEqual(costs([{ prefillTokens: 32 }]), [12]);
   assert.deepEqual(costs([{ device: 10, prefillTokens: 32 }], { overlapScoreCredit: 2 }), [0]);

@@ -17,7 +17,7 @@ export interface CostWeights {
   readonly prefillLoadScale: number;
   readonly hostCacheHitWeight: number;
   readonly diskCacheHitWeight: number;
-  /** For blocks of a cache that all workers reach, beyond those on the device. */
+  /** For blocks of a store that workers share, beyond those on the device, in host memory and on disk. */
   readonly sharedCacheMultiplier: number;
   readonly decodeActiveRequestWeight: number;
   readonly trackPrefillTokens: boolean;
@@ -37,7 +37,7 @@ export class CandidateColumns {
   device = new Float64Array(16);
   host = new Float64Array(16);
   disk = new Float64Array(16);
-  /** Blocks beyond the device match that a cache shared by all workers has. */
+  /** Then those that continue them in a store which workers share. */
   shared = new Float64Array(16);
   /** Prompt tokens that the candidate still has to compute, without this request. */
   prefillTokens = new Float64Array(16);
@@ -63,6 +63,11 @@ export class CandidateColumns {
     this.multiplier = new Float64Array(size);
     this.cost = new Float64Array(size);
   }
+}
+
+/** Leading prompt blocks of a candidate in all tiers together. */
+export function overlapOf({ device, host, disk, shared }: CandidateColumns, index: number): number {
+  return device[index]! + host[index]! + disk[index]! + shared[index]!;
 }
 
 /** Fills `columns.cost`. */

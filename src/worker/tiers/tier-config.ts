@@ -4,6 +4,8 @@ import type { S3Options } from "../../transfer/s3/index.ts";
 export interface KvTiersConfig {
   /** 0 = only what reading from below needs. */
   readonly hostBytes: number;
+  /** Sights before a block is copied to host memory, and so to anything below; 0 and 1 = at once. @default 0 */
+  readonly hostMinFrequency?: number;
   readonly disk?: KvDiskConfig;
   readonly object?: KvObjectConfig;
 }
@@ -13,12 +15,16 @@ export interface KvDiskConfig {
   readonly folder: string;
   /** Sights (doubling, as in `SightFilter`) before a block is written; 1 = at once. @default 2 */
   readonly minSights?: number;
+  /** Sights, plainly counted, in place of `minSights`. */
+  readonly minFrequency?: number;
 }
 
 export interface KvObjectConfig {
   readonly store: { readonly kind: "s3"; readonly bucket: string; readonly s3: S3Options } | FolderStoreConfig;
   /** @default 1 */
   readonly minSights?: number;
+  /** Sights, plainly counted, in place of `minSights`. */
+  readonly minFrequency?: number;
 }
 
 export interface FolderStoreConfig {

@@ -5,7 +5,7 @@ import { LoopEngine, type LoopEngineOptions } from "../../engines/llama/fixtures
 import { FakeModel } from "../../engines/llama/fake-model.ts";
 import { engineBattery } from "../../engines/engine.battery.ts";
 import { EngineRecorder, aRequest } from "../../engines/engine.recorder.ts";
-import { HostTier, SightFilter, TieredCache, type LowerTier } from "../../kvbm/index.ts";
+import { HostTier, TieredCache, offloadFilter, type LowerTier } from "../../kvbm/index.ts";
 import { MemoryTier, RecordingMeters } from "../../kvbm/tiers/fixtures/memory-tier.ts";
 import { silentLogger } from "../../observability/index.ts";
 import type { KvEvent } from "../../protocol/index.ts";
@@ -29,9 +29,14 @@ class Rig {
   cache!: TieredCache;
 
   constructor(
-    options: LoopEngineOptions & { hostBlocks?: number; lower?: readonly LowerTier[]; minSights?: number } = {},
+    options: LoopEngineOptions & {
+      hostBlocks?: number;
+      lower?: readonly LowerTier[];
+      minSights?: number;
+      hostMinFrequency?: number;
+    } = {},
   ) {
-    const { hostBlocks = 64, lower = [], minSights = 1 } = options;
+    const { hostBlocks = 64, lower = [], minSights = 1, hostMinFrequency = 0 } = options;
     for (const tier of lower) if (tier instanceof MemoryTier) tier.meters = this.meters;
     this.inner = new LoopEngine(options);
     this.engine = new TieredEngine({
@@ -46,7 +51,8 @@ class Rig {
           blockSizeTokens: info.blockSizeTokens,
           totalBlocks: info.totalBlocks,
           host: this.host,
-          lower: lower.map((tier) => ({ tier, filter: new SightFilter(minSights) })),
+          hostFilter: hostMinFrequency === 0 ? undefined : offloadFilter({ minFrequency: hostMinFrequency }),
+          lower: lower.map((tier) => ({ tier, filter: offloadFilter({ minSights }) })),
           clock: systemClock,
           logger: silentLogger,
           meters: this.meters,
@@ -292,6 +298,45 @@ test("tiers: held blocks that are gone, or cannot be read, when an import needs 
   });
 });
 
+test("tiers: a prompt's blocks go down and come back in runs that end at the same depths, whatever the batches were", async () => {
+  const below = new MemoryTier("object", Infinity, 3);
+  await withRig({ lower: [below] }, async (rig) => {
+    const told = (): number[] =>
+      rig.recorder.kvEvents.flatMap((event) =>
+        event.type === "stored" && event.tier === "external" ? [event.startBlock] : [],
+      );
+    await rig.say(prompt(41));
+    await rig.cache.settled();
+    // 10 blocks of the prompt and one of the answer: 0-2, 3-5, 6-8, 9 and what came after it.
+    assert.deepEqual(below.writes.slice(0, 3), [3, 3, 3]);
+    assert.equal(
+      below.writes.reduce((sum, count) => sum + count, 0),
+      11,
+    );
+    assert.equal(told()[0], 0, "routers are told what is in the store");
+    await rig.inner.clearBlocks();
+    rig.host.pool.clear();
+    rig.cache.costs.tookToPrefill(100, 100_000);
+    assert.equal(await rig.say(prompt(41)), 40);
+    assert.equal(rig.meters.onboardedBlocks.get("object"), 10);
+  });
+});
+
+test("tiers: with a frequency filter a block goes down when it was asked for often enough, wherever it is", () =>
+  withRig({ hostMinFrequency: 3 }, async (rig) => {
+    // Computed, then asked for while the engine has it, then again.
+    for (const offloaded of [0, 0, 5]) {
+      await rig.say(prompt(21));
+      await rig.cache.settled();
+      assert.equal(rig.meters.offloadedBlocks.get("host") ?? 0, offloaded);
+    }
+    await rig.inner.clearBlocks();
+    assert.equal(await rig.say(prompt(21)), 20);
+    await rig.say(prompt(21, 9));
+    await rig.cache.settled();
+    assert.equal(rig.host.pool.registeredCount, 5, "what was asked for once stays above");
+  }));
+
 test("tiers: abort, stop and the engine's death while parked end the stream once", async () => {
   const below = new MemoryTier("disk");
   const parkOne = async (rig: Rig): Promise<number> => {
@@ -385,10 +430,11 @@ test("tiers: random loads over small tiers with faults: every text right, nothin
     fc.asyncProperty(
       fc.array(fc.array(aStep, { minLength: 1, maxLength: 4 }), { minLength: 1, maxLength: 6 }),
       fc.integer({ min: 3, max: 24 }),
-      async (rounds, hostBlocks) => {
+      fc.constantFrom(0, 2),
+      async (rounds, hostBlocks, hostMinFrequency) => {
         const disk = new MemoryTier("disk", 12);
-        const object = new MemoryTier("object");
-        await withRig({ hostBlocks, lower: [disk, object] }, async (rig) => {
+        const object = new MemoryTier("object", Infinity, 3);
+        await withRig({ hostBlocks, hostMinFrequency, lower: [disk, object] }, async (rig) => {
           for (const round of rounds) {
             const submitted = round.map((step) => {
               disk.failReads = step.fault === "read";

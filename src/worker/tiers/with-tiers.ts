@@ -5,8 +5,8 @@ import {
   FolderStore,
   HostTier,
   ObjectTier,
-  SightFilter,
   TieredCache,
+  offloadFilter,
   type EntryFormat,
   type ObjectStore,
   type TieredCacheOptions,
@@ -22,7 +22,7 @@ import { TieredEngine, type CacheHooks } from "./tiered-engine.ts";
 export interface WithTiersOptions {
   readonly engine: Engine;
   /** Told apart by its content: blocks of one model are never found by another. */
-  readonly modelPath: string;
+  readonly modelPath: string | undefined;
   readonly config: KvTiersConfig;
   readonly metrics: Metrics;
   readonly clock: Clock;
@@ -65,15 +65,17 @@ async function makeCache(
     };
     if (disk !== undefined) {
       const tier = new DiskTier({ ...shared, folder: disk.folder, bytes: disk.bytes, format });
-      lower.push({ tier, filter: new SightFilter(disk.minSights ?? DISK_MIN_SIGHTS) });
+      lower.push({ tier, filter: offloadFilter({ minSights: DISK_MIN_SIGHTS, ...disk }) });
     }
     if (object !== undefined) {
       const tier = new ObjectTier({ ...shared, store: await openStore(object, clock), format });
-      lower.push({ tier, filter: new SightFilter(object.minSights ?? 1) });
+      lower.push({ tier, filter: offloadFilter(object) });
     }
   }
   const { blockSizeTokens, totalBlocks } = info;
-  return new TieredCache({ ...hooks, ...shared, blockSizeTokens, totalBlocks, host, lower });
+  const { hostMinFrequency = 0 } = config;
+  const hostFilter = hostMinFrequency > 1 ? offloadFilter({ minFrequency: hostMinFrequency }) : undefined;
+  return new TieredCache({ hostFilter, ...hooks, ...shared, blockSizeTokens, totalBlocks, host, lower });
 }
 
 /** The S3 client comes with a package of its own: loaded by those who have a bucket. */
