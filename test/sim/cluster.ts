@@ -3,6 +3,7 @@ import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../../src/engines/index.ts";
 import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
 import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
+import type { WorkerRole } from "../../src/protocol/index.ts";
 import type { Planes, RunningRole } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
 import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
@@ -12,6 +13,8 @@ import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
 import { planeNetwork } from "./plane-socket.ts";
+import type { RolesShape } from "./roles.ts";
+import { SimTransfers } from "./transfers.ts";
 import type { SimProcess, World } from "./world.ts";
 
 /**
@@ -22,12 +25,17 @@ export interface ClusterShape {
   readonly frontends: number;
   readonly workers: number;
   readonly engine: Partial<Omit<MockerEngineConfig, "kind">>;
-  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs">;
+  readonly frontend: Pick<
+    FrontendConfig,
+    "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs" | "disagg" | "handoffTimeoutMs"
+  >;
   readonly maxQueuedRequests: number;
   /** Share of the events, beacons and replay requests that get lost while faults go on. */
   readonly eventLossShare: number;
   /** Share of the events that come once more, behind the next one, while faults go on. */
   readonly eventRepeatShare: number;
+  /** Prefill apart from decode. @default every worker does all */
+  readonly roles?: RolesShape | undefined;
 }
 
 export const MODEL = "mock";
@@ -76,6 +84,8 @@ export class Seat {
   engine: FaultyEngine | undefined = undefined;
   discovery: MemoryDiscovery | undefined = undefined;
   planes: Planes | undefined = undefined;
+  /** It starts with it. */
+  workerRole: WorkerRole = "agg";
   isDraining = false;
   /** The supervisor's: false = stays down. */
   restarts = true;
@@ -104,8 +114,14 @@ export class Cluster {
   readonly workers: Seat[] = [];
   readonly clients: SimProcess;
   eventsAreLost = true;
+  /** Undefined where no worker prefills for others. */
+  readonly transfers: SimTransfers | undefined;
+  /** A worker's engine copied blocks out for another one. */
+  onExport: ((seat: Seat) => void) | undefined = undefined;
   /** Log lines of requests that left a worker, though not for its being full. */
   readonly moves: string[] = [];
+  /** Log lines of requests whose prompt the decode worker computed after all. */
+  readonly fallbacks: string[] = [];
   /** For all, those that start meanwhile too. */
   discoveryIsDown = false;
   readonly #operator: SimProcess;
@@ -116,6 +132,7 @@ export class Cluster {
     this.world = world;
     this.shape = shape;
     this.network = new SimNetwork(world);
+    if (shape.roles !== undefined) this.transfers = new SimTransfers(world, this.network, shape.roles.bytesPerMs);
     this.#random = world.fork();
     this.#operator = world.process("operator");
     this.clients = world.process("clients");
@@ -128,7 +145,11 @@ export class Cluster {
       { level: "info", base: null, timestamp: false, messageKey: "message" },
       { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
-    for (let i = 0; i < shape.workers; i++) this.workers.push(this.#seat("worker", `w${i}`));
+    for (let i = 0; i < shape.workers; i++) {
+      const seat = this.#seat("worker", `w${i}`);
+      if (shape.roles !== undefined) seat.workerRole = shape.roles.workers[i] ?? "decode";
+      this.workers.push(seat);
+    }
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
   }
 
@@ -138,6 +159,12 @@ export class Cluster {
     if (line.includes("lease was lost: registering again")) world.marks.mark("lease lost");
     if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
     if (line.includes("goes on with another worker") && !PUSHED_BACK.test(line)) this.moves.push(line.trimEnd());
+    if (line.includes("computed by the decode worker")) {
+      this.fallbacks.push(line.trimEnd());
+      world.marks.mark("prompt computed by the decode worker instead");
+    }
+    if (line.includes('"reason":"transfer-full"')) world.marks.mark("memory of handoffs full");
+    if (line.includes("handoff: request-deadline")) world.marks.mark("transfer ran out of time");
     if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 
@@ -170,7 +197,7 @@ export class Cluster {
         (role) => {
           if (seat.process !== process || process.state === "dead") return;
           seat.role = role;
-          this.#recovered(seat);
+          this.recovered(seat);
           this.world.record(`${process.name} is ready`);
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
           role.done.then(
@@ -191,6 +218,7 @@ export class Cluster {
     this.world.record(`${process.name} is killed${isSilent ? " with its host" : ""}`);
     process.kill();
     this.network.closeAllOf(process, isSilent);
+    this.transfers?.lost(process, isSilent);
     this.#leave(seat);
     if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
   }
@@ -228,10 +256,11 @@ export class Cluster {
     this.discoveryIsDown = false;
     this.store.isDown = false;
     for (const { discovery } of this.seats) if (discovery !== undefined) discovery.isReachable = true;
-    for (const seat of this.seats) if (seat.isServing) this.#recovered(seat);
+    for (const seat of this.seats) if (seat.isServing) this.recovered(seat);
   }
 
-  #recovered({ troubles }: Seat): void {
+  /** What it was in trouble with is over, once others know it again. */
+  recovered({ troubles }: Seat): void {
     if (this.seats.some(({ discovery }) => discovery?.isReachable === false)) return;
     const untilMs = this.world.nowMs + JOINED_MS;
     for (const trouble of troubles) if (trouble.untilMs === Infinity) trouble.untilMs = untilMs;
@@ -248,6 +277,7 @@ export class Cluster {
       if (process.state === "dead") return;
       process.kill();
       this.network.closeAllOf(process, false);
+      this.transfers?.lost(process, false);
       this.#leave(seat);
       if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
     };
@@ -308,6 +338,8 @@ export class Cluster {
   }
 
   async #startWorker(seat: Seat, planes: Planes): Promise<RunningRole> {
+    const { process } = seat;
+    const { roles } = this.shape;
     const worker = await startWorker(
       {
         namespace: "dynamo",
@@ -317,6 +349,15 @@ export class Cluster {
         maxQueuedRequests: this.shape.maxQueuedRequests,
         drainTimeoutMs: DRAIN_MS,
         systemPort: undefined,
+        ...(roles === undefined
+          ? {}
+          : {
+              role: seat.workerRole,
+              handoff: {
+                ...roles.handoff,
+                transfer: { memory: this.transfers!.networkOf(process), tcp: false, shm: false },
+              },
+            }),
       },
       planes,
       new AbortController().signal,
@@ -324,6 +365,7 @@ export class Cluster {
         tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
           seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
+          seat.engine.onExport = () => this.onExport?.(seat);
           return Promise.resolve(seat.engine);
         },
       },

@@ -17,6 +17,8 @@ export class FaultyEngine implements Engine {
   #sink: EngineSink | undefined = undefined;
   /** Request ids by stream, of those that have not ended. */
   readonly live = new Map<number, string>();
+  /** Blocks were copied out for another worker. */
+  onExport: (() => void) | undefined = undefined;
   /** What came out while it hung. */
   #held: (() => void)[] | undefined = undefined;
 
@@ -63,6 +65,12 @@ export class FaultyEngine implements Engine {
     else this.#held.push(run);
   }
 
+  /** An engine that hangs answers no question either. */
+  async #awake<T>(call: () => Promise<T>): Promise<T> {
+    if (this.#held !== undefined) await new Promise<void>((resolve) => this.#held!.push(resolve));
+    return call();
+  }
+
   submit(streamId: number, request: PreprocessedRequest): void {
     this.live.set(streamId, request.requestId);
     this.mocker.submit(streamId, request);
@@ -74,13 +82,15 @@ export class FaultyEngine implements Engine {
     return this.mocker.load();
   }
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
-    return this.mocker.countBlocks(sequenceHashes);
+    return this.#awake(() => this.mocker.countBlocks(sequenceHashes));
   }
-  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
-    return this.mocker.exportBlocks(sequenceHashes);
+  async exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    const blocks = await this.#awake(() => this.mocker.exportBlocks(sequenceHashes));
+    this.onExport?.();
+    return blocks;
   }
   importBlocks(blocks: ImportedBlocks): Promise<number> {
-    return this.mocker.importBlocks(blocks);
+    return this.#awake(() => this.mocker.importBlocks(blocks));
   }
   clearBlocks(): Promise<number> {
     return this.mocker.clearBlocks();

@@ -51,6 +51,18 @@ export const MARKS = [
   "index restored: full",
   "request migrated",
   "frontend unreachable",
+  "blocks handed over",
+  "prompt computed by the decode worker instead",
+  "memory of handoffs full",
+  "prefill worker killed before its transfer",
+  "prefill worker killed during its transfer",
+  "prefill worker killed after its transfer",
+  "prefill worker lost power during its transfer",
+  "decode worker killed while pulling",
+  "transfer broken",
+  "transfer stalled",
+  "transfer ran out of time",
+  "role changed",
 ] as const;
 
 export type Mark = (typeof MARKS)[number];
