@@ -1,7 +1,7 @@
 import type { ClientCall } from "./client.ts";
 import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
 import type { Marks } from "./marks.ts";
-import { checkHandoffsAtRest, decodes, routedWorkers } from "./role-checks.ts";
+import { checkHandoffsAtRest, decodedAllThe, routedWorkers } from "./role-checks.ts";
 import type { RunPlan } from "./simulation.ts";
 
 /** What must hold, whatever happened. Each checker adds one line per violation. */
@@ -136,7 +136,7 @@ function checkSurvival(
   if (own.some(({ kind }) => kind !== "frozen") || (own.length > 0 && call.code === "request_deadline")) return;
   const steady = workers.filter((seat) => {
     const hit = seat.troubles.filter(isHit);
-    if (!decodes(seat)) return false;
+    if (!decodedAllThe(seat, call.startedMs, call.endedMs)) return false;
     return hit.length === 0 || (hit.length === 1 && hit[0]!.kind === "reset");
   });
   const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);

@@ -86,6 +86,8 @@ export class Seat {
   planes: Planes | undefined = undefined;
   /** It starts with it. */
   workerRole: WorkerRole = "agg";
+  /** What it was from when on. */
+  readonly roles: { readonly role: WorkerRole; readonly fromMs: number }[] = [];
   isDraining = false;
   /** The supervisor's: false = stays down. */
   restarts = true;
@@ -148,6 +150,7 @@ export class Cluster {
     for (let i = 0; i < shape.workers; i++) {
       const seat = this.#seat("worker", `w${i}`);
       if (shape.roles !== undefined) seat.workerRole = shape.roles.workers[i] ?? "decode";
+      seat.roles.push({ role: seat.workerRole, fromMs: 0 });
       this.workers.push(seat);
     }
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
@@ -197,6 +200,7 @@ export class Cluster {
         (role) => {
           if (seat.process !== process || process.state === "dead") return;
           seat.role = role;
+          seat.roles.push({ role: seat.workerRole, fromMs: this.world.nowMs });
           this.recovered(seat);
           this.world.record(`${process.name} is ready`);
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");

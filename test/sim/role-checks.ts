@@ -13,6 +13,14 @@ export function decodes({ worker, workerRole }: Seat): boolean {
   return (worker?.role ?? workerRole) !== "prefill";
 }
 
+/** It did so all the time from `fromMs` to `untilMs`. */
+export function decodedAllThe({ roles }: Seat, fromMs: number, untilMs: number): boolean {
+  return roles.every(({ role, fromMs: since }, i) => {
+    const until = roles[i + 1]?.fromMs ?? Infinity;
+    return role !== "prefill" || since > untilMs || until < fromMs;
+  });
+}
+
 /** Every handoff is over: nothing is kept for anybody, nothing is on its way. */
 export function checkHandoffsAtRest(cluster: Cluster, violations: string[]): void {
   for (const { worker, process } of cluster.workers) {

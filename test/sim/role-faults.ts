@@ -178,6 +178,7 @@ export class RoleFaults implements TransferWatch {
       }).then(
         () => {
           world.marks.mark("role changed");
+          seat.roles.push({ role, fromMs: world.nowMs });
           over("done");
         },
         (error: unknown) => over(String(error)),

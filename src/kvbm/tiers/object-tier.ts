@@ -72,7 +72,8 @@ export class ObjectTier implements LowerTier {
   async write(block: BlockIdentity, data: Uint8Array): Promise<boolean> {
     const { store, format, meters } = this.#options;
     try {
-      await store.put(this.#keyOf(block), [encodeHeader(format, block, data), asBuffer(data)], this.#limits());
+      const pieces = [encodeHeader(format, block, data), asBuffer(data)];
+      await this.#limited((limits) => store.put(this.#keyOf(block), pieces, limits));
     } catch (thrown) {
       meters.failed("object", "write-failed");
       this.#failed(thrown);
@@ -141,7 +142,7 @@ export class ObjectTier implements LowerTier {
     try {
       let after = "";
       for (let page = 0; page < MAX_PAGES; page++) {
-        const keys = await store.list(this.#prefix, after, this.#limits());
+        const keys = await this.#limited((limits) => store.list(this.#prefix, after, limits));
         for (const key of keys) {
           const [, hi, lo] = /\/([0-9a-f]{8})([0-9a-f]{8})$/.exec(key) ?? [];
           if (hi !== undefined) this.#note(keyOf(parseInt(lo!, 16), parseInt(hi, 16)));
@@ -166,11 +167,18 @@ export class ObjectTier implements LowerTier {
     this.#health.failed(diagnostic ?? publicMessage);
   }
 
-  #limits(): ReadOptions {
-    return {
-      deadlineMs: this.#options.clock.monotonicMs() + CALL_TIMEOUT_MS,
-      signal: AbortSignal.any([this.#closed.signal, AbortSignal.timeout(CALL_TIMEOUT_MS)]),
-    };
+  async #limited<T>(call: (limits: ReadOptions) => Promise<T>): Promise<T> {
+    const { clock } = this.#options;
+    const late = new AbortController();
+    const timer = clock.setTimer(CALL_TIMEOUT_MS, () => late.abort());
+    try {
+      return await call({
+        deadlineMs: clock.monotonicMs() + CALL_TIMEOUT_MS,
+        signal: AbortSignal.any([this.#closed.signal, late.signal]),
+      });
+    } finally {
+      timer.cancel();
+    }
   }
 
   #note(key: number): void {
