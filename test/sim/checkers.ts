@@ -2,6 +2,7 @@ import type { ClientCall } from "./client.ts";
 import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
 import type { Marks } from "./marks.ts";
 import { checkHandoffsAtRest, decodedAllThe, routedWorkers } from "./role-checks.ts";
+import { checkTierView, checkTiersAtRest } from "./tier-checks.ts";
 import type { RunPlan } from "./simulation.ts";
 
 /** What must hold, whatever happened. Each checker adds one line per violation. */
@@ -230,6 +231,7 @@ export function checkHealthy(cluster: Cluster, violations: string[]): void {
 /** Nothing runs: nothing is booked, held or promised anywhere. */
 export function checkAtRest(cluster: Cluster, violations: string[]): void {
   checkHandoffsAtRest(cluster, violations);
+  checkTiersAtRest(cluster, violations);
   const truth = new Map<string, readonly Uint32Array[]>();
   for (const seat of cluster.workers) {
     const { engine, worker, process } = seat;
@@ -266,12 +268,11 @@ export function checkAtRest(cluster: Cluster, violations: string[]): void {
         }
         if (model.kvIndex !== undefined) {
           const held = truth.get(worker.instanceId)?.[rank.dpRank];
-          compareBlocks(
-            `${process.name} on ${worker.instanceId}/${rank.dpRank}`,
-            held,
-            model.kvIndex.dump(rank.indexRank),
-            violations,
-          );
+          const where = `${process.name} on ${worker.instanceId}/${rank.dpRank}`;
+          const known = model.kvIndex.dump(rank.indexRank);
+          const device = known.filter((event) => event.type !== "stored" || event.tier === "device");
+          compareBlocks(where, held, device, violations);
+          checkTierView(cluster, where, worker.instanceId, known, violations);
         }
       }
     }

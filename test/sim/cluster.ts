@@ -13,7 +13,9 @@ import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
 import { planeNetwork } from "./plane-socket.ts";
+import { SimDisk, SimStore } from "./disk.ts";
 import type { RolesShape } from "./roles.ts";
+import { tieredEngine, type SeatTiers, type TiersShape } from "./tiers.ts";
 import { SimTransfers } from "./transfers.ts";
 import type { SimProcess, World } from "./world.ts";
 
@@ -36,6 +38,8 @@ export interface ClusterShape {
   readonly eventRepeatShare: number;
   /** Prefill apart from decode. @default every worker does all */
   readonly roles?: RolesShape | undefined;
+  /** @default engines have their own cache alone */
+  readonly tiers?: TiersShape | undefined;
 }
 
 export const MODEL = "mock";
@@ -86,6 +90,9 @@ export class Seat {
   planes: Planes | undefined = undefined;
   /** It starts with it. */
   workerRole: WorkerRole = "agg";
+  /** Of its host; undefined without tiers. */
+  disk: SimDisk | undefined = undefined;
+  tiers: SeatTiers | undefined = undefined;
   /** What it was from when on. */
   readonly roles: { readonly role: WorkerRole; readonly fromMs: number }[] = [];
   isDraining = false;
@@ -118,6 +125,8 @@ export class Cluster {
   eventsAreLost = true;
   /** Undefined where no worker prefills for others. */
   readonly transfers: SimTransfers | undefined;
+  /** The object store of all; undefined without tiers. */
+  readonly objects: SimStore | undefined;
   /** A worker's engine copied blocks out for another one. */
   onExport: ((seat: Seat) => void) | undefined = undefined;
   /** Log lines of requests that left a worker, though not for its being full. */
@@ -147,10 +156,12 @@ export class Cluster {
       { level: "info", base: null, timestamp: false, messageKey: "message" },
       { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
+    if (shape.tiers !== undefined) this.objects = new SimStore(world, shape.tiers.storeBytesPerMs);
     for (let i = 0; i < shape.workers; i++) {
       const seat = this.#seat("worker", `w${i}`);
       if (shape.roles !== undefined) seat.workerRole = shape.roles.workers[i] ?? "decode";
       seat.roles.push({ role: seat.workerRole, fromMs: 0 });
+      if (shape.tiers !== undefined) seat.disk = new SimDisk(world, shape.tiers.diskBytesPerMs);
       this.workers.push(seat);
     }
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
@@ -203,6 +214,9 @@ export class Cluster {
           seat.roles.push({ role: seat.workerRole, fromMs: this.world.nowMs });
           this.recovered(seat);
           this.world.record(`${process.name} is ready`);
+          if (life > 1 && (seat.tiers?.disk?.usedBytes ?? 0) > 0) {
+            this.world.marks.mark("blocks found again after a restart");
+          }
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
           role.done.then(
             () => this.#exited(seat, process, "done"),
@@ -223,6 +237,7 @@ export class Cluster {
     process.kill();
     this.network.closeAllOf(process, isSilent);
     this.transfers?.lost(process, isSilent);
+    seat.disk?.lost(process, isSilent);
     this.#leave(seat);
     if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
   }
@@ -282,6 +297,7 @@ export class Cluster {
       process.kill();
       this.network.closeAllOf(process, false);
       this.transfers?.lost(process, false);
+      seat.disk?.lost(process, false);
       this.#leave(seat);
       if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
     };
@@ -300,6 +316,7 @@ export class Cluster {
     if (seat.process === process) {
       seat.role = undefined;
       seat.engine = undefined;
+      seat.tiers = undefined;
     }
   }
 
@@ -369,8 +386,24 @@ export class Cluster {
         tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
           seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
+          seat.engine.onWrongBlock = (error) => this.world.crashes.push({ process: process.name, error });
           seat.engine.onExport = () => this.onExport?.(seat);
-          return Promise.resolve(seat.engine);
+          const { tiers } = this.shape;
+          if (tiers === undefined) return Promise.resolve(seat.engine);
+          const tiered = tieredEngine({
+            shape: tiers,
+            engine: seat.engine,
+            process,
+            clock,
+            logger,
+            marks: this.world.marks,
+            disk: seat.disk!,
+            store: this.objects!,
+            onTiers: (made) => {
+              if (seat.process === process) seat.tiers = made;
+            },
+          });
+          return Promise.resolve(tiered);
         },
       },
     );

@@ -2,6 +2,7 @@ import type { Random } from "../../src/std/index.ts";
 import type { Cluster, Seat } from "./cluster.ts";
 import { RecoveryWatch } from "./recovery-watch.ts";
 import { RoleFaults } from "./role-faults.ts";
+import { TierFaults } from "./tier-faults.ts";
 import { Draw } from "./workload.ts";
 
 /** The faults of one run: what happens when, drawn from the seed before the run begins; to whom is drawn when it happens. */
@@ -37,7 +38,25 @@ export const ROLE_FAULT_KINDS = [
   "change role",
 ] as const;
 
-export type FaultKind = (typeof FAULT_KINDS)[number] | (typeof ROLE_FAULT_KINDS)[number];
+/** Of clusters with tiers below the engines' caches. */
+export const TIER_FAULT_KINDS = [
+  "disk full",
+  "disk slow",
+  "disk hangs",
+  "disk fails",
+  "disk loses its file",
+  "bits flip",
+  "kill worker mid-write",
+  "power off worker mid-write",
+  "store down",
+  "store hangs",
+  "store corrupts",
+] as const;
+
+export type FaultKind =
+  | (typeof FAULT_KINDS)[number]
+  | (typeof ROLE_FAULT_KINDS)[number]
+  | (typeof TIER_FAULT_KINDS)[number];
 
 export interface PlannedFault {
   readonly kind: FaultKind;
@@ -65,12 +84,14 @@ export class Nemesis {
   readonly happened = new Map<FaultKind, number>();
   readonly recovery: RecoveryWatch;
   readonly #roles: RoleFaults;
+  readonly #tiers: TierFaults;
 
   constructor(cluster: Cluster, random: Random) {
     this.#cluster = cluster;
     this.recovery = new RecoveryWatch(cluster);
     this.#draw = new Draw(random);
     this.#roles = new RoleFaults(cluster, this.#draw);
+    this.#tiers = new TierFaults(cluster, this.#draw);
   }
 
   schedule(faults: readonly PlannedFault[]): void {
@@ -245,7 +266,7 @@ export class Nemesis {
         return;
       }
       default:
-        this.#roles.strike(fault, took, (undo) => this.#later(forMs, undo));
+        for (const part of [this.#roles, this.#tiers]) part.strike(fault, took, (undo) => this.#later(forMs, undo));
     }
   }
 

@@ -1,4 +1,4 @@
-import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import type { BlockPort, Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
 import type { MockerEngine } from "../../src/engines/mocker/index.ts";
 import { DynamoError } from "../../src/errors/index.ts";
 import {
@@ -19,6 +19,8 @@ export class FaultyEngine implements Engine {
   readonly live = new Map<number, string>();
   /** Blocks were copied out for another worker. */
   onExport: (() => void) | undefined = undefined;
+  /** Host memory held another block than it should. */
+  onWrongBlock: ((error: unknown) => void) | undefined = undefined;
   /** What came out while it hung. */
   #held: (() => void)[] | undefined = undefined;
 
@@ -84,6 +86,20 @@ export class FaultyEngine implements Engine {
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
     return this.#awake(() => this.mocker.countBlocks(sequenceHashes));
   }
+  /** Blocks between host memory and the cache. Bytes of another block would be wrong text: the tiers may never bring any. */
+  get blockPort(): BlockPort {
+    const { blockPort } = this.mocker;
+    return {
+      attach: (memory) => blockPort.attach(memory),
+      copyOut: (hashes, slots) => this.#awake(() => blockPort.copyOut(hashes, slots)),
+      copyIn: (blocks) => {
+        const copy = blockPort.copyIn(blocks);
+        copy.catch((error: unknown) => this.onWrongBlock?.(error));
+        return copy;
+      },
+    };
+  }
+
   async exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     const blocks = await this.#awake(() => this.mocker.exportBlocks(sequenceHashes));
     this.onExport?.();

@@ -63,6 +63,23 @@ export const MARKS = [
   "transfer stalled",
   "transfer ran out of time",
   "role changed",
+  "blocks restored from host memory",
+  "blocks restored from disk",
+  "blocks restored from the store",
+  "request parked until its deadline",
+  "write torn",
+  "disk full",
+  "disk hung",
+  "disk slow",
+  "disk tier degraded",
+  "file of the disk tier lost",
+  "bit flipped on disk",
+  "damaged entry refused",
+  "blocks found again after a restart",
+  "store hung",
+  "store tier degraded",
+  "objects damaged",
+  "damaged object refused",
 ] as const;
 
 export type Mark = (typeof MARKS)[number];

@@ -9,6 +9,7 @@ import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } f
 import { Marks } from "./marks.ts";
 import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
 import { CLAIMS_END_MS, withRoles } from "./roles.ts";
+import { withTiers } from "./tiers.ts";
 import { Draw, planWorkload, probeCall, type PlannedCall, type WorkloadShape } from "./workload.ts";
 import { World } from "./world.ts";
 
@@ -145,7 +146,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     calls: planWorkload(workload, random),
     faults: planFaults(faultCount, workload.spanMs, kinds ?? FAULT_KINDS, random),
   };
-  return withRoles(plan, seed, kinds);
+  return withTiers(withRoles(plan, seed, kinds), seed, kinds);
 }
 
 class Run {

@@ -80,6 +80,11 @@ export class DiskTier implements LowerTier {
     return this.#path;
   }
 
+  /** What it has, and who uses it; for tests. */
+  get index(): SlotIndex {
+    return this.#index;
+  }
+
   async open(): Promise<void> {
     await this.#ensureOpen();
   }
