@@ -99,7 +99,10 @@ export const REASONS = {
     class: "unavailable",
     when: "No back end both sides have moves that memory, or only a slow one and slow paths are refused.",
   },
-  "transfer-full": { class: "capacity-exhausted", when: "A bounded table or queue of the transfer library is full." },
+  "transfer-full": {
+    class: "capacity-exhausted",
+    when: "A bounded table or queue of the transfer library is full, or the memory for handed-off blocks.",
+  },
   "handoff-gone": {
     class: "conflict",
     when: "KV blocks that a prefill worker handed over were claimed before, or their lease is over.",

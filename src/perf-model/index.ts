@@ -4,3 +4,4 @@ export * from "./profile.ts";
 export * from "./profile-timing.ts";
 export * from "./speedup.ts";
 export * from "./timing.ts";
+export { SharedLinks, type SharedLink } from "./shared-links.ts";

@@ -1,3 +1,4 @@
+import type { Clock } from "../std/index.ts";
 import type { DescriptorList } from "./descriptor-list.ts";
 import { COPY_SLICE_BYTES } from "./limits.ts";
 import type { TransferJob } from "./transfer-job.ts";
@@ -23,9 +24,14 @@ interface Running extends CopyOrder {
 }
 
 export class CopyQueue {
+  readonly #clock: Pick<Clock, "nextTurn">;
   readonly #running: Running[] = [];
   #next = 0;
   #isScheduled = false;
+
+  constructor(clock: Pick<Clock, "nextTurn">) {
+    this.#clock = clock;
+  }
 
   add(order: CopyOrder): void {
     this.#running.push({ ...order, index: 0, inside: 0 });
@@ -45,7 +51,7 @@ export class CopyQueue {
   #schedule(): void {
     if (this.#isScheduled) return;
     this.#isScheduled = true;
-    setImmediate(() => {
+    this.#clock.nextTurn(() => {
       this.#isScheduled = false;
       this.#slice();
       if (this.#running.length > 0) this.#schedule();

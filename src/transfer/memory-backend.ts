@@ -13,10 +13,37 @@ import type { TransferJob } from "./transfer-job.ts";
 /**
  * Agents of one process, and an agent's transfers within itself: copies from memory to memory. Agents that share a
  * `MemoryNetwork` reach each other; what an agent may touch is checked against the other's registrations as on every other
- * back end. A whole cluster in one process, and the simulator, run on it.
+ * back end. A whole cluster in one process, and the simulator, run on it: with a `MemoryLink` between the agents, bytes and
+ * messages take the time and the breaks that it gives them.
  */
 export class MemoryNetwork {
-  readonly agents = new Map<bigint, AgentContext>();
+  readonly agents: Map<bigint, AgentContext>;
+  readonly link: MemoryLink | undefined;
+
+  /** `agents`: of networks that lead to the same ones by ways of their own. @default nobody yet, and no link */
+  constructor(options: { readonly agents?: Map<bigint, AgentContext>; readonly link?: MemoryLink } = {}) {
+    this.agents = options.agents ?? new Map();
+    this.link = options.link;
+  }
+}
+
+/** The way between two agents. */
+export interface MemoryLink {
+  /** Ends in `onArrived`, `onBroken`, or, as networks do, neither; and in neither after its `cancel`. */
+  carry(crossing: MemoryCrossing): { cancel(): void };
+}
+
+export interface MemoryCrossing {
+  readonly from: AgentContext;
+  readonly to: AgentContext;
+  /** The one of the two that began it. */
+  readonly initiator: AgentContext;
+  /** 0 for what only asks or answers. */
+  readonly byteCount: number;
+  /** On the loop of `to`, not inside `carry`. */
+  readonly onArrived: () => void;
+  /** On the loop of the initiator, not inside `carry`. */
+  readonly onBroken: () => void;
 }
 
 export class MemoryBackend implements TransferBackend {
@@ -24,11 +51,14 @@ export class MemoryBackend implements TransferBackend {
   readonly typical = { setupMs: 0.01, perDescriptorUs: 0.3, gigabytesPerSecond: 5 };
   readonly #context: AgentContext;
   readonly #network: MemoryNetwork;
-  readonly #copies = new CopyQueue();
+  readonly #copies: CopyQueue;
+  /** Jobs whose bytes or message are on the way. */
+  readonly #crossings = new Map<TransferJob, { cancel(): void }>();
 
   constructor(context: AgentContext, network: MemoryNetwork) {
     this.#context = context;
     this.#network = network;
+    this.#copies = new CopyQueue(context.clock);
     network.agents.set(context.incarnation, context);
   }
 
@@ -51,16 +81,28 @@ export class MemoryBackend implements TransferBackend {
   }
 
   post(job: TransferJob): void {
-    const { local, remote } = job.pairs;
     const peer = this.#network.agents.get(job.peer.metadata.incarnation);
     if (peer === undefined) {
-      setImmediate(() => job.end(peerGone(job.peer)));
+      this.#later(() => job.end(peerGone(job.peer)));
       return;
     }
+    const { link } = this.#network;
+    if (link === undefined || job.peer.isSelf) this.#copy(job, peer);
+    else {
+      const isRead = job.operation === "read";
+      this.#cross(link, job, { from: this.#context, to: peer, byteCount: isRead ? 0 : job.byteCount }, () => {
+        const back = { from: peer, to: this.#context, byteCount: isRead ? job.byteCount : 0 };
+        this.#cross(link, job, back, () => this.#copy(job, peer));
+      });
+    }
+  }
+
+  #copy(job: TransferJob, peer: AgentContext): void {
+    const { local, remote } = job.pairs;
     try {
       for (let i = 0; i < remote.count; i++) checkOwn(peer, job, i);
     } catch (thrown) {
-      setImmediate(() => job.end(thrown as DynamoError));
+      this.#later(() => job.end(thrown as DynamoError));
       return;
     }
     const isAlive = (): boolean => this.#network.agents.get(peer.incarnation) === peer;
@@ -75,9 +117,44 @@ export class MemoryBackend implements TransferBackend {
       destination: isRead ? localBytes : remoteBytes,
       onCopied: (isStale) => {
         if (isStale) job.end(isAlive() ? staleRegion() : peerGone(job.peer));
-        else job.end(this.#deliver(peer, job.message));
+        else this.#finish(job, peer);
       },
     });
+  }
+
+  /** The message, and back the word that it was taken. */
+  #finish(job: TransferJob, peer: AgentContext): void {
+    const { message } = job;
+    const { link } = this.#network;
+    if (message === undefined || link === undefined || job.peer.isSelf) {
+      job.end(this.#deliver(peer, message));
+      return;
+    }
+    this.#cross(link, job, { from: this.#context, to: peer, byteCount: message.length }, () => {
+      const error = this.#deliver(peer, message);
+      this.#cross(link, job, { from: peer, to: this.#context, byteCount: 0 }, () => job.end(error));
+    });
+  }
+
+  #cross(
+    link: MemoryLink,
+    job: TransferJob,
+    way: Pick<MemoryCrossing, "from" | "to" | "byteCount">,
+    onArrived: () => void,
+  ): void {
+    const crossing = link.carry({
+      ...way,
+      initiator: this.#context,
+      onArrived: () => {
+        this.#crossings.delete(job);
+        onArrived();
+      },
+      onBroken: () => {
+        this.#crossings.delete(job);
+        job.end(peerGone(job.peer));
+      },
+    });
+    this.#crossings.set(job, crossing);
   }
 
   #deliver(peer: AgentContext, message: Uint8Array | undefined): DynamoError | undefined {
@@ -91,13 +168,32 @@ export class MemoryBackend implements TransferBackend {
   }
 
   stop(job: TransferJob): void {
+    this.#crossings.get(job)?.cancel();
+    this.#crossings.delete(job);
     this.#copies.remove(job);
-    setImmediate(() => job.end());
+    this.#later(() => job.end());
   }
 
   notify(peer: Peer, message: Uint8Array, _timeoutMs: number, done: (error?: DynamoError) => void): void {
     const target = this.#network.agents.get(peer.metadata.incarnation);
-    setImmediate(() => done(target === undefined ? peerGone(peer) : this.#deliver(target, message)));
+    const { link } = this.#network;
+    if (target === undefined) this.#later(() => done(peerGone(peer)));
+    else if (link === undefined || peer.isSelf) this.#later(() => done(this.#deliver(target, message)));
+    else {
+      const [initiator, onBroken] = [this.#context, (): void => done(peerGone(peer))];
+      link.carry({
+        from: initiator,
+        to: target,
+        initiator,
+        byteCount: message.length,
+        onBroken,
+        onArrived: () => {
+          const error = this.#deliver(target, message);
+          const back = { from: target, to: initiator, initiator, byteCount: 0 };
+          link.carry({ ...back, onBroken, onArrived: () => done(error) });
+        },
+      });
+    }
   }
 
   forget(): void {}
@@ -105,6 +201,10 @@ export class MemoryBackend implements TransferBackend {
   close(): Promise<void> {
     this.#network.agents.delete(this.#context.incarnation);
     return Promise.resolve();
+  }
+
+  #later(run: () => void): void {
+    this.#context.clock.nextTurn(run);
   }
 }
 

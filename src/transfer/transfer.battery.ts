@@ -21,6 +21,8 @@ import {
  */
 export interface World {
   readonly backend: BackendName;
+  /** Of several of one back end. */
+  readonly variant?: string;
   /** The remote side is an agent of its own: it gets messages, has access rights, can go away. */
   readonly hasPeer: boolean;
   /** The owner of memory decides about each access. NIXL's UCX does not ask it: only the initiator checks there. */
@@ -100,7 +102,8 @@ const somePieces = (byteCount: number) =>
     .map((cuts) => cuts.slice(1).map((end, i) => ({ offset: cuts[i]!, length: end - cuts[i]! })));
 
 export function transferBattery(world: World): void {
-  const title = (text: string): string => `${world.backend}: ${text}`;
+  const title = (text: string): string =>
+    `${world.backend}${world.variant === undefined ? "" : ` ${world.variant}`}: ${text}`;
 
   function pairTest(text: string, run: (pair: Pair) => Promise<void>, options: Partial<OpenOptions> = {}): void {
     test(title(text), async () => {

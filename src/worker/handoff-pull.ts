@@ -97,7 +97,8 @@ export class HandoffPuller {
       cacheNamespace,
     });
     if (result.pulledBlocks === 0) {
-      throw new DynamoError("handoff-mismatch", "the engine did not take the handed-off blocks");
+      // Their hashes are ours: it is the engine's cache that has no room, or lost those before them meanwhile.
+      throw new DynamoError("transfer-full", "the engine's cache had no room for the handed-off blocks");
     }
   }
 

@@ -248,6 +248,7 @@ async function start(
   const roleSwitch = new RoleSwitch({
     role: card.role,
     logger,
+    clock,
     prepare: prepareRole,
     unregister: async () => {
       await lease.delete(cardKey(instance));
@@ -258,6 +259,7 @@ async function start(
     settleTimeoutMs: config.drainTimeoutMs,
   });
   roleNow = () => roleSwitch.role;
+  lifecycle.defer("role switch", () => roleSwitch.close());
   server.serve(address(ROLE_ENDPOINT), roleSwitch.handle);
   const { engineStallMs = ENGINE_STALL_MS, idleCanaryMs = IDLE_CANARY_MS } = config;
   lifecycle.defer(
@@ -267,6 +269,7 @@ async function start(
 
   lifecycle.onDrain(async () => {
     // First out of discovery, so that nobody sends more; then finish what is here.
+    roleSwitch.close();
     await lease.close();
     await server.drain();
     await engine.drain();

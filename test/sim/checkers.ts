@@ -1,6 +1,8 @@
 import type { ClientCall } from "./client.ts";
 import { DRAIN_MS, MODEL, type Cluster, type Trouble } from "./cluster.ts";
 import type { Marks } from "./marks.ts";
+import { checkHandoffsAtRest, decodedAllThe, routedWorkers } from "./role-checks.ts";
+import { checkTierView, checkTiersAtRest } from "./tier-checks.ts";
 import type { RunPlan } from "./simulation.ts";
 
 /** What must hold, whatever happened. Each checker adds one line per violation. */
@@ -133,8 +135,9 @@ function checkSurvival(
   const own = frontend.troubles.filter(isHit);
   // A frontend that was stopped has lost time, and must not take its own pause for the workers' fault.
   if (own.some(({ kind }) => kind !== "frozen") || (own.length > 0 && call.code === "request_deadline")) return;
-  const steady = workers.filter(({ troubles }) => {
-    const hit = troubles.filter(isHit);
+  const steady = workers.filter((seat) => {
+    const hit = seat.troubles.filter(isHit);
+    if (!decodedAllThe(seat, call.startedMs, call.endedMs)) return false;
     return hit.length === 0 || (hit.length === 1 && hit[0]!.kind === "reset");
   });
   const hits = workers.reduce((sum, { troubles }) => sum + troubles.filter(isHit).length, 0);
@@ -212,12 +215,13 @@ function checkTime(
 export function checkHealthy(cluster: Cluster, violations: string[]): void {
   for (const seat of cluster.frontends) {
     const model = seat.frontend!.models.find(MODEL)!;
-    const known = model.router.workers.map(({ instanceId }) => instanceId);
+    const routed = routedWorkers(model);
+    const known = routed.map(({ instanceId }) => instanceId);
     const live = cluster.workers.map(({ worker }) => worker!.instanceId).toSorted();
     if (known.toSorted().join() !== live.join()) {
       violations.push(`${seat.process.name} routes to ${known.join()}, but ${live.join()} are there`);
     }
-    for (const worker of model.router.workers) {
+    for (const worker of routed) {
       if (worker.inhibition.untilMs > cluster.world.nowMs)
         violations.push(`${seat.process.name} still leaves ${worker.instanceId} out`);
     }
@@ -226,6 +230,8 @@ export function checkHealthy(cluster: Cluster, violations: string[]): void {
 
 /** Nothing runs: nothing is booked, held or promised anywhere. */
 export function checkAtRest(cluster: Cluster, violations: string[]): void {
+  checkHandoffsAtRest(cluster, violations);
+  checkTiersAtRest(cluster, violations);
   const truth = new Map<string, readonly Uint32Array[]>();
   for (const seat of cluster.workers) {
     const { engine, worker, process } = seat;
@@ -251,9 +257,9 @@ export function checkAtRest(cluster: Cluster, violations: string[]): void {
     if (frontend!.pipeline.live.size > 0) {
       violations.push(`${process.name} still has ${frontend!.pipeline.live.size} requests`);
     }
-    const bookings = model.router.liveBookings();
+    const bookings = [...model.router.liveBookings(), ...(model.prefill?.router.liveBookings() ?? [])];
     if (bookings.length > 0) violations.push(`${process.name} has ${bookings.length} bookings at rest`);
-    for (const worker of model.router.workers) {
+    for (const worker of routedWorkers(model)) {
       for (const rank of worker.ranks) {
         if (rank.activeRequests !== 0 || rank.prefillTokens !== 0 || rank.decodeBlocks !== 0) {
           violations.push(
@@ -262,12 +268,11 @@ export function checkAtRest(cluster: Cluster, violations: string[]): void {
         }
         if (model.kvIndex !== undefined) {
           const held = truth.get(worker.instanceId)?.[rank.dpRank];
-          compareBlocks(
-            `${process.name} on ${worker.instanceId}/${rank.dpRank}`,
-            held,
-            model.kvIndex.dump(rank.indexRank),
-            violations,
-          );
+          const where = `${process.name} on ${worker.instanceId}/${rank.dpRank}`;
+          const known = model.kvIndex.dump(rank.indexRank);
+          const device = known.filter((event) => event.type !== "stored" || event.tier === "device");
+          compareBlocks(where, held, device, violations);
+          checkTierView(cluster, where, worker.instanceId, known, violations);
         }
       }
     }

@@ -3,6 +3,7 @@ import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../../src/engines/index.ts";
 import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
 import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
+import type { WorkerRole } from "../../src/protocol/index.ts";
 import type { Planes, RunningRole } from "../../src/runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../../src/runtime/discovery/index.ts";
 import { MemoryEventBus, MemoryEventPlane } from "../../src/runtime/event-plane/index.ts";
@@ -12,6 +13,10 @@ import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
 import { planeNetwork } from "./plane-socket.ts";
+import { SimDisk, SimStore } from "./disk.ts";
+import type { RolesShape } from "./roles.ts";
+import { tieredEngine, type SeatTiers, type TiersShape } from "./tiers.ts";
+import { SimTransfers } from "./transfers.ts";
 import type { SimProcess, World } from "./world.ts";
 
 /**
@@ -22,12 +27,19 @@ export interface ClusterShape {
   readonly frontends: number;
   readonly workers: number;
   readonly engine: Partial<Omit<MockerEngineConfig, "kind">>;
-  readonly frontend: Pick<FrontendConfig, "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs">;
+  readonly frontend: Pick<
+    FrontendConfig,
+    "routerMode" | "router" | "routerReplicaSync" | "limits" | "stallLimitMs" | "disagg" | "handoffTimeoutMs"
+  >;
   readonly maxQueuedRequests: number;
   /** Share of the events, beacons and replay requests that get lost while faults go on. */
   readonly eventLossShare: number;
   /** Share of the events that come once more, behind the next one, while faults go on. */
   readonly eventRepeatShare: number;
+  /** Prefill apart from decode. @default every worker does all */
+  readonly roles?: RolesShape | undefined;
+  /** @default engines have their own cache alone */
+  readonly tiers?: TiersShape | undefined;
 }
 
 export const MODEL = "mock";
@@ -76,6 +88,13 @@ export class Seat {
   engine: FaultyEngine | undefined = undefined;
   discovery: MemoryDiscovery | undefined = undefined;
   planes: Planes | undefined = undefined;
+  /** It starts with it. */
+  workerRole: WorkerRole = "agg";
+  /** Of its host; undefined without tiers. */
+  disk: SimDisk | undefined = undefined;
+  tiers: SeatTiers | undefined = undefined;
+  /** What it was from when on. */
+  readonly roles: { readonly role: WorkerRole; readonly fromMs: number }[] = [];
   isDraining = false;
   /** The supervisor's: false = stays down. */
   restarts = true;
@@ -104,8 +123,16 @@ export class Cluster {
   readonly workers: Seat[] = [];
   readonly clients: SimProcess;
   eventsAreLost = true;
+  /** Undefined where no worker prefills for others. */
+  readonly transfers: SimTransfers | undefined;
+  /** The object store of all; undefined without tiers. */
+  readonly objects: SimStore | undefined;
+  /** A worker's engine copied blocks out for another one. */
+  onExport: ((seat: Seat) => void) | undefined = undefined;
   /** Log lines of requests that left a worker, though not for its being full. */
   readonly moves: string[] = [];
+  /** Log lines of requests whose prompt the decode worker computed after all. */
+  readonly fallbacks: string[] = [];
   /** For all, those that start meanwhile too. */
   discoveryIsDown = false;
   readonly #operator: SimProcess;
@@ -116,6 +143,7 @@ export class Cluster {
     this.world = world;
     this.shape = shape;
     this.network = new SimNetwork(world);
+    if (shape.roles !== undefined) this.transfers = new SimTransfers(world, this.network, shape.roles.bytesPerMs);
     this.#random = world.fork();
     this.#operator = world.process("operator");
     this.clients = world.process("clients");
@@ -128,7 +156,14 @@ export class Cluster {
       { level: "info", base: null, timestamp: false, messageKey: "message" },
       { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
-    for (let i = 0; i < shape.workers; i++) this.workers.push(this.#seat("worker", `w${i}`));
+    if (shape.tiers !== undefined) this.objects = new SimStore(world, shape.tiers.storeBytesPerMs);
+    for (let i = 0; i < shape.workers; i++) {
+      const seat = this.#seat("worker", `w${i}`);
+      if (shape.roles !== undefined) seat.workerRole = shape.roles.workers[i] ?? "decode";
+      seat.roles.push({ role: seat.workerRole, fromMs: 0 });
+      if (shape.tiers !== undefined) seat.disk = new SimDisk(world, shape.tiers.diskBytesPerMs);
+      this.workers.push(seat);
+    }
     for (let i = 0; i < shape.frontends; i++) this.frontends.push(this.#seat("frontend", `f${i}`));
   }
 
@@ -138,6 +173,12 @@ export class Cluster {
     if (line.includes("lease was lost: registering again")) world.marks.mark("lease lost");
     if (line.includes('"reason":"slow-reader"')) world.marks.mark("client cut off as a slow reader");
     if (line.includes("goes on with another worker") && !PUSHED_BACK.test(line)) this.moves.push(line.trimEnd());
+    if (line.includes("computed by the decode worker")) {
+      this.fallbacks.push(line.trimEnd());
+      world.marks.mark("prompt computed by the decode worker instead");
+    }
+    if (line.includes('"reason":"transfer-full"')) world.marks.mark("memory of handoffs full");
+    if (line.includes("handoff: request-deadline")) world.marks.mark("transfer ran out of time");
     if (line.includes('"migrations":') && !line.includes('"migrations":0')) world.marks.mark("request migrated");
   }
 
@@ -170,8 +211,12 @@ export class Cluster {
         (role) => {
           if (seat.process !== process || process.state === "dead") return;
           seat.role = role;
-          this.#recovered(seat);
+          seat.roles.push({ role: seat.workerRole, fromMs: this.world.nowMs });
+          this.recovered(seat);
           this.world.record(`${process.name} is ready`);
+          if (life > 1 && (seat.tiers?.disk?.usedBytes ?? 0) > 0) {
+            this.world.marks.mark("blocks found again after a restart");
+          }
           if (life > 1) this.world.marks.mark(seat.kind === "worker" ? "worker restarted" : "frontend restarted");
           role.done.then(
             () => this.#exited(seat, process, "done"),
@@ -191,6 +236,8 @@ export class Cluster {
     this.world.record(`${process.name} is killed${isSilent ? " with its host" : ""}`);
     process.kill();
     this.network.closeAllOf(process, isSilent);
+    this.transfers?.lost(process, isSilent);
+    seat.disk?.lost(process, isSilent);
     this.#leave(seat);
     if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
   }
@@ -228,10 +275,11 @@ export class Cluster {
     this.discoveryIsDown = false;
     this.store.isDown = false;
     for (const { discovery } of this.seats) if (discovery !== undefined) discovery.isReachable = true;
-    for (const seat of this.seats) if (seat.isServing) this.#recovered(seat);
+    for (const seat of this.seats) if (seat.isServing) this.recovered(seat);
   }
 
-  #recovered({ troubles }: Seat): void {
+  /** What it was in trouble with is over, once others know it again. */
+  recovered({ troubles }: Seat): void {
     if (this.seats.some(({ discovery }) => discovery?.isReachable === false)) return;
     const untilMs = this.world.nowMs + JOINED_MS;
     for (const trouble of troubles) if (trouble.untilMs === Infinity) trouble.untilMs = untilMs;
@@ -248,6 +296,8 @@ export class Cluster {
       if (process.state === "dead") return;
       process.kill();
       this.network.closeAllOf(process, false);
+      this.transfers?.lost(process, false);
+      seat.disk?.lost(process, false);
       this.#leave(seat);
       if (seat.restarts) this.world.timer(RESTART_MS, () => this.start(seat));
     };
@@ -266,6 +316,7 @@ export class Cluster {
     if (seat.process === process) {
       seat.role = undefined;
       seat.engine = undefined;
+      seat.tiers = undefined;
     }
   }
 
@@ -308,6 +359,8 @@ export class Cluster {
   }
 
   async #startWorker(seat: Seat, planes: Planes): Promise<RunningRole> {
+    const { process } = seat;
+    const { roles } = this.shape;
     const worker = await startWorker(
       {
         namespace: "dynamo",
@@ -317,6 +370,15 @@ export class Cluster {
         maxQueuedRequests: this.shape.maxQueuedRequests,
         drainTimeoutMs: DRAIN_MS,
         systemPort: undefined,
+        ...(roles === undefined
+          ? {}
+          : {
+              role: seat.workerRole,
+              handoff: {
+                ...roles.handoff,
+                transfer: { memory: this.transfers!.networkOf(process), tcp: false, shm: false },
+              },
+            }),
       },
       planes,
       new AbortController().signal,
@@ -324,7 +386,24 @@ export class Cluster {
         tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
           seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
-          return Promise.resolve(seat.engine);
+          seat.engine.onWrongBlock = (error) => this.world.crashes.push({ process: process.name, error });
+          seat.engine.onExport = () => this.onExport?.(seat);
+          const { tiers } = this.shape;
+          if (tiers === undefined) return Promise.resolve(seat.engine);
+          const tiered = tieredEngine({
+            shape: tiers,
+            engine: seat.engine,
+            process,
+            clock,
+            logger,
+            marks: this.world.marks,
+            disk: seat.disk!,
+            store: this.objects!,
+            onTiers: (made) => {
+              if (seat.process === process) seat.tiers = made;
+            },
+          });
+          return Promise.resolve(tiered);
         },
       },
     );

@@ -1,6 +1,8 @@
 import type { Random } from "../../src/std/index.ts";
 import type { Cluster, Seat } from "./cluster.ts";
 import { RecoveryWatch } from "./recovery-watch.ts";
+import { RoleFaults } from "./role-faults.ts";
+import { TierFaults } from "./tier-faults.ts";
 import { Draw } from "./workload.ts";
 
 /** The faults of one run: what happens when, drawn from the seed before the run begins; to whom is drawn when it happens. */
@@ -24,7 +26,37 @@ export const FAULT_KINDS = [
   "clock jump",
 ] as const;
 
-export type FaultKind = (typeof FAULT_KINDS)[number];
+/** Of clusters with prefill and decode workers; most strike at the next handoff that comes within their time. */
+export const ROLE_FAULT_KINDS = [
+  "kill prefill before transfer",
+  "kill prefill during transfer",
+  "kill prefill after transfer",
+  "power off prefill during transfer",
+  "kill decode while pulling",
+  "break transfer",
+  "stall transfers",
+  "change role",
+] as const;
+
+/** Of clusters with tiers below the engines' caches. */
+export const TIER_FAULT_KINDS = [
+  "disk full",
+  "disk slow",
+  "disk hangs",
+  "disk fails",
+  "disk loses its file",
+  "bits flip",
+  "kill worker mid-write",
+  "power off worker mid-write",
+  "store down",
+  "store hangs",
+  "store corrupts",
+] as const;
+
+export type FaultKind =
+  | (typeof FAULT_KINDS)[number]
+  | (typeof ROLE_FAULT_KINDS)[number]
+  | (typeof TIER_FAULT_KINDS)[number];
 
 export interface PlannedFault {
   readonly kind: FaultKind;
@@ -51,11 +83,15 @@ export class Nemesis {
   /** Kinds that really happened. */
   readonly happened = new Map<FaultKind, number>();
   readonly recovery: RecoveryWatch;
+  readonly #roles: RoleFaults;
+  readonly #tiers: TierFaults;
 
   constructor(cluster: Cluster, random: Random) {
     this.#cluster = cluster;
     this.recovery = new RecoveryWatch(cluster);
     this.#draw = new Draw(random);
+    this.#roles = new RoleFaults(cluster, this.#draw);
+    this.#tiers = new TierFaults(cluster, this.#draw);
   }
 
   schedule(faults: readonly PlannedFault[]): void {
@@ -69,7 +105,8 @@ export class Nemesis {
     this.#cluster.eventsAreLost = false;
   }
 
-  #strike({ kind, forMs, seat: wanted }: PlannedFault): void {
+  #strike(fault: PlannedFault): void {
+    const { kind, forMs, seat: wanted } = fault;
     const { world, network, workers, frontends } = this.#cluster;
     const { marks } = world;
     const took = (): void => {
@@ -226,7 +263,10 @@ export class Nemesis {
         const byMs = this.#draw.real(-600_000, 600_000);
         marks.mark(byMs < 0 ? "clock jumped back" : "clock jumped forward");
         seat.process.wallOffsetMs += byMs;
+        return;
       }
+      default:
+        for (const part of [this.#roles, this.#tiers]) part.strike(fault, took, (undo) => this.#later(forMs, undo));
     }
   }
 

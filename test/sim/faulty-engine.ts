@@ -1,4 +1,4 @@
-import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import type { BlockPort, Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
 import type { MockerEngine } from "../../src/engines/mocker/index.ts";
 import { DynamoError } from "../../src/errors/index.ts";
 import {
@@ -17,6 +17,10 @@ export class FaultyEngine implements Engine {
   #sink: EngineSink | undefined = undefined;
   /** Request ids by stream, of those that have not ended. */
   readonly live = new Map<number, string>();
+  /** Blocks were copied out for another worker. */
+  onExport: (() => void) | undefined = undefined;
+  /** Host memory held another block than it should. */
+  onWrongBlock: ((error: unknown) => void) | undefined = undefined;
   /** What came out while it hung. */
   #held: (() => void)[] | undefined = undefined;
   /** When it began to hang: it counts no further. */
@@ -67,6 +71,12 @@ export class FaultyEngine implements Engine {
     else this.#held.push(run);
   }
 
+  /** An engine that hangs answers no question either. */
+  async #awake<T>(call: () => Promise<T>): Promise<T> {
+    if (this.#held !== undefined) await new Promise<void>((resolve) => this.#held!.push(resolve));
+    return call();
+  }
+
   submit(streamId: number, request: PreprocessedRequest): void {
     this.live.set(streamId, request.requestId);
     this.mocker.submit(streamId, request);
@@ -78,13 +88,29 @@ export class FaultyEngine implements Engine {
     return this.#heldLoad ?? this.mocker.load();
   }
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
-    return this.mocker.countBlocks(sequenceHashes);
+    return this.#awake(() => this.mocker.countBlocks(sequenceHashes));
   }
-  exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
-    return this.mocker.exportBlocks(sequenceHashes);
+  /** Blocks between host memory and the cache. Bytes of another block would be wrong text: the tiers may never bring any. */
+  get blockPort(): BlockPort {
+    const { blockPort } = this.mocker;
+    return {
+      attach: (memory) => blockPort.attach(memory),
+      copyOut: (hashes, slots) => this.#awake(() => blockPort.copyOut(hashes, slots)),
+      copyIn: (blocks) => {
+        const copy = blockPort.copyIn(blocks);
+        copy.catch((error: unknown) => this.onWrongBlock?.(error));
+        return copy;
+      },
+    };
+  }
+
+  async exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
+    const blocks = await this.#awake(() => this.mocker.exportBlocks(sequenceHashes));
+    this.onExport?.();
+    return blocks;
   }
   importBlocks(blocks: ImportedBlocks): Promise<number> {
-    return this.mocker.importBlocks(blocks);
+    return this.#awake(() => this.mocker.importBlocks(blocks));
   }
   clearBlocks(): Promise<number> {
     return this.mocker.clearBlocks();

@@ -7,6 +7,9 @@ import { Cluster, MODEL, type ClusterShape } from "./cluster.ts";
 import { EventLog } from "./event-log.ts";
 import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } from "./faults.ts";
 import { Marks } from "./marks.ts";
+import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
+import { CLAIMS_END_MS, withRoles } from "./roles.ts";
+import { withTiers } from "./tiers.ts";
 import { Draw, planWorkload, probeCall, type PlannedCall, type WorkloadShape } from "./workload.ts";
 import { World } from "./world.ts";
 
@@ -135,12 +138,13 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     oddShare: 0.1,
   };
   const faultCount = draw.chance(0.15) ? 0 : draw.int(1, 6);
-  return {
+  const plan: RunPlan = {
     cluster,
     workload,
     calls: planWorkload(workload, random),
     faults: planFaults(faultCount, workload.spanMs, kinds ?? FAULT_KINDS, random),
   };
+  return withTiers(withRoles(plan, seed, kinds), seed, kinds);
 }
 
 class Run {
@@ -196,9 +200,12 @@ class Run {
     );
     this.#violations.push(...this.#nemesis.recovery.violations);
     if (faults.length === 0) this.#violations.push(...this.#cluster.moves.map((move) => `without a fault: ${move}`));
+    if (faults.length === 0)
+      this.#violations.push(...needlessFallbacks(cluster).map((line) => `without a fault: ${line}`));
     checkCalls(this.calls, { ...context, calmMs }, this.#plan, cluster, this.#violations);
     if (!(await this.#untilHealthy())) return;
     await this.#pass(RECOVER_MS);
+    if (cluster.transfers !== undefined) await this.#pass(CLAIMS_END_MS - RECOVER_MS);
     checkHealthy(cluster, this.#violations);
     checkAtRest(cluster, this.#violations);
     await this.#probe();
@@ -226,15 +233,13 @@ class Run {
     const isHealthy = (): boolean =>
       cluster.seats.every((seat) => seat.isServing) &&
       cluster.frontends.every(({ frontend }) => {
-        const model = frontend!.models.find(MODEL);
-        return cluster.workers.every(({ worker }) =>
-          model?.router.workers.some(({ instanceId }) => instanceId === worker!.instanceId),
-        );
+        const known = routedWorkers(frontend!.models.find(MODEL));
+        return cluster.workers.every(({ worker }) => known.some(({ instanceId }) => instanceId === worker!.instanceId));
       });
     const ended = await this.#world.run(this.#world.nowMs + START_LIMIT_MS + RECOVER_MS, isHealthy);
     if (ended === "done") return true;
     const states = cluster.seats.map((seat) => {
-      const known = seat.frontend?.models.find(MODEL)?.router.workers.map(({ instanceId }) => instanceId) ?? [];
+      const known = routedWorkers(seat.frontend?.models.find(MODEL)).map(({ instanceId }) => instanceId);
       return `${seat.process.name} ${seat.process.state}${seat.role === undefined ? " no role" : ""}${seat.isDraining ? " draining" : ""} ${seat.worker?.instanceId ?? known.join(",")}`;
     });
     this.#violations.push(`the cluster did not become healthy: ${states.join("; ")}`);

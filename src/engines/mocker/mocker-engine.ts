@@ -20,7 +20,15 @@ import {
 } from "../../protocol/index.ts";
 import { systemClock, type Clock } from "../../std/index.ts";
 import { blockHashSeed } from "../../tokens/index.ts";
-import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
+import type {
+  BlockPort,
+  Engine,
+  EngineInfo,
+  EngineSink,
+  ExportedBlocks,
+  ImportedBlocks,
+  SharedBlocks,
+} from "../base.ts";
 import type { MockerEngineConfig } from "../config.ts";
 import { BlockChain } from "./block-chain.ts";
 import { MOCK_BLOCK_BYTES, isBlockPayload, writeBlockPayload } from "./block-payload.ts";
@@ -38,8 +46,9 @@ import { TimedLink } from "./timed-link.ts";
  * Data-parallel ranks are schedulers of their own; a request goes to the one it names, else to the one with the fewest. `EngineInfo` and `load` tell
  * the sum of all ranks. Roles: `prefill` ends each stream after its first token; `decode` waits for the KV cache of each
  * prompt over a link that its transfers share, in place of computing it: for replays without workers. Behind a worker the
- * role is the worker's, and imported blocks take their time over such a link. Exported blocks hold bytes that say which block
- * they are, so that a transfer that mixes them up is found out.
+ * role is the worker's, and imported blocks take their time over such a link. Blocks go to and from a host memory over
+ * another one, beside the passes; a request that comes while some are on their way in waits for them. Blocks outside hold
+ * bytes that say which block they are, so that a transfer that mixes them up is found out.
  */
 export interface MockerEngineOptions {
   /** @default the system's clock */
@@ -47,6 +56,15 @@ export interface MockerEngineOptions {
   readonly logger?: Logger;
   /** Streams that wait for a place beyond `maxSequences`; more end with `worker-full`. @default 4096 */
   readonly maxWaitingRequests?: number;
+  /** For simulations of several engines that share links. @default links of the configured bandwidth, of its own */
+  readonly links?: { readonly imports: BlockLink; readonly host: BlockLink };
+}
+
+/** The way of blocks into the cache, or between it and host memory. */
+export interface BlockLink {
+  /** Resolves when so many bytes are over; what is on its way when the engine stops, at once. */
+  move(byteCount: number): Promise<void>;
+  stop(): void;
 }
 
 const ENGINE_VERSION = "1";
@@ -84,7 +102,13 @@ export class MockerEngine implements Engine {
   #stopping: Promise<void> | undefined = undefined;
   readonly #stopSignal = new AbortController();
   /** Imported blocks come over a link that imports share; undefined = they take no time. */
-  readonly #imports: TimedLink | undefined;
+  readonly #imports: BlockLink | undefined;
+  readonly #host: BlockLink | undefined;
+  #hostBytes: Uint8Array | undefined = undefined;
+  /** Copies into the cache that are under way. */
+  readonly #copiesIn = new Set<Promise<unknown>>();
+  /** Streams that wait for those before them, and have not come to the scheduler. */
+  readonly #held = new Map<number, Stream>();
   /** Of the stopped engine: the counters stay. */
   #finalLoad: LoadSnapshot = EMPTY_LOAD;
 
@@ -93,7 +117,10 @@ export class MockerEngine implements Engine {
     this.#clock = options.clock ?? systemClock;
     this.#maxWaitingRequests = options.maxWaitingRequests ?? 4_096;
     const { kvTransferBandwidthBytesPerSecond: bandwidth, speedupRatio } = config;
-    if (bandwidth > 0 && speedupRatio > 0) this.#imports = new TimedLink(bandwidth * speedupRatio, this.#clock);
+    const isTimed = bandwidth > 0 && speedupRatio > 0;
+    const link = isTimed ? () => new TimedLink(bandwidth * speedupRatio, this.#clock) : () => undefined;
+    this.#imports = options.links?.imports ?? link();
+    this.#host = options.links?.host ?? link();
     this.#observer = { onOutput: (sequence, tokenId, end) => this.#onOutput(sequence, tokenId, end) };
   }
 
@@ -133,6 +160,7 @@ export class MockerEngine implements Engine {
   abort(streamId: number): void {
     const stream = this.#streams.get(streamId);
     if (stream === undefined) return;
+    this.#letIn(streamId);
     stream.driver.scheduler.abort(streamId);
     stream.driver.kick();
   }
@@ -140,7 +168,8 @@ export class MockerEngine implements Engine {
   load(): LoadSnapshot {
     if (this.#drivers.length === 0) return this.#finalLoad;
     const loads = this.#drivers.map(({ scheduler }) => scheduler.load());
-    return loads.length === 1 ? loads[0]! : sumOfLoads(loads);
+    const load = loads.length === 1 ? loads[0]! : sumOfLoads(loads);
+    return this.#held.size === 0 ? load : { ...load, waitingRequests: load.waitingRequests + this.#held.size };
   }
 
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
@@ -178,13 +207,68 @@ export class MockerEngine implements Engine {
       count++;
     }
     chain.blockCount = count;
-    await this.#imports?.move((count - startBlock) * this.#config.blockSizeTokens * this.#config.kvBytesPerToken);
+    await this.#imports?.move(this.#bytesOf(count - startBlock));
     if (this.#drivers.length === 0) return 0;
     const driver = this.#leastBusy();
     if (driver.scheduler.countCached({ sequenceHashes, blockCount: startBlock }) < startBlock) return 0;
     const taken = driver.scheduler.importChain(chain);
     await this.#afterNextTurn(driver, () => true);
     return taken;
+  }
+
+  readonly blockPort: BlockPort = {
+    attach: (memory) => {
+      this.#hostBytes = new Uint8Array(memory);
+    },
+    copyOut: (sequenceHashes, slots) => this.#copyOut(sequenceHashes, slots),
+    copyIn: (blocks) => {
+      const copy = this.#copyIn(blocks);
+      this.#copiesIn.add(copy);
+      const over = (): void => void this.#copiesIn.delete(copy);
+      copy.then(over, over);
+      return copy;
+    },
+  };
+
+  async #copyOut(sequenceHashes: Uint32Array, slots: Int32Array): Promise<Uint8Array> {
+    const host = this.#hostBytes;
+    assert(host !== undefined, "host memory is attached before blocks are copied");
+    const present = new Uint8Array(slots.length);
+    for (let i = 0; i < slots.length; i++) {
+      const wanted = { sequenceHashes: sequenceHashes.subarray(2 * i, 2 * i + 2), blockCount: 1 };
+      present[i] = this.#drivers.some(({ scheduler }) => scheduler.countCached(wanted) === 1) ? 1 : 0;
+    }
+    await this.#host?.move(this.#bytesOf(present.reduce((sum, one) => sum + one, 0)));
+    for (let i = 0; i < slots.length; i++) if (present[i] === 1) writeBlockPayload(sequenceHashes, i, host, slots[i]!);
+    return present;
+  }
+
+  /** Throws `malformed-frame` for bytes of another block. */
+  async #copyIn({ tokenIds, cacheNamespace, firstBlock, slots }: SharedBlocks): Promise<number> {
+    const host = this.#hostBytes;
+    assert(host !== undefined, "host memory is attached before blocks are copied");
+    const chain = new BlockChain(tokenIds, this.#config.blockSizeTokens, blockHashSeed({ cacheNamespace }));
+    await this.#host?.move(this.#bytesOf(slots.filter((slot) => slot >= 0).length));
+    if (this.#drivers.length === 0) return 0;
+    const driver = this.#leastBusy();
+    const known = driver.scheduler.countCached(chain);
+    let count = firstBlock;
+    for (const slot of slots) {
+      if (slot < 0 && count >= known) break;
+      if (slot >= 0 && !isBlockPayload(chain.sequenceHashes, count, host, slot)) {
+        throw new DynamoError("malformed-frame", `block ${count} of host memory does not hold what its hash says`);
+      }
+      count++;
+    }
+    if (known < firstBlock || count <= known) return 0;
+    chain.blockCount = count;
+    const taken = driver.scheduler.importChain(chain);
+    await this.#afterNextTurn(driver, () => true);
+    return Math.max(0, taken - known);
+  }
+
+  #bytesOf(blocks: number): number {
+    return blocks * this.#config.blockSizeTokens * this.#config.kvBytesPerToken;
   }
 
   async clearBlocks(): Promise<number> {
@@ -220,6 +304,8 @@ export class MockerEngine implements Engine {
     this.#state = "stopped";
     this.#stopSignal.abort();
     this.#imports?.stop();
+    this.#host?.stop();
+    this.#held.clear();
     for (const driver of this.#drivers) driver.stop();
     // The last entries, too, come outside of any method call.
     await new Promise<void>((resolve) => this.#clock.nextTurn(resolve));
@@ -328,8 +414,22 @@ export class MockerEngine implements Engine {
     });
     const promptTokens = promptLengthOf(request);
     const promptTokenIds = output.promptLogprobs ? tokenIds.subarray(0, promptTokens) : undefined;
-    this.#streams.set(streamId, { sequence, driver, output, promptTokens, promptTokenIds, hasFirst: false });
-    driver.scheduler.submit(sequence);
+    const stream = { sequence, driver, output, promptTokens, promptTokenIds, hasFirst: false };
+    this.#streams.set(streamId, stream);
+    if (this.#copiesIn.size === 0) {
+      driver.scheduler.submit(sequence);
+      return;
+    }
+    this.#held.set(streamId, stream);
+    void Promise.allSettled(this.#copiesIn).then(() => this.#letIn(streamId));
+  }
+
+  #letIn(streamId: number): void {
+    const stream = this.#held.get(streamId);
+    if (stream === undefined) return;
+    this.#held.delete(streamId);
+    stream.driver.scheduler.submit(stream.sequence);
+    stream.driver.kick();
   }
 
   #beginTurn(): void {

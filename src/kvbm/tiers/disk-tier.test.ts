@@ -10,6 +10,7 @@ import { DiskTier, type DiskTierOptions } from "./disk-tier.ts";
 import { HEADER_BYTES } from "./entry.ts";
 import { FORMAT, aBlock, itsBytes } from "./fixtures/blocks.ts";
 import { RecordingMeters } from "./fixtures/memory-tier.ts";
+import { systemFiles, type TierFiles } from "./tier-files.ts";
 
 const STRIDE = 8_192;
 
@@ -199,17 +200,20 @@ test("disk tier: the file is as long as what was written, also in the next life"
 test("disk tier: full or read-only it is degraded, reads on, and recovers by itself", async (t) => {
   const rig = await aRig(t);
   let code = "";
-  const openFile = (async (...options: Parameters<typeof open>) => {
-    if (code === "EROFS") throw Object.assign(new Error(code), { code });
-    const file = await open(...options);
-    const writev = file.writev.bind(file);
-    file.writev = (async (...args: Parameters<typeof writev>) => {
-      if (code !== "") throw Object.assign(new Error(code), { code });
-      return writev(...args);
-    }) as typeof file.writev;
-    return file;
-  }) as typeof open;
-  const tier = await rig.start({ openFile });
+  const files: TierFiles = {
+    ...systemFiles,
+    open: async (path, flags) => {
+      if (code === "EROFS") throw Object.assign(new Error(code), { code });
+      const file = await systemFiles.open(path, flags);
+      const writev = file.writev.bind(file);
+      file.writev = async (pieces, position) => {
+        if (code !== "") throw Object.assign(new Error(code), { code });
+        return writev(pieces, position);
+      };
+      return file;
+    },
+  };
+  const tier = await rig.start({ files });
   assert(await rig.write(0));
   code = "ENOSPC";
   assert(!(await rig.write(1)));
@@ -224,7 +228,7 @@ test("disk tier: full or read-only it is degraded, reads on, and recovers by its
   assert.equal(tier.usedBytes, 2 * FORMAT.blockBytes);
   await tier.close();
   code = "EROFS";
-  await rig.start({ openFile });
+  await rig.start({ files });
   assert(rig.meters.degradedTiers.has("disk"), "a worker starts without its disk");
   assert(!(await rig.write(2)));
   code = "";

@@ -1,4 +1,3 @@
-import { open, stat, type FileHandle } from "node:fs/promises";
 import { DynamoError } from "../../errors/index.ts";
 import type { Logger } from "../../observability/index.ts";
 import type { Clock } from "../../std/index.ts";
@@ -7,6 +6,7 @@ import { inChains, type BlockIdentity } from "./block-identity.ts";
 import { HEADER_BYTES, decodeHeader, encodeHeader, entryFault, type EntryFormat } from "./entry.ts";
 import { claimSlab, releaseSlab } from "./slab-owner.ts";
 import { SlotIndex } from "./slot-index.ts";
+import { systemFiles, type TierFile, type TierFiles } from "./tier-files.ts";
 import { TierHealth } from "./tier-health.ts";
 import type { LowerTier, TierMeters } from "./tier.ts";
 
@@ -26,7 +26,7 @@ export interface DiskTierOptions {
   readonly logger: Logger;
   readonly meters: TierMeters;
   /** For tests of a disk that fails. @default the system's */
-  readonly openFile?: typeof open;
+  readonly files?: TierFiles;
 }
 
 /** Neighbours share no page, so that a write never reads first. */
@@ -39,10 +39,11 @@ export class DiskTier implements LowerTier {
   readonly name = "disk";
   readonly #options: DiskTierOptions;
   readonly #health: TierHealth;
+  readonly #files: TierFiles;
   readonly #stride: number;
   readonly #slotCount: number;
   #index: SlotIndex;
-  #file: FileHandle | undefined = undefined;
+  #file: TierFile | undefined = undefined;
   #path = "";
   #opening: Promise<void> | undefined = undefined;
   #lookedMs = -Infinity;
@@ -53,6 +54,7 @@ export class DiskTier implements LowerTier {
 
   constructor(options: DiskTierOptions) {
     this.#options = options;
+    this.#files = options.files ?? systemFiles;
     this.#health = new TierHealth({ ...options, tier: "disk" });
     this.#stride = Math.ceil((HEADER_BYTES + options.format.blockBytes) / PAGE_BYTES) * PAGE_BYTES;
     this.#slotCount = Math.floor(options.bytes / this.#stride);
@@ -76,6 +78,11 @@ export class DiskTier implements LowerTier {
   /** The file; empty before the first success of `open`. */
   get path(): string {
     return this.#path;
+  }
+
+  /** What it has, and who uses it; for tests. */
+  get index(): SlotIndex {
+    return this.#index;
   }
 
   async open(): Promise<void> {
@@ -181,11 +188,11 @@ export class DiskTier implements LowerTier {
     const file = this.#file;
     this.#file = undefined;
     await file?.close().catch(() => undefined);
-    releaseSlab(this.#path);
+    releaseSlab(this.#files, this.#path);
   }
 
   /** The open file, or undefined when there is none and it is not the time to try. */
-  async #ensureOpen(): Promise<FileHandle | undefined> {
+  async #ensureOpen(): Promise<TierFile | undefined> {
     if (this.#file !== undefined) await this.#checkStillThere(this.#file);
     if (this.#file !== undefined || !this.#health.mayTry()) return this.#file;
     this.#opening ??= this.#open().finally(() => {
@@ -200,12 +207,11 @@ export class DiskTier implements LowerTier {
     try {
       const [lo, hi] = format.fingerprint;
       const kind = `${hex(hi)}${hex(lo)}-${format.blockBytes}`;
-      releaseSlab(this.#path);
-      this.#path = await claimSlab(folder, kind, clock.wallMs());
-      const { openFile = open } = this.#options;
-      const file = await openFile(this.#path, "r+").catch((thrown: NodeJS.ErrnoException) => {
+      releaseSlab(this.#files, this.#path);
+      this.#path = await claimSlab(this.#files, folder, kind, clock.wallMs());
+      const file = await this.#files.open(this.#path, "r+").catch((thrown: NodeJS.ErrnoException) => {
         if (thrown.code !== "ENOENT") throw thrown;
-        return openFile(this.#path, "wx+");
+        return this.#files.open(this.#path, "wx+");
       });
       try {
         const { size } = await file.stat();
@@ -224,7 +230,7 @@ export class DiskTier implements LowerTier {
   }
 
   /** Registers what the headers of the first `slotCount` slots say. */
-  async #scan(file: FileHandle, slotCount: number): Promise<void> {
+  async #scan(file: TierFile, slotCount: number): Promise<void> {
     const { format, meters } = this.#options;
     const index = new SlotIndex(this.#slotCount, "lineage");
     const found = new Map<number, BlockIdentity>();
@@ -232,7 +238,7 @@ export class DiskTier implements LowerTier {
     const lane = async (): Promise<void> => {
       const header = Buffer.alloc(HEADER_BYTES);
       for (let slot = next++; slot < slotCount; slot = next++) {
-        const { bytesRead } = await file.read(header, 0, HEADER_BYTES, slot * this.#stride);
+        const { bytesRead } = await file.readv([header], slot * this.#stride);
         const reading = decodeHeader(format, header.fill(0, bytesRead));
         if (typeof reading !== "string") found.set(slot, reading.block);
         else if (reading !== "empty") meters.failed("disk", reading);
@@ -259,12 +265,16 @@ export class DiskTier implements LowerTier {
   }
 
   /** A file that lost its name is written for nobody: the next life would not find it. */
-  async #checkStillThere(file: FileHandle): Promise<void> {
+  async #checkStillThere(file: TierFile): Promise<void> {
     const nowMs = this.#options.clock.monotonicMs();
     if (nowMs - this.#lookedMs < LOOK_EVERY_MS) return;
     this.#lookedMs = nowMs;
-    const [named, opened] = await Promise.all([stat(this.#path).catch(() => undefined), file.stat()]);
-    if (named?.ino === opened.ino || this.#file !== file) return;
+    const [named, opened] = await Promise.all([
+      this.#files.stat(this.#path).catch(() => undefined),
+      // A disk that does not even say so: what comes next finds out.
+      file.stat().catch(() => undefined),
+    ]);
+    if (opened === undefined || named?.ino === opened.ino || this.#file !== file) return;
     this.#file = undefined;
     const { pool } = this.#index;
     for (let slot = 0; slot < this.#slotCount; slot++) {

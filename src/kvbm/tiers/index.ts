@@ -1,4 +1,5 @@
 export { DiskTier, type DiskTierOptions } from "./disk-tier.ts";
+export { systemFiles, type TierFile, type TierFiles } from "./tier-files.ts";
 export type { EntryFormat } from "./entry.ts";
 export { HostTier, type HostTierOptions } from "./host-tier.ts";
 export { BucketStore, FolderStore, type ObjectStore } from "./object-store.ts";

@@ -103,7 +103,7 @@ export class ObjectTier implements LowerTier {
     const key = `${this.#prefix}${packKey(run)}`;
     try {
       const pieces = run.flatMap((block, i) => [encodeHeader(format, block, data[i]!), asBuffer(data[i]!)]);
-      await store.put(key, pieces, this.#limits());
+      await this.#limited((limits) => store.put(key, pieces, limits));
     } catch (thrown) {
       meters.failed("object", "write-failed", run.length);
       this.#failed(thrown);
@@ -194,7 +194,7 @@ export class ObjectTier implements LowerTier {
     try {
       let after = "";
       for (let page = 0; page < MAX_PAGES; page++) {
-        const keys = await store.list(this.#prefix, after, this.#limits());
+        const keys = await this.#limited((limits) => store.list(this.#prefix, after, limits));
         for (const key of keys) {
           const blocks = blocksOfPackKey(key.slice(this.#prefix.length));
           blocks?.forEach((block, index) => this.#note({ block, key, index }));
@@ -220,11 +220,18 @@ export class ObjectTier implements LowerTier {
     this.#health.failed(diagnostic ?? publicMessage);
   }
 
-  #limits(): ReadOptions {
-    return {
-      deadlineMs: this.#options.clock.monotonicMs() + CALL_TIMEOUT_MS,
-      signal: AbortSignal.any([this.#closed.signal, AbortSignal.timeout(CALL_TIMEOUT_MS)]),
-    };
+  async #limited<T>(call: (limits: ReadOptions) => Promise<T>): Promise<T> {
+    const { clock } = this.#options;
+    const late = new AbortController();
+    const timer = clock.setTimer(CALL_TIMEOUT_MS, () => late.abort());
+    try {
+      return await call({
+        deadlineMs: clock.monotonicMs() + CALL_TIMEOUT_MS,
+        signal: AbortSignal.any([this.#closed.signal, late.signal]),
+      });
+    } finally {
+      timer.cancel();
+    }
   }
 
   /** A block that is in several objects is read from the one heard of last. */

@@ -1,4 +1,4 @@
-import { BlockPool, NO_BLOCK } from "../block-pool.ts";
+import { BlockPool, BlockState, NO_BLOCK } from "../block-pool.ts";
 import type { EvictionName } from "../eviction/index.ts";
 import type { BlockIdentity } from "./block-identity.ts";
 
@@ -35,6 +35,15 @@ export class SlotIndex {
     );
     this.pool.stage(slot, block.lo, block.hi, block.parentLo, block.parentHi);
     return this.pool.register(slot);
+  }
+
+  /** (lo, hi) of every block that can be found; for tests. */
+  hashes(): Uint32Array {
+    const found: number[] = [];
+    for (let slot = 0; slot < this.pool.blockCount; slot++) {
+      if (this.pool.stateOf(slot) === BlockState.registered) found.push(...this.pool.hashOf(slot));
+    }
+    return Uint32Array.from(found);
   }
 
   /** Of a registered slot. */

@@ -144,7 +144,8 @@ class TcpServerConnection implements ConnectionOwner {
     this.#session = new ServerSession(deps.core, this.#connection);
     this.#helloTimer = setPatientTimer(context.clock, context.connectTimeoutMs, () => {
       deps.metrics.error("refused");
-      this.onStranger(refusal("no hello came in time"));
+      // Its process stood still, or the way to here: it is no stranger for that, and may try again or go elsewhere.
+      this.onStranger(new DynamoError("connect-timeout", "no hello came in time"));
     });
     this.#connection.sendHandshake(
       encodeHello({ role: "server", peerId: context.peerId, nonce: this.#nonce, proof: Buffer.alloc(0) }),

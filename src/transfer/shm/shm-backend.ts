@@ -68,7 +68,7 @@ export class ShmBackend implements TransferBackend, ServingOwner {
   readonly #folderId: string;
   readonly #server: Server;
   readonly #connections = new Set<ServingConnection>();
-  readonly #copies = new CopyQueue();
+  readonly #copies: CopyQueue;
   /** Ours, by the data they hold until they are registered, and by region. */
   readonly #unregistered = new Map<bigint, { readonly mapped: MappedMemory; readonly number: number }>();
   readonly #owned = new Map<number, { readonly mapped: MappedMemory; readonly number: number }>();
@@ -89,6 +89,7 @@ export class ShmBackend implements TransferBackend, ServingOwner {
 
   private constructor(context: AgentContext, folder: string) {
     this.#context = context;
+    this.#copies = new CopyQueue(context.clock);
     this.#folder = folder;
     this.#folderId = ownFolder(folder);
     this.#server = createServer((socket: Socket) => {

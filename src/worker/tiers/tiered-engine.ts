@@ -93,6 +93,12 @@ export class TieredEngine implements Engine {
         `the ${info.engine} engine has no KV blocks to keep in host memory or below`,
       );
     }
+    if (info.dataParallelSize > 1) {
+      throw new DynamoError(
+        "invalid-config",
+        `host memory and what lies below it keep the blocks of one rank, this engine has ${info.dataParallelSize}`,
+      );
+    }
     this.#cache = await this.#options.makeCache(info, {
       attach: (memory) => blockPort.attach(memory),
       port: blockPort,
