@@ -36,7 +36,7 @@ export class EventRing {
     return this.#newest - this.#count + 1;
   }
 
-  /** Keeps `payload` (not a copy: the caller gives it away) under the next sequence number, which it returns. */
+  /** Keeps `payload` (not a copy: the caller gives it away, and it is no piece of larger memory) under the next sequence number, which it returns. */
   push(payload: Uint8Array): number {
     const slots = this.#slots;
     if (this.#count === slots.length) this.#dropOldest();
