@@ -1,6 +1,15 @@
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { generateLoad } from "../src/bench/index.ts";
+import { AdmissionGate, ModelPlaces } from "../src/frontend/admission.ts";
+import { DEFAULT_LIMITS } from "../src/frontend/config.ts";
+import type { GenerationRun } from "../src/frontend/generation-run.ts";
+import type { Exchange } from "../src/frontend/http/index.ts";
+import { LiveRequests, type LiveRequest } from "../src/frontend/live-requests.ts";
+import type { ServedModel } from "../src/frontend/model-registry.ts";
+import { ProgressWatch, type WatchedStream } from "../src/frontend/progress-watch.ts";
+import { Metrics } from "../src/observability/index.ts";
+import { TimerWheel, WheelTimer, systemClock } from "../src/std/index.ts";
 import { startProcessCluster, type ProcessCluster } from "../test/helpers/process-cluster.ts";
 import { cpuTimeOf, machineLine, median, table } from "./harness.ts";
 
@@ -12,6 +21,9 @@ import { cpuTimeOf, machineLine, median, table } from "./harness.ts";
  *   flags   what flags can switch off is off, limits are out of reach
  *   out     besides, what has no flag does nothing (preload/without-fault-handling.ts)
  *   on (2)  as shipped once more: how far two equal frontends are apart on this machine
+ *
+ * The differences are smaller than what two equal frontends differ by on a shared machine, so the same parts are also called
+ * in a loop, as a frontend with 32 requests under way calls them: their own CPU time per request.
  *
  * CPU is the frontend process's, from the kernel. Requests per second are those of a closed loop on whatever cores there
  * are, client and worker included.
@@ -128,8 +140,73 @@ function rowsOf(load: Load, found: ReadonlyMap<string, readonly Measured[]>): Re
   }));
 }
 
+/** Requests under way at a time in the loop. */
+const IN_FLIGHT = 32;
+const LOOP_REQUESTS = 500_000;
+const LOOP_TOKENS = 16;
+
+/** CPU ns per request of the gate, the live list, deadline and stage limits, the stream's own timer and the progress watch. */
+function partsAloneNs(): number {
+  const clock = systemClock;
+  const metrics = new Metrics();
+  const queuedGauge = metrics.gauge("dynamo_frontend_queued_requests").labels();
+  const { concurrentRequests: limit, queuedRequests: queueLimit } = DEFAULT_LIMITS;
+  const gate = new AdmissionGate({ limit, queueLimit, clock, queuedGauge });
+  const live = new LiveRequests({ clock, gate, limits: DEFAULT_LIMITS, metrics });
+  const watch = new ProgressWatch({ clock, limitMs: 30_000 });
+  const wheel = new TimerWheel({ clock });
+  // Only what these parts read of them.
+  const model = { name: "echo", places: new ModelPlaces(() => 264) } as unknown as ServedModel;
+  const exchange = { requestId: "x", arrivalMs: 0 } as unknown as Exchange;
+  const run = {} as unknown as GenerationRun;
+  const ring: { request: LiveRequest; stream: WatchedStream; timer: WheelTimer }[] = [];
+  const begin = (): (typeof ring)[number] => {
+    const nowMs = clock.monotonicMs();
+    const request = live.enter({
+      exchange,
+      endpoint: "chat_completions",
+      model,
+      isStream: true,
+      tenant: "",
+      strictPriority: 0,
+      priorityJump: 0,
+      choices: 1,
+      deadlineMs: nowMs + 600_000,
+    });
+    live.start(request, run, nowMs);
+    const stream: WatchedStream = { isExpecting: true, onStalled: () => undefined };
+    const progress = watch.enter("worker", stream);
+    const timer = new WheelTimer({ onExpire: () => undefined });
+    wheel.add(timer, 600_000);
+    for (let token = 0; token < LOOP_TOKENS; token++) progress.items++;
+    return { request, stream, timer };
+  };
+  const loop = (count: number): void => {
+    for (let i = 0; i < count; i++) {
+      const { request, stream, timer } = ring[i % IN_FLIGHT]!;
+      wheel.cancel(timer);
+      watch.leave("worker", stream);
+      request.release();
+      ring[i % IN_FLIGHT] = begin();
+    }
+  };
+  for (let i = 0; i < IN_FLIGHT; i++) ring.push(begin());
+  loop(LOOP_REQUESTS / 10);
+  const before = process.cpuUsage();
+  loop(LOOP_REQUESTS);
+  const { user, system } = process.cpuUsage(before);
+  for (const { request, stream, timer } of ring) {
+    wheel.cancel(timer);
+    watch.leave("worker", stream);
+    request.release();
+  }
+  watch.close();
+  return ((user + system) * 1_000) / LOOP_REQUESTS;
+}
+
 export async function run(): Promise<void> {
   console.log(machineLine());
+  console.log(`the parts alone, in a loop: ${Math.round(partsAloneNs())} ns of CPU per request`);
   const running: Running[] = [];
   try {
     for (const variant of VARIANTS) running.push(await start(variant));
