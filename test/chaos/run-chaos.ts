@@ -19,6 +19,8 @@ export interface ChaosOptions {
   /** One line each; faults, and with `verbose` what the processes write. */
   readonly onLine: (line: string) => void;
   readonly verbose?: boolean;
+  /** Breaks the run off: it ends with a violation, and leaves nothing behind either. */
+  readonly signal?: AbortSignal;
 }
 
 export interface ChaosReport {
@@ -73,7 +75,7 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     maxOutageMs: options.maxOutageMs ?? 6_000,
     onFault: (text) => onLine(`${since(performance.now())} ${text}`),
   });
-  try {
+  const run = async (): Promise<void> => {
     const expected = await learn(cluster, isMock ? mockPrompts(random) : modelPrompts(), isMock);
     const load = new CheckedLoad({
       ports: cluster.ports,
@@ -98,9 +100,8 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     violations.push(...(await checkAtRest(cluster)));
     load.close();
     violations.push(...(await cluster.leave()));
-  } catch (thrown) {
-    violations.push(String(thrown));
-  }
+  };
+  await Promise.race([run(), brokenOff(options.signal)]).catch((thrown: unknown) => violations.push(String(thrown)));
   violations.push(...nemesis.problems);
   for (const { name, unasked } of cluster.processes) {
     for (const { atMs, wasReady, text } of unasked) {
@@ -124,6 +125,15 @@ export async function runChaos(options: ChaosOptions): Promise<ChaosReport> {
     violations,
     slowestMs: Math.max(0, ...ended.map(({ startedMs, endedMs }) => endedMs - startedMs)),
   };
+}
+
+/** Rejects when the signal aborts. */
+function brokenOff(signal: AbortSignal | undefined): Promise<never> {
+  return new Promise((_, reject) => {
+    const abort = (): void => reject(new Error("the run was broken off"));
+    if (signal?.aborted === true) abort();
+    else signal?.addEventListener("abort", abort, { once: true });
+  });
 }
 
 // ---- What is right ----
