@@ -98,3 +98,19 @@ test("router: a worker that comes back under a new address starts with a clean c
   assert.equal(router.route(request).address, "memory://2");
   assert.equal(router.workers[0]!.activeRequests, 1);
 });
+
+test("router: a worker that just failed is not counted as available until its mark expires, unless all did", () => {
+  const { router, clock } = aRouter();
+  for (const id of ["a", "b", "c"]) router.addWorker(id, `host:${id}`);
+  assert.equal(router.availableCount, 3);
+  router.inhibit("a");
+  clock.advance(1_000);
+  router.inhibit("b");
+  assert.equal(router.availableCount, 1);
+  router.inhibit("c");
+  assert.equal(router.availableCount, 3, "one of them must be tried");
+  clock.advance(INHIBITION_MS - 1_000);
+  assert.equal(router.availableCount, 1, "the first mark has expired");
+  clock.advance(1_000);
+  assert.equal(router.availableCount, 3);
+});
