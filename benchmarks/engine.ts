@@ -51,6 +51,7 @@ export async function run(): Promise<void> {
     maxLogitRows: MAX_SEQUENCE_IDS,
     sequenceIds: MAX_SEQUENCE_IDS,
     threads: THREADS,
+    batchInvariant: true,
   });
   const cpu = os.cpus()[0]?.model ?? "unknown processor";
   console.log(

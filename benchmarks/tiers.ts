@@ -119,7 +119,6 @@ async function measure(setup: Setup): Promise<Record<string, string | number>> {
     const again: Answer[] = [];
     for (const prompt of prompts) {
       cold.push(await ask(cluster, prompt, ANSWER_TOKENS));
-      // From the engine's own cache: the same batches as after a restore, only the cells may lie elsewhere.
       again.push(await ask(cluster, prompt, ANSWER_TOKENS));
     }
     if (setup.storedBlocks !== undefined) {
@@ -151,10 +150,8 @@ async function measure(setup: Setup): Promise<Record<string, string | number>> {
 }
 
 /**
- * Greedy texts of prompts of 10 to 2,400 tokens, cut from our own pages, restored from each tier, beside the same from the engine's own cache:
- * blocks come back bit for bit and the batches are the same, only the cells may lie elsewhere, in which order they are added
- * up. Beside it how many of the texts that were computed whole are the same: batches of another shape round otherwise
- * too, and near ties fall the other way.
+ * Greedy texts of prompts of 10 to 2,400 tokens, cut from our own pages, computed whole and restored from each tier, beside
+ * the same from the engine's own cache. See docs/design/same-text.md.
  */
 async function compareTexts(
   folder: string,

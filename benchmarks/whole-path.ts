@@ -187,6 +187,7 @@ export async function run(): Promise<void> {
     maxLogitRows: MAX_SEQUENCE_IDS,
     sequenceIds: MAX_SEQUENCE_IDS,
     threads: THREADS,
+    batchInvariant: true,
   });
   try {
     bareDecode(bare);

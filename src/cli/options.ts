@@ -354,6 +354,15 @@ export const OPTIONS = {
     commands: [...WORKERS, "mocker", "replay"],
     help: "Tokens per KV block.",
   },
+  "batch-invariant": {
+    type: "choice",
+    choices: ["on", "off"],
+    default: "on",
+    env: "DYN_BATCH_INVARIANT",
+    group: "Model and engine",
+    commands: WORKERS,
+    help: "on: what a token's neighbours in a batch are, and whether its prefix was cached, fetched or computed, does not change its text (with one compute thread; with more, single streams still round otherwise). off: longer prompts are computed faster, and texts part at near ties.",
+  },
   threads: {
     type: "integer",
     default: 0,

@@ -191,6 +191,7 @@ test("options: a worker's engine is configured from them; a model that is not th
     maxBatchedTokens: 512,
     blockSizeTokens: 16,
     threads: 3,
+    batchInvariant: true,
   });
   const echo = workerConfig((await resolve(["--engine=echo"], { command: "worker" })).values, store, {});
   assert.deepEqual([echo.modelName, echo.engine.kind, echo.engine.contextLength], ["echo", "echo", 8_192]);

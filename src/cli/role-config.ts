@@ -166,6 +166,7 @@ function engineConfig(values: OptionValues, model: StoredModel | undefined): Eng
     maxBatchedTokens: values["max-num-batched-tokens"],
     blockSizeTokens,
     threads: values.threads === 0 ? availableParallelism() : values.threads,
+    batchInvariant: values["batch-invariant"] === "on",
   };
 }
 

@@ -14,6 +14,11 @@ export interface LlamaEngineConfig {
   readonly blockSizeTokens: number;
   /** Compute threads. Over all workers of a machine never more than its cores. */
   readonly threads: number;
+  /**
+   * A text does not depend on what else is computed beside it, on the cache, or on how its prompt was cut. Costs prefill
+   * speed. @default true
+   */
+  readonly batchInvariant?: boolean;
 }
 
 /** Answers with the prompt's own tokens, over and over, at once: for measuring and testing everything but an engine. */

@@ -35,6 +35,33 @@ export async function greedyAnswer(
   return tokens;
 }
 
+/** Streams a greedy completion of a prompt of token ids, of exactly `max_tokens` tokens. Rejects when it is not whole. */
+export async function greedyCompletion(
+  client: OpenAI,
+  body: { model: string; prompt: number[]; max_tokens: number; nvext?: object },
+  onToken: () => void = () => undefined,
+): Promise<GreedyToken[]> {
+  const tokens: GreedyToken[] = [];
+  const options = { ...body, temperature: 0, logprobs: 4, ignore_eos: true, stream: true as const };
+  for await (const chunk of await client.completions.create(options)) {
+    const logprobs = chunk.choices[0]?.logprobs;
+    for (const [i, token] of (logprobs?.tokens ?? []).entries()) {
+      const top = Object.entries(logprobs?.top_logprobs?.[i] ?? {}).map(([text, logprob]) => ({
+        token: text,
+        logprob,
+      }));
+      tokens.push({
+        token,
+        logprob: logprobs?.token_logprobs?.[i] ?? -Infinity,
+        top: top.toSorted((a, b) => b.logprob - a.logprob),
+      });
+      onToken();
+    }
+  }
+  assert.equal(tokens.length, body.max_tokens, "the answer is whole");
+  return tokens;
+}
+
 /** Where two greedy texts part: the token's index, and how much less likely the other's token was there, in logits. */
 export function partingOf(
   actual: readonly GreedyToken[],
@@ -67,4 +94,38 @@ export function assertSameGreedy(actual: readonly GreedyToken[], expected: reado
   const { index, gap } = parting;
   assert.ok(gap < NEAR_TIE, `the texts part at token ${index} with a gap of ${gap}, not at a near tie`);
   return false;
+}
+
+/** How a path's texts compare with the reference, and the list of those that part. */
+export class PartingList {
+  readonly #path: string;
+  readonly #lines: string[] = [];
+  #count = 0;
+  #largestGap = 0;
+  #largestDifference = 0;
+
+  constructor(path: string) {
+    this.#path = path;
+  }
+
+  add(promptTokens: number, actual: readonly GreedyToken[], expected: readonly GreedyToken[]): void {
+    this.#count++;
+    const parting = partingOf(actual, expected);
+    const end = parting?.index ?? expected.length;
+    for (let i = 0; i < end; i++) {
+      this.#largestDifference = Math.max(this.#largestDifference, Math.abs(actual[i]!.logprob - expected[i]!.logprob));
+    }
+    if (parting === undefined) return;
+    this.#largestGap = Math.max(this.#largestGap, parting.gap);
+    this.#lines.push(`prompt of ${promptTokens} tokens: token ${parting.index}, ${parting.gap.toFixed(3)} apart`);
+  }
+
+  /** Fails unless at most `allowed` texts part, all at near ties. */
+  check(allowed: number, print: (line: string) => void): void {
+    const count = `${this.#count - this.#lines.length} of ${this.#count} texts are the same`;
+    print(`${this.#path}: ${count}, logprobs differ by at most ${this.#largestDifference.toFixed(6)}`);
+    for (const line of this.#lines) print(`${this.#path}: parted: ${line}`);
+    assert.ok(this.#largestGap < NEAR_TIE, `${this.#path}: texts part at no near tie:\n${this.#lines.join("\n")}`);
+    assert.ok(this.#lines.length <= allowed, `${this.#path}: more than ${allowed} part:\n${this.#lines.join("\n")}`);
+  }
 }

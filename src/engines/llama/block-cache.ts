@@ -19,14 +19,20 @@ import type { KvCells } from "./token-model.ts";
  * With as many holders as sequences that can run, a depth without a free holder has a block that nobody uses, so room
  * can always be made. A block goes to its parent's holder where it can: then a whole chain moves in one call.
  *
- * A block that is computed twice at the same time is kept once: the later sequence gives its cells back and takes the
- * registered ones. So every complete block in use is registered, and only unfinished ones are private to a sequence.
+ * A block that is computed twice is kept once: a sequence gives its cells back and takes the registered ones that others
+ * use. So every complete block in use is registered, and only unfinished ones are private to a sequence.
  *
  * Eviction is least recently used, leaves first. Blocks that nobody uses form a list; a sequence that ends puts its own
  * there from the last to the first, so a block always comes before its parent and the oldest is always a leaf (after
  * vLLM's free block queue).
  *
- * Owned by the engine's thread. No call allocates but `register` and eviction, which note events.
+ * Order. The library's attention adds up cells in the order in which they lie, so equal texts from equal tokens need a
+ * sequence's cells in the order of its positions. The library puts new cells into the first free ones behind the last it
+ * filled, so all is well while nothing in front becomes free. Therefore cells of blocks that go are *retired*, not freed,
+ * until there is no room behind; then all are reclaimed at once, and a new epoch begins. What was placed in an epoch before
+ * lies anywhere: chains that are taken up again move behind the others first, and running sequences move at once.
+ *
+ * Owned by the engine's thread. No call allocates but `register` and eviction, which note events, and what moves cells.
  */
 export interface BlockCacheOptions {
   readonly blockSizeTokens: number;
@@ -36,11 +42,46 @@ export interface BlockCacheOptions {
   readonly holderCount: number;
   /** Blocks of the longest sequence. */
   readonly maxDepth: number;
+  /** Blocks for which there are cells beyond `totalBlocks`: the more, the rarer are epochs. */
+  readonly spareBlocks: number;
+  /** Without one cells are left where they are: their order does not matter then. */
+  readonly mover?: CellMover;
+}
+
+/** Copies cells to other places in the KV memory. */
+export interface CellMover {
+  readonly blockBytes: number;
+  /** Copies at most a block's cells out; returns their bytes. */
+  read(sequence: number, start: number, end: number, into: Uint8Array): number;
+  /** Puts what was read from [start, end) into the sequence, in new cells. */
+  write(from: Uint8Array, sequence: number, start: number, end: number): void;
+}
+
+/** A block of running sequences, or a part of what is private to one (block -1), on its way to another place. */
+interface CellPart {
+  readonly block: number;
+  readonly sequence: number;
+  readonly start: number;
+  readonly end: number;
+  /** Bytes. */
+  length: number;
+}
+
+/** A sequence's use of the cache. */
+export interface CellUser {
+  /** `NO_SEQUENCE` before it runs. */
+  readonly cellsId: number;
+  readonly blocks: Int32Array;
+  readonly blockCount: number;
+  /** Tokens in the KV memory. */
+  readonly computedCount: number;
 }
 
 /** Pins blocks without a sequence of its own in the KV memory: for import and export. */
 export const NO_SEQUENCE = -1;
 const NONE = -1;
+/** More running blocks than this are not moved at an epoch's beginning: their texts may differ by rounding. */
+const MAX_MOVED_BYTES = 256e6;
 const NO_EVENTS: readonly KvEvent[] = Object.freeze([]);
 
 export class BlockCache {
@@ -67,6 +108,19 @@ export class BlockCache {
   #registered = 0;
   #unused = 0;
   #private = 0;
+  readonly #spareBlocks: number;
+  readonly #mover: CellMover | undefined;
+  /** Blocks that are free but whose cells are not. */
+  #retired = 0;
+  /** Per block id: when its cells were placed. Grows with every block; below `#epochStart` they lie anywhere. */
+  readonly #placed: Float64Array;
+  #placedCount = 0;
+  #epochStart = 0;
+  #arena = new Uint8Array(0);
+  /** Those that run; set by who runs them. */
+  users: readonly CellUser[] = [];
+  /** Chains that were taken up, or kept, out of order for want of room. */
+  unordered = 0;
   readonly #events: KvEvent[] = [];
   readonly #evictedHashes: number[] = [];
 
@@ -86,6 +140,9 @@ export class BlockCache {
     this.#parent = new Int32Array(totalBlocks);
     this.#holder = new Int32Array(totalBlocks);
     this.#depth = new Int32Array(totalBlocks);
+    this.#placed = new Float64Array(totalBlocks);
+    this.#spareBlocks = options.spareBlocks;
+    this.#mover = options.mover;
     this.#newer = new Int32Array(totalBlocks + 1).fill(totalBlocks);
     this.#older = new Int32Array(totalBlocks + 1).fill(totalBlocks);
     this.#freeIds = new Int32Array(totalBlocks);
@@ -134,10 +191,14 @@ export class BlockCache {
     return unused;
   }
 
-  /** Pins the chain and adds its cells to the sequence, which must be empty. `blocks` come from `findPrefix`. */
-  acquire(sequence: number, blocks: Int32Array, count: number): void {
+  /**
+   * Pins the chain and adds its cells to the sequence, which must be empty. `blocks` come from `findPrefix`; `upcoming` is
+   * how many blocks will follow: with room for them now, they lie behind these.
+   */
+  acquire(sequence: number, blocks: Int32Array, count: number, upcoming = 0): void {
     for (let i = 0; i < count; i++) this.#pin(blocks[i]!);
     if (sequence === NO_SEQUENCE) return;
+    this.#putInOrder(blocks, count, upcoming);
     // One call per stretch of blocks in the same holder.
     for (let start = 0; start < count;) {
       const holder = this.#holder[blocks[start]!]!;
@@ -152,6 +213,7 @@ export class BlockCache {
   reserve(count: number): boolean {
     if (this.freeBlocks + this.#unused < count) return false;
     while (this.freeBlocks < count) this.#evictOldest();
+    if (this.#placeableBlocks < count) this.#beginEpoch();
     this.#private += count;
     return true;
   }
@@ -189,7 +251,7 @@ export class BlockCache {
       if (known !== NONE) {
         this.#noteStored(hashes, storedFrom, depth);
         storedFrom = depth + 1;
-        this.#replaceByRegistered(sequence, known, depth);
+        this.#keepOnce(sequence, known, depth);
         blocks[depth] = known;
       }
     }
@@ -202,8 +264,13 @@ export class BlockCache {
    * other ones are free.
    */
   release(sequence: number, blocks: Int32Array, count: number, privateCount: number): void {
-    const total = count + privateCount;
-    if (sequence !== NO_SEQUENCE && total > 0) this.#cells.removeCells(sequence, 0, total * this.blockSizeTokens);
+    if (sequence !== NO_SEQUENCE) {
+      const size = this.blockSizeTokens;
+      // These are in their holders, too.
+      if (count > 0) this.#cells.removeCells(sequence, 0, count * size);
+      if (privateCount > 0) this.#cells.retireCells(sequence, count * size, (count + privateCount) * size);
+      this.#retired += privateCount;
+    }
     this.#private -= privateCount;
     assert(this.#private >= 0, "no more private blocks are given back than were reserved");
     for (let i = count - 1; i >= 0; i--) this.#unpin(blocks[i]!);
@@ -213,6 +280,7 @@ export class BlockCache {
   clear(): number {
     const count = this.#unused;
     while (this.#unused > 0) this.#evictOldest();
+    if (this.users.length === 0) this.#beginEpoch();
     return count;
   }
 
@@ -232,6 +300,121 @@ export class BlockCache {
     this.#noteRemoved();
     if (this.#events.length === 0) return NO_EVENTS;
     return this.#events.splice(0);
+  }
+
+  /** Blocks for which there are free cells. */
+  get #placeableBlocks(): number {
+    return this.freeBlocks + this.#spareBlocks - this.#retired;
+  }
+
+  /** Moves what of a pinned chain does not lie in order behind everything, with room left for `upcoming` blocks. */
+  #putInOrder(blocks: Int32Array, count: number, upcoming: number): void {
+    const mover = this.#mover;
+    if (mover === undefined) return;
+    let ordered = this.#orderedPrefix(blocks, count);
+    if (this.#placeableBlocks < count - ordered + upcoming) {
+      while (this.#unused > 0 && this.freeBlocks < upcoming) this.#evictOldest();
+      const chain = { cellsId: NO_SEQUENCE, blocks, blockCount: count, computedCount: count * this.blockSizeTokens };
+      this.#beginEpoch([...this.users, chain]);
+      return;
+    }
+    for (; ordered < count; ordered++) {
+      const block = blocks[ordered]!;
+      // Somebody runs on it, out of order.
+      if (this.#references[block]! > 1) break;
+      this.#moveBehind(block, mover);
+    }
+    if (ordered < count) this.unordered++;
+  }
+
+  #moveBehind(block: number, mover: CellMover): void {
+    const { start, end } = this.positionsOf(block);
+    const holder = this.holderOf(block);
+    const arena = this.#arenaOf(mover.blockBytes);
+    const length = mover.read(holder, start, end, arena);
+    this.#cells.retireCells(holder, start, end);
+    this.#retired++;
+    mover.write(arena.subarray(0, length), holder, start, end);
+    this.#placed[block] = this.#placedCount++;
+  }
+
+  /** Leading blocks whose cells lie in order. */
+  #orderedPrefix(blocks: Int32Array, count: number): number {
+    let after = this.#epochStart - 1;
+    for (let i = 0; i < count; i++) {
+      const placed = this.#placed[blocks[i]!]!;
+      if (placed <= after) return i;
+      after = placed;
+    }
+    return count;
+  }
+
+  /** Frees what was retired; what runs moves, so that it lies in order with what it will compute. */
+  #beginEpoch(users: readonly CellUser[] = this.users): void {
+    const mover = this.#mover;
+    const parts = mover === undefined ? [] : this.#partsOf(users);
+    const byteCount = parts.length * (mover?.blockBytes ?? 0);
+    const isMoving = mover !== undefined && byteCount <= MAX_MOVED_BYTES;
+    if (!isMoving) this.unordered += users.length;
+    const arena = isMoving ? this.#arenaOf(byteCount) : this.#arena;
+    if (isMoving) this.#takeOut(users, parts, arena, mover);
+    this.#cells.reclaimCells();
+    this.#retired = 0;
+    this.#epochStart = this.#placedCount;
+    if (isMoving) this.#putBack(users, parts, arena, mover);
+  }
+
+  /** Copies the parts to the arena, a block's bytes each, and frees their cells. */
+  #takeOut(users: readonly CellUser[], parts: readonly CellPart[], arena: Uint8Array, mover: CellMover): void {
+    const { blockBytes } = mover;
+    parts.forEach((part, i) => {
+      const into = arena.subarray(i * blockBytes, (i + 1) * blockBytes);
+      part.length = mover.read(part.sequence, part.start, part.end, into);
+    });
+    for (const { cellsId, computedCount } of users) {
+      if (cellsId !== NO_SEQUENCE && computedCount > 0) this.#cells.removeCells(cellsId, 0, computedCount);
+    }
+    for (const { block, sequence, start, end } of parts) {
+      if (block !== NONE) this.#cells.removeCells(sequence, start, end);
+    }
+  }
+
+  #putBack(users: readonly CellUser[], parts: readonly CellPart[], arena: Uint8Array, mover: CellMover): void {
+    const { blockBytes } = mover;
+    parts.forEach(({ block, sequence, start, end, length }, i) => {
+      mover.write(arena.subarray(i * blockBytes, i * blockBytes + length), sequence, start, end);
+      if (block !== NONE) this.#placed[block] = this.#placedCount++;
+    });
+    for (const { cellsId, blocks, blockCount } of users) {
+      if (cellsId === NO_SEQUENCE) continue;
+      for (let i = 0; i < blockCount; i++) this.#copy(this.holderOf(blocks[i]!), cellsId, i, i + 1);
+    }
+  }
+
+  /** What these use, each block once and before those that follow it, then what is private. */
+  #partsOf(users: readonly CellUser[]): CellPart[] {
+    const parts: CellPart[] = [];
+    const seen = new Set<number>();
+    for (const { cellsId, blocks, blockCount, computedCount } of users) {
+      for (let i = 0; i < blockCount; i++) {
+        const block = blocks[i]!;
+        if (seen.has(block)) continue;
+        seen.add(block);
+        parts.push({ block, sequence: this.holderOf(block), ...this.positionsOf(block), length: 0 });
+      }
+      const start = blockCount * this.blockSizeTokens;
+      for (let at = start; at < computedCount; at += this.blockSizeTokens) {
+        const end = Math.min(at + this.blockSizeTokens, computedCount);
+        parts.push({ block: NONE, sequence: cellsId, start: at, end, length: 0 });
+      }
+    }
+    return parts;
+  }
+
+  /** Memory, kept for the next time. */
+  #arenaOf(byteCount: number): Uint8Array {
+    if (this.#arena.length < byteCount) this.#arena = new Uint8Array(byteCount);
+    return this.#arena;
   }
 
   #copy(from: number, to: number, startBlock: number, endBlock: number): void {
@@ -277,6 +460,7 @@ export class BlockCache {
     this.#parent[block] = parent;
     this.#holder[block] = holder;
     this.#depth[block] = depth;
+    this.#placed[block] = this.#placedCount++;
     if (parent !== NONE) this.#children[parent]!++;
     this.#private--;
     this.#registered++;
@@ -299,11 +483,18 @@ export class BlockCache {
     }
   }
 
-  /** The sequence has computed a block that is registered already: it uses that one and gives its own cells back. */
-  #replaceByRegistered(sequence: number, known: number, depth: number): void {
+  /**
+   * The sequence has computed a block that is registered already. When others use that, so does the sequence and gives its
+   * own cells back; otherwise its own take the place of the old ones, which may lie out of order.
+   */
+  #keepOnce(sequence: number, known: number, depth: number): void {
+    const isUsed = this.#references[known]! > 0;
+    const [from, to] = isUsed ? [this.holderOf(known), sequence] : [sequence, this.holderOf(known)];
     const start = depth * this.blockSizeTokens;
-    this.#cells.removeCells(sequence, start, start + this.blockSizeTokens);
-    this.#copy(this.holderOf(known), sequence, depth, depth + 1);
+    this.#cells.retireCells(to, start, start + this.blockSizeTokens);
+    this.#retired++;
+    this.#copy(from, to, depth, depth + 1);
+    if (!isUsed) this.#placed[known] = this.#placedCount++;
     this.#pin(known);
     this.#private--;
   }
@@ -314,7 +505,8 @@ export class BlockCache {
     assert(this.#children[block] === 0, "a block is evicted after its children");
     const depth = this.#depth[block]!;
     const start = depth * this.blockSizeTokens;
-    this.#cells.removeCells(this.holderOf(block), start, start + this.blockSizeTokens);
+    this.#cells.retireCells(this.holderOf(block), start, start + this.blockSizeTokens);
+    this.#retired++;
     this.#held[depth * this.#holderCount + this.#holder[block]!] = 0;
     this.#unlink(block);
     this.#unused--;

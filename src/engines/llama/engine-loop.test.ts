@@ -64,11 +64,14 @@ class Harness {
   /** Hashes that the events say are in the cache. */
   readonly announced = new Set<string>();
   readonly order: number[] = [];
+  readonly #maxSequences: number;
 
   constructor(overrides: Partial<EngineLoopOptions> = {}) {
     const options: EngineLoopOptions = {
       contextLength: 64,
       totalBlocks: 64,
+      spareBlocks: 2,
+      keepsOrder: true,
       blockSizeTokens: BLOCK,
       maxSequences: 4,
       maxBatchedTokens: 16,
@@ -79,9 +82,10 @@ class Harness {
       random: new SeededRandom(1),
       ...overrides,
     };
-    const { totalBlocks, blockSizeTokens, maxBatchedTokens, sequenceIds } = options;
-    this.model = new FakeModel({ cells: totalBlocks * blockSizeTokens, maxBatchedTokens, sequenceIds });
+    const { totalBlocks, spareBlocks, blockSizeTokens, maxBatchedTokens, sequenceIds } = options;
+    this.model = new FakeModel({ cells: (totalBlocks + spareBlocks) * blockSizeTokens, maxBatchedTokens, sequenceIds });
     this.loop = new EngineLoop(this.model, options);
+    this.#maxSequences = options.maxSequences;
     this.model.decodedTokens = 0;
   }
 
@@ -102,6 +106,7 @@ class Harness {
     this.clock.advance(1);
     this.loop.step();
     this.collect();
+    for (let id = 0; id < this.#maxSequences; id++) assert(this.model.isOrdered(id), "cells lie in order");
   }
 
   collect(): void {

@@ -12,7 +12,7 @@ import {
 import type { Clock, Random } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks, type BlockHashes } from "../../tokens/index.ts";
 import type { ExportedBlocks, ImportedBlocks, SharedBlocks } from "../index.ts";
-import { BlockCache, NO_SEQUENCE } from "./block-cache.ts";
+import { BlockCache, NO_SEQUENCE, type CellMover } from "./block-cache.ts";
 import { Sampler, promptLogprob } from "./sampler.ts";
 import { Scheduler } from "./scheduler.ts";
 import { Sequence } from "./sequence.ts";
@@ -30,6 +30,10 @@ export interface EngineLoopOptions {
   /** Longest sequence, prompt and output; at most what the cache holds. */
   readonly contextLength: number;
   readonly totalBlocks: number;
+  /** Blocks that the KV memory has cells for beyond `totalBlocks`; see the block cache. */
+  readonly spareBlocks: number;
+  /** Whether every sequence's cells are to lie in the order of its positions; see the block cache. */
+  readonly keepsOrder: boolean;
   readonly blockSizeTokens: number;
   readonly maxSequences: number;
   readonly maxBatchedTokens: number;
@@ -102,6 +106,7 @@ export class EngineLoop {
     this.#model = model;
     this.#options = options;
     this.#scratch = maxSequences;
+    this.blockBytes = this.#measureBlock();
     const firstHolder = maxSequences + 1;
     // Besides running sequences, an import pins a chain.
     assert(sequenceIds - firstHolder >= maxSequences + 1, "there is a holder for every sequence that can pin a block");
@@ -111,6 +116,8 @@ export class EngineLoop {
       firstHolder,
       holderCount: sequenceIds - firstHolder,
       maxDepth: Math.ceil(options.contextLength / blockSizeTokens),
+      spareBlocks: options.spareBlocks,
+      ...(options.keepsOrder ? { mover: this.#mover() } : {}),
     });
     this.#scheduler = new Scheduler(this.#cache, {
       maxSequences,
@@ -119,7 +126,6 @@ export class EngineLoop {
       maxWaiting: options.maxWaitingRequests,
     });
     this.#writer.reset();
-    this.blockBytes = this.#measureBlock();
   }
 
   /** True when `step` would do something. */
@@ -271,10 +277,30 @@ export class EngineLoop {
 
   #exportBlock(block: number, into: Uint8Array): void {
     const { start, end } = this.#cache.positionsOf(block);
-    this.#model.copyCells(this.#cache.holderOf(block), this.#scratch, start, end);
+    const written = this.#readCells(this.#cache.holderOf(block), start, end, into);
+    assert(written === this.blockBytes, "every block has the same size");
+  }
+
+  #mover(): CellMover {
+    return {
+      blockBytes: this.blockBytes,
+      read: (sequence, start, end, into) => this.#readCells(sequence, start, end, into),
+      write: (from, sequence, start, end) => this.#writeCells(from, sequence, start, end),
+    };
+  }
+
+  #readCells(sequence: number, start: number, end: number, into: Uint8Array): number {
+    this.#model.copyCells(sequence, this.#scratch, start, end);
     const written = this.#model.exportState(this.#scratch, into);
     this.#model.removeCells(this.#scratch, start, end);
-    assert(written === this.blockBytes, "every block has the same size");
+    return written;
+  }
+
+  #writeCells(from: Uint8Array, sequence: number, start: number, end: number): void {
+    const isAccepted = this.#model.importState(this.#scratch, from);
+    assert(isAccepted, "what was read can be written, and has room");
+    this.#model.copyCells(this.#scratch, sequence, start, end);
+    this.#model.removeCells(this.#scratch, start, end);
   }
 
   /** Takes blocks in order until one is neither here nor given, is not what it should be, or finds no room. */
@@ -282,26 +308,23 @@ export class EngineLoop {
     const { blockSizeTokens: size, contextLength } = this.#options;
     const limit = Math.min(hashes.blockCount, Math.floor(contextLength / size));
     const ids = new Int32Array(limit);
-    let count = 0;
+    // Those that are here come first: a block goes before its parent.
+    const found = this.#cache.findPrefix(hashes.sequenceHashes, limit, ids);
+    this.#cache.acquire(NO_SEQUENCE, ids, found);
+    let wanted = 0;
+    while (found + wanted < limit && bytesOf(found + wanted) !== undefined) wanted++;
+    wanted = Math.min(wanted, this.#cache.freeBlocks + this.#cache.unusedBlocks);
+    // At once, so that their cells lie in order.
+    const isReserved = this.#cache.reserve(wanted);
+    assert(isReserved, "there is room for what was counted");
     let taken = 0;
-    let leftOver = 0;
-    for (; count < limit; count++) {
-      const own = ids.subarray(count);
-      if (this.#cache.findPrefix(hashes.sequenceHashes.subarray(2 * count), 1, own) === 1) {
-        this.#cache.acquire(NO_SEQUENCE, own, 1);
-        continue;
-      }
-      const data = bytesOf(count);
-      if (data === undefined || !this.#cache.reserve(1)) break;
-      if (!this.#importState(data, count * size)) {
-        leftOver = 1;
-        break;
-      }
-      this.#cache.register(this.#scratch, ids, count, count + 1, hashes);
-      this.#model.removeCells(this.#scratch, count * size, (count + 1) * size);
-      taken++;
+    for (; taken < wanted; taken++) {
+      const index = found + taken;
+      if (!this.#importState(bytesOf(index)!, index * size)) break;
+      this.#cache.register(this.#scratch, ids, index, index + 1, hashes);
+      this.#model.removeCells(this.#scratch, index * size, (index + 1) * size);
     }
-    this.#cache.release(NO_SEQUENCE, ids, count, leftOver);
+    this.#cache.release(NO_SEQUENCE, ids, found + taken, wanted - taken);
     return taken;
   }
 

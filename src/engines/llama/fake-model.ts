@@ -15,6 +15,8 @@ export interface FakeModelOptions {
 }
 
 interface Cell {
+  /** Place in the KV memory. */
+  readonly address: number;
   readonly position: number;
   readonly token: number;
   owners: number;
@@ -30,6 +32,11 @@ export class FakeModel implements TokenModel {
   /** Per sequence id: position -> cell. */
   readonly #sequences: Map<number, Cell>[];
   #rows: (Float32Array | undefined)[] = [];
+  readonly #isTaken: Uint8Array;
+  /** Where the search for a free cell begins, as in libllama: behind the last one, or at one that became free before. */
+  #head = 0;
+  readonly #retired: Cell[] = [];
+  /** Without retired ones. */
   usedCells = 0;
   decodedTokens = 0;
   /** Longest batch seen. */
@@ -41,6 +48,7 @@ export class FakeModel implements TokenModel {
     const { cells, maxBatchedTokens, sequenceIds, vocabularySize = 64 } = options;
     this.vocabularySize = vocabularySize;
     this.#capacity = cells;
+    this.#isTaken = new Uint8Array(cells);
     this.#sequences = Array.from({ length: sequenceIds }, () => new Map<number, Cell>());
     this.batch = {
       tokenIds: new Int32Array(maxBatchedTokens),
@@ -68,9 +76,7 @@ export class FakeModel implements TokenModel {
       const sequence = this.#cellsOf(sequenceIds[i]!);
       const position = positions[i]!;
       assert.equal(position, sequence.size, "a token follows the last one of its sequence");
-      assert(this.usedCells < this.#capacity, "there is a free cell for every token");
-      this.usedCells++;
-      sequence.set(position, { position, token: tokenIds[i]!, owners: 1 });
+      sequence.set(position, this.#place(position, tokenIds[i]!));
       if (wantsLogits[i] === 1) this.#rows[i] = logitsAfter(this.tokensOf(sequenceIds[i]!), this.vocabularySize);
     }
   }
@@ -108,13 +114,56 @@ export class FakeModel implements TokenModel {
       const cell = cells.get(position);
       if (cell === undefined) continue;
       cells.delete(position);
-      if (--cell.owners === 0) this.usedCells--;
+      if (--cell.owners === 0) this.#free(cell);
     }
+  }
+
+  retireCells(sequence: number, start: number, end: number): void {
+    const cells = this.#cellsOf(sequence);
+    for (let position = start; position < end; position++) {
+      const cell = cells.get(position);
+      if (cell === undefined) continue;
+      assert.equal(cell.owners, 1, "a retired cell is in no other sequence");
+      cells.delete(position);
+      this.usedCells--;
+      this.#retired.push(cell);
+    }
+  }
+
+  reclaimCells(): void {
+    this.usedCells += this.#retired.length;
+    for (const cell of this.#retired.splice(0)) this.#free(cell);
   }
 
   clearCells(): void {
     for (const sequence of this.#sequences) sequence.clear();
+    this.#retired.length = 0;
+    this.#isTaken.fill(0);
+    this.#head = 0;
     this.usedCells = 0;
+  }
+
+  /** Whether the sequence's cells lie in the order of its positions. */
+  isOrdered(sequence: number): boolean {
+    const cells = [...this.#cellsOf(sequence).values()].toSorted((a, b) => a.position - b.position);
+    return cells.every((cell, i) => i === 0 || cells[i - 1]!.address < cell.address);
+  }
+
+  #place(position: number, token: number): Cell {
+    assert(this.usedCells + this.#retired.length < this.#capacity, "there is a free cell for every token");
+    let address = this.#head;
+    while (this.#isTaken[address % this.#capacity] === 1) address++;
+    address %= this.#capacity;
+    this.#isTaken[address] = 1;
+    this.#head = address + 1;
+    this.usedCells++;
+    return { address, position, token, owners: 1 };
+  }
+
+  #free(cell: Cell): void {
+    this.#isTaken[cell.address] = 0;
+    this.#head = Math.min(this.#head, cell.address);
+    this.usedCells--;
   }
 
   positionsOf(sequence: number): { start: number; end: number } {
@@ -142,14 +191,12 @@ export class FakeModel implements TokenModel {
   importState(sequence: number, from: Uint8Array): boolean {
     const view = new DataView(from.buffer, from.byteOffset, from.byteLength);
     const count = from.length / CELL_BYTES;
-    assert(this.usedCells + count <= this.#capacity, "there is a free cell for every imported one");
     assert.equal(this.#cellsOf(sequence).size, 0);
     for (let i = 0; i < count; i++) {
       const position = view.getUint32(i * CELL_BYTES);
       const token = view.getUint32(i * CELL_BYTES + 4);
       if (token >= this.vocabularySize) return false;
-      this.#cellsOf(sequence).set(position, { position, token, owners: 1 });
-      this.usedCells++;
+      this.#cellsOf(sequence).set(position, this.#place(position, token));
     }
     return true;
   }

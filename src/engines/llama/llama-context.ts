@@ -17,14 +17,24 @@ export interface LlamaContextOptions {
   readonly maxBatchedTokens: number;
   /** Rows of logits that one batch may ask for. */
   readonly maxLogitRows: number;
-  /** Sequence ids are 0 to `sequenceIds - 1`. At most 256, a limit of the library. */
+  /** Sequence ids are 0 to `sequenceIds - 1`. At most 255: the library has 256, and one is for retired cells. */
   readonly sequenceIds: number;
   readonly threads: number;
+  /** Logits and KV bytes do not depend on what else is in the batch, nor on how a prompt was cut. */
+  readonly batchInvariant: boolean;
 }
 
 /** The library computes a batch in pieces of this size; larger ones cost memory and gain nothing on a CPU. */
 const MAX_MICRO_BATCH_TOKENS = 512;
-export const MAX_SEQUENCE_IDS = 256;
+/**
+ * From 64 tokens on the library's CPU attention works in tiles of 64 x 64 and adds in another order than below. Below, a
+ * token's result depends on the tokens before it and on nothing else, as long as their cells lie in order.
+ */
+const MAX_INVARIANT_TOKENS = 63;
+/** Of callers; the library has one more. */
+export const MAX_SEQUENCE_IDS = 255;
+/** Beyond every position. */
+const END_OF_POSITIONS = 2 ** 31 - 1;
 const MAX_LOG_LINES = 50;
 
 const DECODE_OK = 0;
@@ -97,7 +107,7 @@ export class LlamaContext implements TokenModel {
     const actual = [
       functions.contextCells(context) >= cells,
       functions.contextBatch(context) >= maxBatchedTokens,
-      functions.contextSequences(context) === sequenceIds,
+      functions.contextSequences(context) === sequenceIds + 1,
       functions.contextThreads(context) === threads,
     ];
     if (actual.every(Boolean)) return;
@@ -160,6 +170,18 @@ export class LlamaContext implements TokenModel {
     assert(removed, "this kind of memory can remove any range");
   }
 
+  /** Cells keep no free place: they go to a sequence of their own. */
+  retireCells(sequence: number, start: number, end: number): void {
+    this.#checkRange(sequence, start, end);
+    const { functions } = this.#library;
+    functions.sequenceCopy(this.#memory, sequence, this.#options.sequenceIds, start, end);
+    functions.sequenceRemove(this.#memory, sequence, start, end);
+  }
+
+  reclaimCells(): void {
+    this.#library.functions.sequenceRemove(this.#memory, this.#options.sequenceIds, 0, END_OF_POSITIONS);
+  }
+
   #checkRange(sequence: number, start: number, end: number): void {
     assert(sequence >= 0 && sequence < this.#options.sequenceIds, "sequence ids are in range");
     assert(start >= 0 && end > start, "a range has a start and an end after it");
@@ -211,10 +233,13 @@ function contextParams(library: Libllama, options: LlamaContextOptions): Record<
     ...library.contextDefaults(),
     n_ctx: options.cells,
     n_batch: options.maxBatchedTokens,
-    n_ubatch: Math.min(options.maxBatchedTokens, MAX_MICRO_BATCH_TOKENS),
-    n_seq_max: options.sequenceIds,
+    n_ubatch: Math.min(
+      options.maxBatchedTokens,
+      options.batchInvariant ? MAX_INVARIANT_TOKENS : MAX_MICRO_BATCH_TOKENS,
+    ),
+    n_seq_max: options.sequenceIds + 1,
     // The library reserves a row per sequence and asserts that it may.
-    n_outputs_max: Math.max(options.maxLogitRows, options.sequenceIds),
+    n_outputs_max: Math.max(options.maxLogitRows, options.sequenceIds + 1),
     n_threads: options.threads,
     n_threads_batch: options.threads,
     // All sequences in one pool of cells: a cell can belong to several, which is how prefixes are shared.

@@ -52,10 +52,17 @@ async function main(port: MessagePort, data: ThreadData): Promise<void> {
   }
 }
 
+/** An eighth of the cache, so that few of its blocks are gone through before the next epoch; see block-cache.ts. */
+function spareBlocksOf(totalBlocks: number): number {
+  return Math.max(4, Math.ceil(totalBlocks / 8));
+}
+
 function openModel({ config }: ThreadData): LlamaContext {
+  const totalBlocks = Math.floor(config.kvCacheTokens / config.blockSizeTokens);
   return new LlamaContext({
     modelPath: config.modelPath,
-    cells: Math.floor(config.kvCacheTokens / config.blockSizeTokens) * config.blockSizeTokens,
+    cells: (totalBlocks + spareBlocksOf(totalBlocks)) * config.blockSizeTokens,
+    batchInvariant: config.batchInvariant ?? true,
     maxBatchedTokens: config.maxBatchedTokens,
     maxLogitRows: MAX_SEQUENCE_IDS,
     sequenceIds: MAX_SEQUENCE_IDS,
@@ -80,6 +87,8 @@ function createLoop(
     maxWaitingRequests,
     sequenceIds: MAX_SEQUENCE_IDS,
     extraLogitRows: MAX_SEQUENCE_IDS - maxSequences,
+    spareBlocks: spareBlocksOf(totalBlocks),
+    keepsOrder: config.batchInvariant ?? true,
     clock: systemClock,
     random: systemRandom,
   });

@@ -47,6 +47,7 @@ export class Scheduler<S extends Sequence> {
   constructor(cache: BlockCache, options: SchedulerOptions) {
     assert(options.maxBatchedTokens >= options.maxSequences, "a batch holds at least one token per sequence");
     this.#cache = cache;
+    cache.users = this.running;
     this.#options = options;
     for (let id = options.maxSequences - 1; id >= 0; id--) this.#freeCellsIds.push(id);
   }
@@ -207,7 +208,8 @@ export class Scheduler<S extends Sequence> {
 
   #start(sequence: S, cached: number): void {
     sequence.cellsId = this.#freeCellsIds.pop()!;
-    this.#cache.acquire(sequence.cellsId, sequence.blocks, cached);
+    const upcoming = Math.ceil(sequence.tokenCount / this.#cache.blockSizeTokens) - cached;
+    this.#cache.acquire(sequence.cellsId, sequence.blocks, cached, upcoming);
     sequence.blockCount = cached;
     sequence.computedCount = cached * this.#cache.blockSizeTokens;
     sequence.plannedCount = 0;

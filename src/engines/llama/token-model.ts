@@ -9,6 +9,10 @@ export interface KvCells {
   copyCells(fromSequence: number, toSequence: number, start: number, end: number): void;
   /** Takes the cells at [start, end) out of the sequence; a cell that is in no other becomes free. */
   removeCells(sequence: number, start: number, end: number): void;
+  /** The same for cells that are in no other sequence, but they become free only with the next `reclaimCells`. */
+  retireCells(sequence: number, start: number, end: number): void;
+  /** New cells go behind the ones before them for as long as nothing is freed in between; this frees what was retired. */
+  reclaimCells(): void;
 }
 
 /** Parallel arrays, length = tokens of the largest batch, owned by the model and written in place. */
