@@ -543,7 +543,7 @@ export class ChoiceStream implements AttemptOwner {
       advisor.sawPrefill(pool, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
     } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
       split.gapMs = this.#run.planes.clock.monotonicMs() - split.firstTokenMs;
-      advisor.sawHandoff(split.pull.pulledBlocks, split.gapMs);
+      advisor.sawHandoff(split.pull.pulledBlocks - split.pull.earlyBlocks, split.gapMs, split.pull.pulledBlocks);
       metrics.handoffSeconds(split.gapMs / 1_000);
     }
   }
@@ -572,7 +572,11 @@ export class ChoiceStream implements AttemptOwner {
   #onHandoff(offered: OfferedHandoff): void {
     const split = this.#split;
     const attempt = this.#attempt;
-    if (split?.phase !== "handoff" || attempt === undefined) {
+    if (offered.isDraft && split?.phase === "prefill") {
+      this.#beginEarly(split, offered.bytes.toString("base64"));
+      return;
+    }
+    if (offered.isDraft || split?.phase !== "handoff" || attempt === undefined) {
       this.#end(new DynamoError("engine-failed", "the worker handed blocks over that nobody asked for"));
       return;
     }
@@ -580,6 +584,24 @@ export class ChoiceStream implements AttemptOwner {
     this.#attempt = undefined;
     split.offer(offered, attempt);
     this.dispatch();
+  }
+
+  /** What is computed of the prompt travels while the rest is. Whatever becomes of it shows when the handoff is taken. */
+  #beginEarly(split: SplitStage, handoff: string): void {
+    const { model, planes, requestId, deadlineMs } = this.#run;
+    split.begin(({ address }) =>
+      planes.request.client.open(
+        address,
+        encodeRequest({ ...this.#request, handoff }),
+        {
+          endpoint: model.earlyPullEndpoint,
+          requestId,
+          traceparent: "",
+          timeoutMs: Math.max(1, deadlineMs - planes.clock.monotonicMs()),
+        },
+        { onItem: () => undefined, onTurnEnd: () => undefined, onEnd: () => undefined },
+      ),
+    );
   }
 
   /** The decode worker has the blocks, or computes what is missing. */
