@@ -446,6 +446,7 @@ export class ModelRegistry {
       ...this.#routers.createPrefill(model, model.card),
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
     };
+    if (model.remote !== undefined) model.remote.prefill = model.prefill.router;
     return model.prefill;
   }
 

@@ -6,6 +6,7 @@ import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { FrontendConfig } from "../../src/frontend/index.ts";
 import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
+import type { RunningRouter } from "../../src/router-service/index.ts";
 import { MemoryNetwork } from "../../src/transfer/index.ts";
 import { DEFAULT_HANDOFF, type HandoffConfig, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
 import { startInProcessCluster, until, type InProcessCluster } from "../helpers/in-process-cluster.ts";
@@ -98,6 +99,7 @@ interface Node {
 
 interface Pool {
   readonly cluster: InProcessCluster;
+  readonly service: RunningRouter | undefined;
   readonly prefill: Node[];
   readonly decode: Node[];
   add(role: "prefill" | "decode" | "agg", overrides?: Partial<WorkerConfig>): Promise<Node>;
@@ -127,12 +129,23 @@ interface Split {
 async function withPool(
   counts: { prefill: number; decode: number },
   use: (pool: Pool) => Promise<void>,
-  options: { frontend?: Partial<Omit<FrontendConfig, "limits">>; handoff?: Partial<HandoffConfig> } = {},
+  options: {
+    frontend?: Partial<Omit<FrontendConfig, "limits">>;
+    handoff?: Partial<HandoffConfig>;
+    /** A router service that the frontend asks. */
+    withRouter?: boolean;
+  } = {},
 ): Promise<void> {
-  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always", ...options.frontend } });
+  const asks = options.withRouter === true ? { routerService: { answerTimeoutMs: 2_000 } } : {};
+  const cluster = await startInProcessCluster({
+    workers: 0,
+    frontend: { disagg: "always", ...asks, ...options.frontend },
+  });
+  const service = options.withRouter === true ? await cluster.addRouter({ routerMode: "kv" }) : undefined;
   const memory = new MemoryNetwork();
   const pool: Pool = {
     cluster,
+    service: service?.router,
     prefill: [],
     decode: [],
     async add(role, overrides = {}) {
@@ -204,6 +217,7 @@ async function nothingIsLeft(pool: Pool): Promise<void> {
     "all handoffs, transfers and streams to be over",
   );
   for (const { engine } of nodes) engine.mocker.check();
+  await until(() => (pool.service?.bookingCount ?? 0) === 0, "the router service to have no bookings");
 }
 
 /** What one worker that does all of it answers. */
@@ -794,6 +808,146 @@ describe("disaggregation: no prompt is computed before its answer has room at a 
       const { disaggregation } = await pool.explain();
       assert.equal(disaggregation[0]!.handoff!.pull!.pulled_blocks, BLOCKS);
     });
+  });
+});
+
+describe("disaggregation: workers are chosen by a router service", () => {
+  const withRouter = { withRouter: true };
+  const metricSum = async (pool: Pool, name: string): Promise<number> =>
+    Object.values(await pool.metric(name)).reduce((sum, value) => sum + value, 0);
+
+  const serves = (baseUrl: string): Promise<void> =>
+    until(async () => {
+      const { data } = (await (await fetch(`${baseUrl}/v1/models`)).json()) as { data: unknown[] };
+      return data.length === 1;
+    }, "the other frontend to serve");
+
+  test("it chooses both workers, and its explanation has them", async () => {
+    const expected = await aggregatedText();
+    await withPool(
+      { prefill: 2, decode: 2 },
+      async (pool) => {
+        assert.equal(await pool.text(), expected);
+        const { decisions, disaggregation } = await pool.explain();
+        assert.deepEqual(
+          decisions.map(({ stage, policy }) => [stage, policy]),
+          [
+            ["decode", "kv"],
+            ["prefill", "kv"],
+          ],
+        );
+        assert.ok(pool.decode.some(({ worker }) => worker.instanceId === decisions[0]!.worker.instance_id));
+        assert.ok(pool.prefill.some(({ worker }) => worker.instanceId === decisions[1]!.worker.instance_id));
+        assert.deepEqual(
+          [disaggregation[0]!.fallback, disaggregation[0]!.handoff!.pull!.pulled_blocks],
+          [null, BLOCKS],
+        );
+        // The prefix is on one of two prefill workers by now: a router that knows it sends the prompt there again.
+        for (const { engine } of pool.decode) await engine.clearBlocks();
+        assert.equal(await pool.text(), expected);
+        const again = (await pool.explain()).decisions.at(-1)!;
+        assert.equal(again.worker.instance_id, decisions[1]!.worker.instance_id);
+        assert.equal(await metricSum(pool, "dynamo_frontend_router_fallbacks_total"), 0);
+      },
+      withRouter,
+    );
+  });
+
+  test("auto asks it how its pools would take the prompt, of two frontends each", async () => {
+    await withPool(
+      { prefill: 1, decode: 1 },
+      async (pool) => {
+        await pool.text();
+        assert.deepEqual(await pool.metric("dynamo_frontend_disagg_choices_total"), { split: 1 });
+        for (const { engine } of [...pool.decode, ...pool.prefill]) await engine.clearBlocks();
+        // Another frontend has an answer under way on the decode worker, which only the service can tell of at once.
+        const other = await pool.cluster.addFrontend({ routerService: { answerTimeoutMs: 2_000 } });
+        await serves(other.baseUrl);
+        const writing = closed(pool.decode[0]!.engine, "steps");
+        const first = fetch(`${other.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "mock", prompt: "short", max_tokens: 200 }),
+        });
+        await writing.reached;
+        const second = pool.text();
+        const split = async (): Promise<Split | undefined> => (await pool.explain()).disaggregation[1];
+        await until(async () => (await split()) !== undefined, "a choice");
+        const { disaggregation } = await pool.explain();
+        assert.equal(disaggregation.at(-1)!.choice, "prefill", disaggregation.at(-1)!.reason);
+        await second;
+        writing.open();
+        assert.equal((await first).status, 200);
+      },
+      { ...withRouter, frontend: { disagg: "auto" } },
+    );
+  });
+
+  test("a prompt waits at the service for room at a decode worker, whichever frontend it came by", async () => {
+    const expected = await aggregatedText();
+    const engine = { ...MOCK, maxSequences: 1 };
+    await withPool(
+      { prefill: 0, decode: 0 },
+      async (pool) => {
+        await pool.add("prefill", { engine });
+        const decode = await pool.add("decode", { engine });
+        await pool.cluster.settled(2);
+        const other = await pool.cluster.addFrontend({ routerService: { answerTimeoutMs: 2_000 } });
+        await serves(other.baseUrl);
+        const gate = closed(decode.engine, "steps");
+        const first = fetch(`${other.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "mock", prompt: `first ${PROMPT}`, max_tokens: 30 }),
+        });
+        await gate.reached;
+        const second = pool.text();
+        await until(
+          async () => (await metricSum(pool, "dynamo_frontend_disagg_waiting")) === 1,
+          "the second one to wait",
+        );
+        assert.equal(pool.prefill[0]!.engine.submitted.filter(({ requestId }) => requestId === "asked").length, 0);
+        gate.open();
+        assert.equal((await first).status, 200);
+        assert.equal(await second, expected);
+        assert.equal((await pool.explain()).disaggregation[0]!.fallback, null);
+      },
+      withRouter,
+    );
+  });
+
+  test("a role that changes, and a service that dies, are noticed: the frontend chooses both workers then", async () => {
+    const expected = await aggregatedText();
+    await withPool(
+      { prefill: 2, decode: 1 },
+      async (pool) => {
+        assert.equal(await pool.text(), expected);
+        const turned = pool.prefill[0]!;
+        const response = await fetch(`${pool.cluster.baseUrl}/v1/admin/role`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ instance_id: turned.worker.instanceId, role: "decode" }),
+        });
+        assert.equal(response.status, 200, await response.text());
+        await pool.cluster.settled(3);
+        for (let i = 0; i < 4; i++) await pool.text(`${i} ${PROMPT}`);
+        const since = turned.engine.submitted.slice(-4).filter(({ prefillOnly }) => prefillOnly === true);
+        assert.ok(since.length <= 1, "it prefills no more for others");
+        pool.cluster.kill(pool.service!.address);
+        assert.equal(await pool.text(), expected);
+        const { disaggregation, decisions } = await pool.explain();
+        assert.equal(disaggregation.at(-1)!.fallback, null);
+        assert.deepEqual(
+          decisions.slice(-2).map(({ stage }) => stage),
+          ["decode", "prefill"],
+        );
+        for (const decision of decisions.slice(-2)) {
+          assert.ok(decision.degradations.some((each) => each.startsWith("router service: ")));
+        }
+        assert.ok((await metricSum(pool, "dynamo_frontend_router_fallbacks_total")) >= 2);
+      },
+      withRouter,
+    );
   });
 });
 
