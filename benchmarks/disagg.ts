@@ -6,18 +6,19 @@ import { machineLine, table } from "./harness.ts";
 
 /**
  * One prefill and one decode worker against two aggregated ones, SmolLM2 on the same cores (a compute thread per worker),
- * real processes, through HTTP: `always` splits every request, `auto` decides. Closed loops of clients; prompts that no
- * request before has sent, so that nothing comes from a cache. The three clusters stand side by side, one of them loaded
- * at a time, in alternating order; windows are cut off at their end, requests under way are cancelled. Shown is the mean
- * over the rounds, for TTFT and ITL over all samples: on a shared machine trust the ratios.
+ * real processes, through HTTP: `always` splits every request, `auto` decides. The same work for each: a list of requests
+ * that four clients take from, with prompts that no request before has sent, so that nothing comes from a cache. The three
+ * clusters stand side by side, one of them at work at a time, in alternating order, after some requests each to learn from.
+ * Throughput is all output tokens over all rounds' time: on a shared machine trust the ratios.
  *
  * Usage: node benchmarks/disagg.ts [--rounds=2] [--scale=1] [--only=short,mixed]
  */
 const argument = (name: string, value: number): number =>
   Number(process.argv.find((each) => each.startsWith(`--${name}=`))?.split("=")[1] ?? value);
 const ROUNDS = argument("rounds", 2);
-/** Of all times. */
+/** Of the lists. */
 const SCALE = argument("scale", 1);
+const CLIENTS = 4;
 
 const SETUPS = {
   "2 aggregated": ["--workers=2"],
@@ -27,13 +28,18 @@ const SETUPS = {
 type Setup = keyof typeof SETUPS;
 const ALL_SETUPS = Object.keys(SETUPS) as Setup[];
 
-/** Words are about a token each; seconds before and inside the window. */
+/** Of one round. Words are about a token each. */
 const LOADS = {
-  short: { clients: 6, promptWords: [40], outputTokens: 48, seconds: [2, 6] },
-  long: { clients: 4, promptWords: [600], outputTokens: 32, seconds: [3, 11] },
-  /** Many that write, one that reads long texts in. */
-  mixed: { clients: 6, promptWords: [40, 40, 40, 40, 40, 600], outputTokens: 48, seconds: [3, 11] },
+  short: { prompts: repeat(10, [40]), outputTokens: 32 },
+  long: { prompts: repeat(5, [300]), outputTokens: 24 },
+  /** Some that write, some that read longer texts in. */
+  mixed: { prompts: repeat(2, [40, 40, 300, 40, 40]), outputTokens: 32 },
 } as const;
+const TO_LEARN = [40, 300, 40, 300];
+
+function repeat(times: number, words: readonly number[]): readonly number[] {
+  return Array.from({ length: Math.max(1, Math.round(times * SCALE)) }, () => words).flat();
+}
 type Load = keyof typeof LOADS;
 const ONLY = process.argv
   .find((each) => each.startsWith("--only="))
@@ -41,7 +47,7 @@ const ONLY = process.argv
   .split(",");
 const CHOSEN = (Object.keys(LOADS) as Load[]).filter((load) => ONLY?.includes(load) ?? true);
 
-/** Of the windows of one load and setup. */
+/** Of the rounds of one load and setup. */
 class Samples {
   readonly ttftMs: number[] = [];
   readonly gapsMs: number[] = [];
@@ -63,14 +69,7 @@ function prompt(words: number): string {
   return Array.from({ length: words }, () => WORDS[random.nextU32() % WORDS.length]).join(" ");
 }
 
-interface Window {
-  readonly fromMs: number;
-  readonly samples: Samples;
-  readonly signal: AbortSignal;
-}
-
-async function stream(cluster: Cluster, load: Load, words: number, { fromMs, samples, signal }: Window): Promise<void> {
-  const { outputTokens } = LOADS[load];
+async function stream(cluster: Cluster, words: number, outputTokens: number, samples: Samples): Promise<void> {
   const startMs = performance.now();
   let lastMs = startMs;
   let count = 0;
@@ -85,7 +84,6 @@ async function stream(cluster: Cluster, load: Load, words: number, { fromMs, sam
       stream: true,
       temperature: 0,
     }),
-    signal,
   });
   if (!response.ok) throw new Error(await response.text());
   let rest = "";
@@ -96,14 +94,12 @@ async function stream(cluster: Cluster, load: Load, words: number, { fromMs, sam
     for (const event of events) {
       if (!event.includes('"text":')) continue;
       const nowMs = performance.now();
-      if (nowMs >= fromMs) {
-        samples.tokens++;
-        (count === 0 ? samples.ttftMs : samples.gapsMs).push(nowMs - lastMs);
-      }
+      (count === 0 ? samples.ttftMs : samples.gapsMs).push(nowMs - lastMs);
       lastMs = nowMs;
       count++;
     }
   }
+  samples.tokens += outputTokens;
 }
 
 interface Cluster {
@@ -113,7 +109,9 @@ interface Cluster {
 }
 
 async function start(setup: Setup, modelPath: string): Promise<Cluster> {
-  const flags = [`--model=${modelPath}`, "--threads=1", "--log=warn", ...SETUPS[setup]];
+  // Steps of a few hundred milliseconds, as on machines of more cores.
+  const steps = "--max-num-batched-tokens=128";
+  const flags = [`--model=${modelPath}`, "--threads=1", steps, "--log=warn", ...SETUPS[setup]];
   const process = await startProcessCluster(flags);
   await until(async () => {
     const { instances } = (await (await fetch(`${process.baseUrl}/health`)).json()) as { instances: unknown[] };
@@ -123,27 +121,21 @@ async function start(setup: Setup, modelPath: string): Promise<Cluster> {
   return { setup, process, model: data[0]!.id };
 }
 
-async function measure(cluster: Cluster, load: Load, samples: Samples): Promise<void> {
-  const { clients, promptWords, seconds } = LOADS[load];
-  const [warmMs, windowMs] = seconds.map((each) => each * 1_000 * SCALE) as [number, number];
-  const end = new AbortController();
-  const window = { fromMs: performance.now() + warmMs, samples, signal: end.signal };
-  const timer = setTimeout(() => end.abort(), warmMs + windowMs);
-  const client = async (index: number): Promise<void> => {
-    const words = promptWords[index % promptWords.length]!;
-    try {
-      while (!end.signal.aborted) await stream(cluster, load, words, window);
-    } catch (thrown) {
-      if (!end.signal.aborted) throw thrown;
+async function measure(
+  cluster: Cluster,
+  prompts: readonly number[],
+  outputTokens: number,
+  samples: Samples,
+): Promise<void> {
+  const left = [...prompts];
+  const startMs = performance.now();
+  const client = async (): Promise<void> => {
+    for (let words = left.shift(); words !== undefined; words = left.shift()) {
+      await stream(cluster, words, outputTokens, samples);
     }
   };
-  try {
-    await Promise.all(Array.from({ length: clients }, (_, index) => client(index)));
-  } finally {
-    clearTimeout(timer);
-    end.abort();
-  }
-  samples.seconds += windowMs / 1_000;
+  await Promise.all(Array.from({ length: CLIENTS }, client));
+  samples.seconds += (performance.now() - startMs) / 1_000;
 }
 
 function percentile(values: readonly number[], share: number): number {
@@ -168,10 +160,14 @@ export async function run(): Promise<void> {
   const clusters: Cluster[] = [];
   try {
     for (const setup of ALL_SETUPS) clusters.push(await start(setup, path));
+    for (const cluster of clusters) await measure(cluster, TO_LEARN, 24, new Samples());
     for (let round = 0; round < ROUNDS; round++) {
       for (const load of CHOSEN) {
         const order = round % 2 === 0 ? clusters : clusters.toReversed();
-        for (const cluster of order) await measure(cluster, load, results.get(`${load}/${cluster.setup}`)!);
+        const { prompts, outputTokens } = LOADS[load];
+        for (const cluster of order) {
+          await measure(cluster, prompts, outputTokens, results.get(`${load}/${cluster.setup}`)!);
+        }
       }
     }
     for (const cluster of clusters) await tell(cluster);

@@ -96,7 +96,14 @@ export interface Engine {
   load(): LoadSnapshot;
   /** How many leading blocks of the chain are in the cache now. Throws `unsupported-operation`. */
   countBlocks(sequenceHashes: Uint32Array): Promise<number>;
-  /** The leading blocks of the chain that are in the cache, copied out. Throws `unsupported-operation`. */
+  /**
+   * The blocks of a chain as they come into the cache, copied out, in order from the first on: `onBlocks` gets a run of them
+   * when some are there, and at the end of each step that completed more, before the sink hears of that step. The function
+   * it returns ends it, and must be called. Undefined when the engine does not tell: then they are exported when all are there.
+   */
+  readonly followBlocks?:
+    ((sequenceHashes: Uint32Array, onBlocks: (data: Uint8Array) => void) => () => void) | undefined;
+  /** The leading blocks of the chain that are in the cache, copied out; it may begin anywhere. Throws `unsupported-operation`. */
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks>;
   /** Puts blocks into the cache as if computed here; returns how many were taken. Throws `unsupported-operation`. */
   importBlocks(blocks: ImportedBlocks): Promise<number>;

@@ -386,6 +386,38 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
       recorder.check();
     });
 
+    check(
+      "blocks that are followed come in order, before the token behind them, and no more after the end",
+      async (context) => {
+        const { recorder, engine, promptTokenIds, info } = context;
+        if (engine.followBlocks === undefined) return;
+        const prompt = promptTokenIds(3 * info.blockSizeTokens + 1);
+        const { sequenceHashes } = hashBlocks(prompt, info.blockSizeTokens, blockHashSeed());
+        const followed: Uint8Array[] = [];
+        const unfollow = engine.followBlocks(sequenceHashes, (data) => followed.push(data));
+        let ended = 0;
+        const other = engine.followBlocks(sequenceHashes, () => ended++);
+        other();
+        const id = recorder.submit(aRequest(prompt, { stop: { maxTokens: 1 } }));
+        await recorder.ended([id]);
+        const data = Buffer.concat(followed);
+        const exported = await engine.exportBlocks(sequenceHashes);
+        assert.ok(data.equals(exported.data), "what came is what is there");
+        assert.equal(ended, 0);
+        unfollow();
+        unfollow();
+        // Of a chain that is there already, all at once; and from its middle.
+        const again = Promise.withResolvers<Uint8Array>();
+        const stop = engine.followBlocks(sequenceHashes, (blocks) => again.resolve(blocks));
+        assert.ok(Buffer.from(await again.promise).equals(exported.data));
+        stop();
+        const rest = await engine.exportBlocks(sequenceHashes.subarray(2));
+        assert.ok(Buffer.from(rest.data).equals(exported.data.subarray(exported.blockBytes)));
+        await recorder.run(aRequest(promptTokenIds(2 * info.blockSizeTokens), { stop: { maxTokens: 1 } }));
+        assert.equal(Buffer.concat(followed).length, exported.data.length);
+      },
+    );
+
     check("blocks can be exported, cleared and imported, or are refused", async (context) => {
       const { recorder, engine, promptTokenIds, info, supportsExport } = context;
       const prompt = promptTokenIds(3 * info.blockSizeTokens + 1);

@@ -12,9 +12,9 @@ import {
 import {
   DECODE_STAGE_OVERRIDES,
   isWorkerFault,
+  type PoolOutlook,
   type RouteRequest,
   type RoutingDecision,
-  type SplitAdvice,
   type WaitingRoute,
 } from "../router/index.ts";
 import type { StreamEnd } from "../runtime/request-plane/index.ts";
@@ -182,7 +182,11 @@ export class ChoiceStream implements AttemptOwner {
     this.#sinceMs = startMs;
     stages.enter("route");
     this.#trace?.routing(startMs);
-    if (this.#count === 0) this.#split ??= this.#considerSplit();
+    if (this.#count === 0 && this.#split === undefined && this.#maySplit()) void this.#considerSplit(startMs);
+    else this.#proceed(startMs);
+  }
+
+  #proceed(startMs: number): void {
     if (this.#split?.phase === "reserve") this.#reserve(startMs);
     else this.#route(startMs);
   }
@@ -197,8 +201,9 @@ export class ChoiceStream implements AttemptOwner {
     }
     try {
       // Step 4: route.
-      const router = this.#isWithPrefillWorker ? model.prefill!.router : (model.remote ?? model.router);
-      const routed = router.routeWhenReady(this.#routeOf(request));
+      const router = model.remote ?? (this.#isWithPrefillWorker ? model.prefill!.router : model.router);
+      const route = this.#routeOf(request);
+      const routed = router.routeWhenReady(this.#isWithPrefillWorker ? { ...route, pool: "prefill" } : route);
       if ("instanceId" in routed) this.#send(request, routed, startMs);
       else void this.#await(request, routed, startMs);
     } catch (thrown) {
@@ -285,40 +290,56 @@ export class ChoiceStream implements AttemptOwner {
     return this.#split;
   }
 
-  #considerSplit(): SplitStage | undefined {
-    const { model } = this.#run;
-    const { prefill, advisor } = model;
-    if (prefill === undefined || advisor.mode === "never") return undefined;
+  /** Whether there is anything to decide. */
+  #maySplit(): boolean {
+    const { prefill, advisor, metrics, card } = this.#run.model;
+    if (prefill === undefined || advisor.mode === "never") return false;
     if (prefill.router.workers.length === 0) {
-      model.metrics.disaggregationFallback("no-workers");
-      return undefined;
+      metrics.disaggregationFallback("no-workers");
+      return false;
     }
     const { output, stop, tokenIds } = this.#request;
     // Nothing to split: a prompt of less than a block hands none over, one token is the prefill's own, prompt logprobs need every token's logits, a named worker is to do all of it.
-    if (
-      tokenIds.length < model.card.blockSizeTokens ||
-      stop.maxTokens === 1 ||
-      output.promptLogprobs ||
-      this.#promptRoute.pinned !== undefined
-    )
-      return undefined;
-    let advice: SplitAdvice;
-    try {
-      const route = this.#routeOf(this.#request);
-      advice = advisor.decide({
-        promptTokens: this.#request.tokenIds.length,
-        outputTokens: stop.maxTokens,
-        decode: model.router.outlook(route),
-        prefill: prefill.router.outlook(route),
-      });
-    } catch {
-      // One of the pools has nobody who could take it: the usual way tells why, or waits.
-      return undefined;
+    const isWhole = stop.maxTokens === 1 || output.promptLogprobs || this.#promptRoute.pinned !== undefined;
+    return !isWhole && tokenIds.length >= card.blockSizeTokens;
+  }
+
+  /** At once, or when a router service has told how its pools would take it. */
+  async #considerSplit(startMs: number): Promise<void> {
+    const { remote, router, prefill } = this.#run.model;
+    const route = this.#routeOf(this.#request);
+    if (remote !== undefined) {
+      const outlooks = await remote.outlooks(route);
+      if (this.#ended) {
+        this.#routeFailed(new DynamoError("cancelled", "the choice ended while a router was asked"), startMs);
+        return;
+      }
+      if (outlooks !== undefined) this.#decideSplit(outlooks.decode, outlooks.prefill, outlooks.isOwn);
+    } else {
+      try {
+        this.#decideSplit(router.outlook(route), prefill!.router.outlook(route), false);
+      } catch {
+        // One of the pools has nobody who could take it: the usual way tells why, or waits.
+      }
     }
-    model.metrics.disaggregation(advice.choice);
-    const split = new SplitStage(advisor.mode, advice);
-    model.splits.add(this.#run.requestId, split);
-    return split;
+    this.#proceed(startMs);
+  }
+
+  #decideSplit(decode: PoolOutlook, prefill: PoolOutlook, isOwnView: boolean): void {
+    const { advisor, metrics, splits } = this.#run.model;
+    const { tokenIds, stop } = this.#request;
+    const decided = advisor.decide({
+      promptTokens: tokenIds.length,
+      outputTokens: stop.maxTokens,
+      decode,
+      prefill,
+    });
+    const advice = isOwnView
+      ? { ...decided, reason: `${decided.reason} (without the router service's view)` }
+      : decided;
+    metrics.disaggregation(advice.choice);
+    this.#split = new SplitStage(advisor.mode, advice);
+    splits.add(this.#run.requestId, this.#split);
   }
 
   /** With the tokens that are there already. */
@@ -526,10 +547,11 @@ export class ChoiceStream implements AttemptOwner {
 
   /** Now and then, from a token. The time to the second one holds the handoff. */
   #learnStep(milliseconds: number): void {
-    const { prefill, router, advisor } = this.#run.model;
+    const { prefill, router, advisor, progress } = this.#run.model;
     if (prefill === undefined || this.#written < 2 || this.#count % STEP_SAMPLE_TOKENS !== 0) return;
     const pool = this.#isWithPrefillWorker ? prefill.router : router;
-    const active = pool.activeRequestsOf(this.instanceId);
+    // A router service has the bookings then; what is here of them is here.
+    const active = Math.max(pool.activeRequestsOf(this.instanceId), progress.streamCountOf(this.instanceId));
     if (active > 0) advisor.sawStep(active, milliseconds);
   }
 
@@ -543,7 +565,7 @@ export class ChoiceStream implements AttemptOwner {
       advisor.sawPrefill(pool, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
     } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
       split.gapMs = this.#run.planes.clock.monotonicMs() - split.firstTokenMs;
-      advisor.sawHandoff(split.pull.pulledBlocks, split.gapMs);
+      advisor.sawHandoff(split.pull.pulledBlocks - split.pull.earlyBlocks, split.gapMs, split.pull.pulledBlocks);
       metrics.handoffSeconds(split.gapMs / 1_000);
     }
   }
@@ -572,7 +594,11 @@ export class ChoiceStream implements AttemptOwner {
   #onHandoff(offered: OfferedHandoff): void {
     const split = this.#split;
     const attempt = this.#attempt;
-    if (split?.phase !== "handoff" || attempt === undefined) {
+    if (offered.isDraft && split?.phase === "prefill") {
+      this.#beginEarly(split, offered.bytes.toString("base64"));
+      return;
+    }
+    if (offered.isDraft || split?.phase !== "handoff" || attempt === undefined) {
       this.#end(new DynamoError("engine-failed", "the worker handed blocks over that nobody asked for"));
       return;
     }
@@ -580,6 +606,24 @@ export class ChoiceStream implements AttemptOwner {
     this.#attempt = undefined;
     split.offer(offered, attempt);
     this.dispatch();
+  }
+
+  /** What is computed of the prompt travels while the rest is. Whatever becomes of it shows when the handoff is taken. */
+  #beginEarly(split: SplitStage, handoff: string): void {
+    const { model, planes, requestId, deadlineMs } = this.#run;
+    split.begin(({ address }) =>
+      planes.request.client.open(
+        address,
+        encodeRequest({ ...this.#request, handoff }),
+        {
+          endpoint: model.earlyPullEndpoint,
+          requestId,
+          traceparent: "",
+          timeoutMs: Math.max(1, deadlineMs - planes.clock.monotonicMs()),
+        },
+        { onItem: () => undefined, onTurnEnd: () => undefined, onEnd: () => undefined },
+      ),
+    );
   }
 
   /** The decode worker has the blocks, or computes what is missing. */

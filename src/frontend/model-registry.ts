@@ -2,6 +2,7 @@ import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { Logger } from "../observability/index.ts";
 import { decodeArtifact } from "../model/index.ts";
 import {
+  EARLY_PULL_ENDPOINT,
   GENERATE_ENDPOINT,
   LOAD_TOPIC,
   TOKENIZER_ENDPOINT,
@@ -54,6 +55,8 @@ export interface ServedModel {
   readonly card: ModelCard;
   /** `namespace.component.generate` of its workers. */
   readonly generateEndpoint: string;
+  /** Where its workers fetch blocks of prompts that are still being computed. */
+  readonly earlyPullEndpoint: string;
   readonly preprocessor: Preprocessor;
   /** With a router service: only asked when that one does not answer. */
   readonly router: Router;
@@ -443,6 +446,7 @@ export class ModelRegistry {
       ...this.#routers.createPrefill(model, model.card),
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
     };
+    if (model.remote !== undefined) model.remote.prefill = model.prefill.router;
     return model.prefill;
   }
 
@@ -476,9 +480,11 @@ export class ModelRegistry {
         clock,
         blockSizeTokens: card.blockSizeTokens,
         blockBytes: card.blockBytes,
+        maxBatchedTokens: card.maxBatchedTokens,
       }),
       card,
       generateEndpoint: formatEndpoint({ ...instance, endpoint: GENERATE_ENDPOINT }),
+      earlyPullEndpoint: formatEndpoint({ ...instance, endpoint: EARLY_PULL_ENDPOINT }),
       preprocessor,
       metrics: new ModelMetrics(metrics, card.name),
       progress: new ProgressWatch({ clock, limitMs: this.#stallLimitMs }),

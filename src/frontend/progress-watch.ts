@@ -72,6 +72,11 @@ export class ProgressWatch {
     if (worker !== undefined) worker.steppedMs = this.#clock.monotonicMs() - stillMs;
   }
 
+  /** Of this frontend, on that worker. */
+  streamCountOf(instanceId: string): number {
+    return this.#workers.get(instanceId)?.streams.size ?? 0;
+  }
+
   close(): void {
     this.#timer?.cancel();
     this.#timer = undefined;

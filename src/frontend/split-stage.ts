@@ -1,5 +1,6 @@
 import type { OfferedHandoff, PullResult } from "../protocol/index.ts";
 import type { RoutingDecision, SplitAdvice, SplitChoice, SplitMode } from "../router/index.ts";
+import type { ClientStream } from "../runtime/request-plane/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import type { Attempt } from "./attempt.ts";
 
@@ -37,6 +38,8 @@ export interface SplitView {
       readonly backend: string;
       readonly held_blocks: number;
       readonly pulled_blocks: number;
+      /** Of those, while the prompt was still being computed. */
+      readonly early_blocks: number;
       readonly bytes: number;
       readonly ms: number;
     } | null;
@@ -64,6 +67,8 @@ export class SplitStage {
   #hold: Attempt | undefined = undefined;
   /** Where the answer is to go on: booked from before the prompt is computed. */
   #reserved: RoutingDecision | undefined = undefined;
+  /** The decode worker fetches what is there of the prompt's blocks. */
+  #early: ClientStream | undefined = undefined;
   #timer: TimerHandle | undefined = undefined;
 
   constructor(mode: SplitMode, advice: SplitAdvice) {
@@ -84,6 +89,11 @@ export class SplitStage {
   reserve(decision: RoutingDecision): void {
     this.#reserved = decision;
     this.phase = "prefill";
+  }
+
+  /** `open` asks the decode worker that was kept to fetch blocks while the prompt is still being computed. */
+  begin(open: (decision: RoutingDecision) => ClientStream): void {
+    if (this.#reserved !== undefined) this.#early ??= open(this.#reserved);
   }
 
   /** The reservation is the caller's now; undefined when there is none. */
@@ -118,6 +128,7 @@ export class SplitStage {
   settled(pull: PullResult): void {
     this.pull = pull;
     this.handoff = undefined;
+    this.#hangUpEarly();
     if (pull.outcome !== "pulled") {
       this.fallback = pull.outcome;
       this.close();
@@ -133,7 +144,13 @@ export class SplitStage {
     this.handoff = undefined;
     this.#hold?.hangUp();
     this.#hold = undefined;
+    this.#hangUpEarly();
     this.takeReserved()?.release({ outcome: "not-used" });
+  }
+
+  #hangUpEarly(): void {
+    this.#early?.cancel();
+    this.#early = undefined;
   }
 
   view(): SplitView {
@@ -160,6 +177,7 @@ export class SplitStage {
                       backend: pull.backend,
                       held_blocks: pull.heldBlocks,
                       pulled_blocks: pull.pulledBlocks,
+                      early_blocks: pull.earlyBlocks,
                       bytes: pull.byteCount,
                       ms: Math.round(pull.milliseconds * 100) / 100,
                     },

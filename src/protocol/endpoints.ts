@@ -6,6 +6,8 @@ export const TOKENIZER_ENDPOINT = "tokenizer";
 export const CLEAR_BLOCKS_ENDPOINT = "clear_kv_blocks";
 /** Of workers that prefill for others: a handoff's blocks are claimed and given back here, see handoff.ts. */
 export const HANDOFF_ENDPOINT = "handoff";
+/** Of workers that decode: fetches a prompt's blocks while it is still being computed elsewhere; held open until they are used. */
+export const EARLY_PULL_ENDPOINT = "early_pull";
 /** Turns the worker to another role, for operators and the planner; answers with the role it has then, as JSON. */
 export const ROLE_ENDPOINT = "role";
 

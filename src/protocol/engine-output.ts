@@ -14,8 +14,10 @@ import { MAX_HANDOFF_BYTES, type PullResult } from "./handoff.ts";
  *   PROMPT    u32 count, per prompt token from the second on: one logprob record
  *   FINISH    u8 reason, f32 ms of decode
  *   ERROR     reason, message, diagnostic as texts
- *   HANDOFF   u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills for others
- *   PULL      outcome and back end as texts, u32 blocks held, u32 blocks pulled, f64 bytes, f32 ms, of one that was handed blocks
+ *   HANDOFF   u8 whether a draft, u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills
+ *             for others
+ *   PULL      outcome and back end as texts, u32 blocks held, u32 pulled, u32 of them early, f64 bytes, f32 ms, of one that was
+ *             handed blocks
  *
  *   logprob record: f32 logprob of the token, u8 n, n x (u32 token id, f32 logprob), best first
  *
@@ -181,15 +183,19 @@ export class EngineOutput {
 
 /** A handoff as the frontend sees it. */
 export interface OfferedHandoff {
+  /** The prompt is still being computed; the handoff follows. */
+  readonly isDraft: boolean;
+  /** Of the prompt, with those that were offered as parts of the draft. */
   readonly blockCount: number;
   readonly blockBytes: number;
   readonly bytes: Buffer;
 }
 
 /** An item that only carries a handoff. */
-export function encodeHandoffItem({ blockCount, blockBytes, bytes }: OfferedHandoff): Buffer {
+export function encodeHandoffItem({ isDraft, blockCount, blockBytes, bytes }: OfferedHandoff): Buffer {
   const out = new ByteWriter(bytes.length + 16);
   out.u8(HANDOFF);
+  out.u8(isDraft ? 1 : 0);
   out.u32(blockCount);
   out.u32(blockBytes);
   out.u32(bytes.length);
@@ -205,6 +211,7 @@ export function encodePullItem(pull: PullResult): Buffer {
   out.text(pull.backend);
   out.u32(pull.heldBlocks);
   out.u32(pull.pulledBlocks);
+  out.u32(pull.earlyBlocks);
   out.f64(pull.byteCount);
   out.f32(pull.milliseconds);
   return out.copy();
@@ -280,11 +287,12 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       return;
     }
     case HANDOFF: {
+      const isDraft = reader.u8() === 1;
       const blockCount = reader.u32();
       const blockBytes = reader.u32();
       const byteCount = reader.u32();
       if (byteCount > MAX_HANDOFF_BYTES) throw new Error(`a handoff of ${byteCount} bytes`);
-      target.handoff = { blockCount, blockBytes, bytes: Buffer.from(reader.bytes(byteCount)) };
+      target.handoff = { isDraft, blockCount, blockBytes, bytes: Buffer.from(reader.bytes(byteCount)) };
       return;
     }
     case PULL: {
@@ -292,8 +300,10 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       const backend = reader.text(MAX_TEXT_BYTES);
       const heldBlocks = reader.u32();
       const pulledBlocks = reader.u32();
+      const earlyBlocks = reader.u32();
       const byteCount = reader.f64();
-      target.pull = { outcome, backend, heldBlocks, pulledBlocks, byteCount, milliseconds: reader.f32() };
+      const milliseconds = reader.f32();
+      target.pull = { outcome, backend, heldBlocks, pulledBlocks, earlyBlocks, byteCount, milliseconds };
       return;
     }
     default:

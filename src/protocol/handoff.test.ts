@@ -2,16 +2,26 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
-import { MAX_HANDOFF_BYTES, decodeHandoff, decodeHandoffAsk, encodeHandoff, type Handoff } from "./handoff.ts";
+import {
+  MAX_HANDOFF_BYTES,
+  decodeHandoff,
+  decodeHandoffAsk,
+  decodeHandoffPart,
+  encodeHandoff,
+  encodeHandoffPart,
+  type Handoff,
+} from "./handoff.ts";
 
 const HANDOFF: Handoff = {
   id: "0123456789abcdef",
+  draftId: "fedcba9876543210",
   address: "tcp://127.0.0.1:4000",
   endpoint: "dynamo.backend.handoff",
   fingerprint: "llama/1/feed/beef/16/360448",
   blockBytes: 360_448,
   blockSizeTokens: 16,
   regionId: 65_537,
+  firstBlock: 32,
   runs: Uint32Array.of(0, 3, 7, 2),
   blockCount: 5,
   metadata: Uint8Array.of(1, 2, 3),
@@ -32,6 +42,8 @@ test("handoff: what is encoded is decoded; nothing of it may be missing or too m
 test("handoff: runs that do not add up to its blocks, and an id that is none, are refused", () => {
   assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, blockCount: 6 })), isMalformed);
   assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, id: "../../etc/passwd" })), isMalformed);
+  assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, draftId: "x" })), isMalformed);
+  assert.equal(decodeHandoff(encodeHandoff({ ...HANDOFF, draftId: "" })).draftId, "");
   assert.throws(() => decodeHandoff(encodeHandoff({ ...HANDOFF, blockBytes: 0 })), isMalformed);
 });
 
@@ -54,9 +66,31 @@ test("handoff: any bytes are decoded or refused as malformed", () => {
   );
 });
 
-test("handoff: a question is a claim or a release", () => {
+test("handoff: a part of a draft is what was encoded, or malformed", () => {
+  const part = { id: "0123456789abcdef", firstBlock: 4, blockCount: 3, runs: Uint32Array.of(9, 2, 0, 1) };
+  const bytes = encodeHandoffPart(part);
+  assert.deepEqual(decodeHandoffPart(bytes), part);
+  for (let length = 0; length < bytes.length; length++) {
+    assert.throws(() => decodeHandoffPart(bytes.subarray(0, length)), isMalformed, `cut at ${length}`);
+  }
+  const wrong = [
+    { id: "x" },
+    { firstBlock: -1 },
+    { blockCount: 4 },
+    { runs: [9] },
+    { runs: [9, "2", 0, 1] },
+    { runs: 3 },
+  ];
+  for (const change of [...wrong, { runs: [2 ** 32, 3] }]) {
+    const text = JSON.stringify({ ...part, runs: [...part.runs], ...change });
+    assert.throws(() => decodeHandoffPart(Buffer.from(text)), isMalformed, text);
+  }
+});
+
+test("handoff: a question is a claim, a release or a watch", () => {
   assert.deepEqual(decodeHandoffAsk(Buffer.from('{"claim":"a"}')), { claim: "a" });
   assert.deepEqual(decodeHandoffAsk(Buffer.from('{"release":"a"}')), { release: "a" });
+  assert.deepEqual(decodeHandoffAsk(Buffer.from('{"watch":"a"}')), { watch: "a" });
   for (const text of ["", "null", "{}", '{"claim":1}', "[]"]) {
     assert.throws(() => decodeHandoffAsk(Buffer.from(text)), isMalformed, text);
   }

@@ -1,5 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
-import type { DecisionExplanation } from "../router/index.ts";
+import type { DecisionExplanation, PoolOutlook } from "../router/index.ts";
 import { readFields, type Fields } from "./route-query.ts";
 
 /**
@@ -13,6 +13,7 @@ import { readFields, type Fields } from "./route-query.ts";
  * | `prefill_done` | booking, cached tokens | `known` |
  * | `add_output` | booking, tokens | `known` |
  * | `free` | booking, outcome | `known` |
+ * | `outlook` | route query | how either pool would take it; nothing is booked |
  * | `preview` | route query | explanation; nothing is booked |
  * | `explain` | request id | explanations |
  * | `state` | - | models, workers, load |
@@ -22,6 +23,7 @@ export const ROUTE_ENDPOINT = "route";
 export const PREFILL_DONE_ENDPOINT = "prefill_done";
 export const ADD_OUTPUT_ENDPOINT = "add_output";
 export const FREE_ENDPOINT = "free";
+export const OUTLOOK_ENDPOINT = "outlook";
 export const PREVIEW_ENDPOINT = "preview";
 export const EXPLAIN_ENDPOINT = "explain";
 export const STATE_ENDPOINT = "state";
@@ -42,6 +44,12 @@ export interface DecisionMessage {
   readonly outputStepTokens: number;
   /** When the query asked for it. */
   readonly explanation?: DecisionExplanation;
+}
+
+/** How each pool would take a request; null = it has nobody who could. */
+export interface Outlooks {
+  readonly decode: PoolOutlook | null;
+  readonly prefill: PoolOutlook | null;
 }
 
 export type RouteAnswer = { readonly type: "queued" } | DecisionMessage;
@@ -88,6 +96,28 @@ export function decodeRouteAnswer(bytes: Uint8Array): RouteAnswer {
       ...(fields.optionalFields("explanation") === undefined ? {} : { explanation: explanation! }),
     };
   });
+}
+
+/** Throws `malformed-frame`. */
+export function decodeOutlooks(bytes: Uint8Array): Outlooks {
+  return decode(bytes, MAX_UPDATE_BYTES, (fields, value) => {
+    const { decode: decodePool, prefill } = value as Record<string, unknown>;
+    return {
+      decode: decodePool === null ? null : outlook(fields.optionalFields("decode")),
+      prefill: prefill === null ? null : outlook(fields.optionalFields("prefill")),
+    };
+  });
+}
+
+function outlook(fields: Fields | undefined): PoolOutlook {
+  if (fields === undefined) throw new Error("an outlook is missing");
+  return {
+    cachedTokens: fields.integer("cachedTokens", 0, MAX_COUNT),
+    queuedTokens: fields.number("queuedTokens"),
+    activeRequests: fields.integer("activeRequests", 0, MAX_COUNT),
+    rankCount: fields.integer("rankCount", 1, MAX_COUNT),
+    hasRoom: fields.optionalBoolean("hasRoom") ?? true,
+  };
 }
 
 /** Throws `malformed-frame`. */

@@ -1,14 +1,23 @@
 import { DynamoError, toDynamoError, type Reason } from "../errors/index.ts";
-import type { DecisionExplanation, RouteRequest, Router, RoutingDecision, WaitingRoute } from "../router/index.ts";
+import type {
+  DecisionExplanation,
+  PoolOutlook,
+  RouteRequest,
+  Router,
+  RoutingDecision,
+  WaitingRoute,
+} from "../router/index.ts";
 import type { Instance } from "../runtime/component/index.ts";
 import type { ClientStream, ClientStreamHandler, StreamEnd } from "../runtime/request-plane/index.ts";
 import type { TimerHandle } from "../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../tokens/index.ts";
 import {
   EXPLAIN_ENDPOINT,
+  OUTLOOK_ENDPOINT,
   PREVIEW_ENDPOINT,
   ROUTE_ENDPOINT,
   decodeExplanations,
+  decodeOutlooks,
   decodeRouteAnswer,
   encodeJson,
   type RouteAnswer,
@@ -48,6 +57,8 @@ export class RemoteRouter {
   readonly link: RouterServiceClient;
   readonly model: string;
   readonly #local: Router;
+  /** The frontend's own router of the workers that prefill for others, set when there are some. */
+  prefill: Router | undefined = undefined;
   readonly #blockSizeTokens: number;
   readonly #decided = new Map<string, RemoteDecision[]>();
 
@@ -62,6 +73,36 @@ export class RemoteRouter {
   routeWhenReady(request: RouteRequest): RoutingDecision | WaitingRoute {
     if (this.link.pick(new Set()) === undefined) return this.fallBack(request, this.#absence());
     return new RemoteRoute(this, request);
+  }
+
+  /**
+   * How the decode and the prefill pool would take the request; undefined when one of them has nobody for it. Without an
+   * answer of a service, as this frontend knows it: `isOwn`.
+   */
+  async outlooks(
+    request: RouteRequest,
+  ): Promise<{ decode: PoolOutlook; prefill: PoolOutlook; isOwn: boolean } | undefined> {
+    const instance = this.link.pick(new Set());
+    try {
+      if (instance !== undefined) {
+        const payload = encodeRouteQuery(this.query(request));
+        const { address } = instance;
+        const { answerTimeoutMs } = this.link;
+        const { decode, prefill } = decodeOutlooks(
+          await this.link.ask(address, OUTLOOK_ENDPOINT, payload, answerTimeoutMs),
+        );
+        return decode === null || prefill === null ? undefined : { decode, prefill, isOwn: false };
+      }
+    } catch (thrown) {
+      // The route that follows asks the next one.
+      if (!BEHIND.has(toDynamoError(thrown).reason)) this.link.avoid(instance!.instanceId);
+    }
+    try {
+      const prefill = this.prefill?.outlook(request);
+      return prefill === undefined ? undefined : { decode: this.#local.outlook(request), prefill, isOwn: true };
+    } catch {
+      return undefined;
+    }
   }
 
   /** Where the request would go now; nothing is booked. */
@@ -81,7 +122,7 @@ export class RemoteRouter {
       if (ANSWERS.has(error.reason)) throw error;
       reason = error.reason;
     }
-    return this.#local.preview({ ...request, degradation: degradation(reason) });
+    return this.#localFor(request).preview({ ...request, degradation: degradation(reason) });
   }
 
   /** What is known here of the decisions for a request: those that came with their explanation, and the fallbacks. */
@@ -120,7 +161,11 @@ export class RemoteRouter {
   /** The frontend's own choice, marked and counted. Throws as the router does. */
   fallBack(request: RouteRequest, reason: string): RoutingDecision {
     this.link.fellBack(this.model, reason);
-    return this.#local.route({ ...request, degradation: degradation(reason) });
+    return this.#localFor(request).route({ ...request, degradation: degradation(reason) });
+  }
+
+  #localFor({ pool }: RouteRequest): Router {
+    return pool === "prefill" && this.prefill !== undefined ? this.prefill : this.#local;
   }
 
   keep(requestId: string, decision: RemoteDecision): void {

@@ -3,7 +3,7 @@ import { test } from "node:test";
 import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
 import { blockHashSeed, hashBlocks } from "../tokens/index.ts";
-import { decodeBookingUpdate, decodeRequestId, decodeRouteAnswer, encodeJson } from "./messages.ts";
+import { decodeBookingUpdate, decodeOutlooks, decodeRequestId, decodeRouteAnswer, encodeJson } from "./messages.ts";
 import { decodeRouteQuery, encodeRouteQuery, type RouteQuery } from "./route-query.ts";
 
 function isMalformed(error: unknown): boolean {
@@ -32,6 +32,9 @@ const options = fc.record(
       { requiredKeys: [], noNullPrototype: true },
     ),
     explain: fc.boolean(),
+    needsRoom: fc.boolean(),
+    stage: fc.constantFrom("aggregated" as const, "prefill" as const, "decode" as const),
+    pool: fc.constant("prefill" as const),
   },
   { requiredKeys: [], noNullPrototype: true },
 );
@@ -44,6 +47,22 @@ test("route query: what is asked with token ids arrives as it was", () => {
       assert.deepEqual(decoded, { ...query, request: { ...given, tokenIds, promptTokenCount: tokenIds.length } });
     }),
   );
+});
+
+test("route query: outlooks arrive as they were, and what is none is malformed", () => {
+  const decode = { cachedTokens: 32, queuedTokens: 1_000, activeRequests: 3, rankCount: 2, hasRoom: false };
+  const both = { decode, prefill: null };
+  assert.deepEqual(decodeOutlooks(encodeJson(both)), both);
+  const without = { decode: null, prefill: { ...decode, hasRoom: undefined } };
+  assert.equal(decodeOutlooks(encodeJson(without)).prefill!.hasRoom, true);
+  for (const wrong of [
+    {},
+    { decode },
+    { decode, prefill: 3 },
+    { decode: { ...decode, rankCount: 0 }, prefill: null },
+  ]) {
+    assert.throws(() => decodeOutlooks(encodeJson(wrong)), isMalformed, JSON.stringify(wrong));
+  }
 });
 
 test("route query: hashes arrive with the prompt's length and without its tokens", () => {

@@ -1,5 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
-import type { RouteOverrides, RouteRequest } from "../router/index.ts";
+import type { RouteOverrides, RouteRequest, RouteStage } from "../router/index.ts";
 import { ByteReader, ByteWriter } from "../std/index.ts";
 
 /**
@@ -71,6 +71,8 @@ interface PromptPart {
 }
 
 const EMPTY = new Uint32Array(0);
+const POOLS: readonly "prefill"[] = ["prefill"];
+const STAGES: readonly RouteStage[] = ["aggregated", "prefill", "decode"];
 
 function readRequest(meta: Fields, { prompt, numbers, blockSizeTokens, promptTokenCount }: PromptPart): RouteRequest {
   const request: RouteRequest = {
@@ -88,6 +90,9 @@ function readRequest(meta: Fields, { prompt, numbers, blockSizeTokens, promptTok
     ...optional("overrides", readOverrides(meta)),
     ...optional("explain", meta.optionalBoolean("explain")),
     ...optional("resumedTokens", meta.optionalNumber("resumedTokens")),
+    ...optional("needsRoom", meta.optionalBoolean("needsRoom")),
+    ...optional("stage", meta.optionalChoice("stage", STAGES)),
+    ...optional("pool", meta.optionalChoice("pool", POOLS)),
     promptTokenCount,
     tokenIds: prompt === "tokens" ? numbers : EMPTY,
   };
@@ -176,6 +181,10 @@ export class Fields {
     const found = choices.find((choice) => choice === this.#values[name]);
     if (found === undefined) throw wrong(name, choices.join(" or "));
     return found;
+  }
+
+  optionalChoice<Choice extends string>(name: string, choices: readonly Choice[]): Choice | undefined {
+    return this.#values[name] === undefined ? undefined : this.choice(name, choices);
   }
 
   optionalNumber(name: string): number | undefined {

@@ -3,7 +3,9 @@ import type { CounterChild, GaugeChild, Metrics } from "../observability/index.t
 import {
   isWorkerFault,
   type DecisionExplanation,
+  type PoolOutlook,
   type RequestEnd,
+  type Router,
   type RoutingDecision,
   type WaitingRoute,
 } from "../router/index.ts";
@@ -13,6 +15,7 @@ import {
   EXPLAIN_ENDPOINT,
   FREE_ENDPOINT,
   MAX_ANSWER_BYTES,
+  OUTLOOK_ENDPOINT,
   PREFILL_DONE_ENDPOINT,
   PREVIEW_ENDPOINT,
   ROUTE_ENDPOINT,
@@ -22,6 +25,7 @@ import {
   encodeJson,
   type BookingUpdate,
   type DecisionMessage,
+  type Outlooks,
 } from "./messages.ts";
 import { decodeRouteQuery, type RouteQuery } from "./route-query.ts";
 import type { RoutedModel, RoutedModels } from "./routed-models.ts";
@@ -73,6 +77,7 @@ export class RouteService {
       { name: PREFILL_DONE_ENDPOINT, handler: this.#update((held, { cachedTokens }) => held.firstToken(cachedTokens)) },
       { name: ADD_OUTPUT_ENDPOINT, handler: this.#update((held, { tokens }) => held.addTokens(tokens)) },
       { name: FREE_ENDPOINT, handler: this.#update((held, { outcome, tokens }) => held.free(outcome, tokens)) },
+      { name: OUTLOOK_ENDPOINT, handler: unary((payload) => this.#outlook(payload)) },
       { name: PREVIEW_ENDPOINT, handler: unary((payload) => this.#preview(payload)) },
       { name: EXPLAIN_ENDPOINT, handler: unary((payload) => ({ decisions: this.#explain(decodeRequestId(payload)) })) },
       { name: STATE_ENDPOINT, handler: unary(() => this.state()) },
@@ -121,10 +126,11 @@ export class RouteService {
     }
     const query = decodeRouteQuery(payload);
     const model = this.#model(query);
-    const routed = model.router.routeWhenReady({ ...query.request, deadlineMs: stream.deadlineMs });
+    const router = poolOf(model, query);
+    const routed = router.routeWhenReady({ ...query.request, deadlineMs: stream.deadlineMs });
     const booking = `${this.#options.instanceId}-${(this.#count++).toString(36)}`;
     const explainedId = query.request.explain === true ? query.request.requestId : undefined;
-    const held = new HeldRoute(this, { booking, stream, model, explainedId });
+    const held = new HeldRoute(this, { booking, stream, model, router, explainedId });
     this.#held.set(booking, held);
     this.#gauge.set(this.#held.size);
     if ("instanceId" in routed) held.place(routed);
@@ -163,7 +169,21 @@ export class RouteService {
 
   #preview(payload: Uint8Array): Record<string, unknown> {
     const query = decodeRouteQuery(payload);
-    return { decisions: [withinBytes(this.#model(query).router.preview(query.request))] };
+    return { decisions: [withinBytes(poolOf(this.#model(query), query).preview(query.request))] };
+  }
+
+  #outlook(payload: Uint8Array): Outlooks {
+    const query = decodeRouteQuery(payload);
+    const { router, prefill } = this.#model(query);
+    const of = (pool: Router | undefined): PoolOutlook | null => {
+      try {
+        return pool?.outlook(query.request) ?? null;
+      } catch {
+        // Nobody there could take it.
+        return null;
+      }
+    };
+    return { decode: of(router), prefill: of(prefill?.router) };
   }
 
   /** The newest that fit into one answer, oldest first. */
@@ -189,7 +209,16 @@ interface HeldRouteDetails {
   readonly booking: string;
   readonly stream: ServerStream;
   readonly model: RoutedModel;
+  /** Of the model, or of its prefill workers. */
+  readonly router: Router;
   readonly explainedId: string | undefined;
+}
+
+/** Throws `no-workers` when there are no prefill workers to choose from. */
+function poolOf({ name, router, prefill }: RoutedModel, { request }: RouteQuery): Router {
+  if (request.pool !== "prefill") return router;
+  if (prefill !== undefined) return prefill.router;
+  throw new DynamoError("no-workers", `the router knows no worker that prefills for others of ${name}`);
 }
 
 /** One request on its way through the router: waiting, then booked, then gone. */
@@ -198,16 +227,18 @@ class HeldRoute implements ServerStreamHandler {
   readonly model: RoutedModel;
   /** The request id, when its frontend wants the explanation along with the decision. */
   readonly explainedId: string | undefined;
+  readonly #router: Router;
   readonly #service: RouteService;
   readonly #stream: ServerStream;
   #waiting: WaitingRoute | undefined;
   #decision: RoutingDecision | undefined;
   #isGone = false;
 
-  constructor(service: RouteService, { booking, stream, model, explainedId }: HeldRouteDetails) {
+  constructor(service: RouteService, { booking, stream, model, router, explainedId }: HeldRouteDetails) {
     this.#service = service;
     this.booking = booking;
     this.model = model;
+    this.#router = router;
     this.explainedId = explainedId;
     this.#stream = stream;
   }
@@ -248,7 +279,7 @@ class HeldRoute implements ServerStreamHandler {
   free(outcome: string, tokens: number): void {
     const decision = this.#decision;
     if (decision === undefined) return;
-    if (isWorkerFault(outcome)) this.model.router.inhibit(decision.instanceId);
+    if (isWorkerFault(outcome)) this.#router.inhibit(decision.instanceId);
     decision.addTokens(tokens);
     this.#release({ outcome });
     this.#leave(false);
@@ -273,26 +304,32 @@ class HeldRoute implements ServerStreamHandler {
   }
 }
 
-function modelState({ name, card, router }: RoutedModel): Record<string, unknown> {
+function modelState({ name, card, router, prefill }: RoutedModel): Record<string, unknown> {
   return {
     model: name,
     block_size: card.blockSizeTokens,
-    workers: router.workers.map((worker) => ({
-      instance_id: worker.instanceId,
-      address: worker.address,
-      ranks: worker.ranks.map((rank) => ({
-        dp_rank: rank.dpRank,
-        active_requests: rank.activeRequests,
-        prefill_tokens: rank.prefillTokens,
-        decode_blocks: rank.decodeBlocks,
-      })),
-      reported: {
-        running_requests: worker.reportedLoad.runningRequests,
-        waiting_requests: worker.reportedLoad.waitingRequests,
-        active_blocks: worker.reportedLoad.activeBlocks,
-        pending_prefill_tokens: worker.reportedLoad.pendingPrefillTokens,
-      },
+    workers: router.workers.map(workerState),
+    prefill_workers: prefill?.router.workers.map(workerState) ?? [],
+  };
+}
+
+function workerState(worker: Router["workers"][number]): Record<string, unknown> {
+  const { reportedLoad } = worker;
+  return {
+    instance_id: worker.instanceId,
+    address: worker.address,
+    ranks: worker.ranks.map((rank) => ({
+      dp_rank: rank.dpRank,
+      active_requests: rank.activeRequests,
+      prefill_tokens: rank.prefillTokens,
+      decode_blocks: rank.decodeBlocks,
     })),
+    reported: {
+      running_requests: reportedLoad.runningRequests,
+      waiting_requests: reportedLoad.waitingRequests,
+      active_blocks: reportedLoad.activeBlocks,
+      pending_prefill_tokens: reportedLoad.pendingPrefillTokens,
+    },
   };
 }
 

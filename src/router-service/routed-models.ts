@@ -11,6 +11,8 @@ import { watchCards, watchInstances, type Instance, type Planes } from "../runti
  */
 export interface RoutedModel extends ModelRouter {
   readonly card: ModelCard;
+  /** Of the workers that prefill for the others; undefined until the first of them joined. */
+  prefill: ModelRouter | undefined;
 }
 
 /** Names come from workers, which are trusted, but a bound costs nothing: one without workers goes first. */
@@ -21,6 +23,8 @@ interface WorkerRecord {
   card?: ModelCard;
   /** The model whose router has this worker. */
   joined?: RoutedModel;
+  /** Its own, or its prefill pool. */
+  router?: ModelRouter;
 }
 
 interface Closing {
@@ -78,7 +82,10 @@ export class RoutedModels {
   }
 
   async close(): Promise<void> {
-    for (const { router } of this.#models.values()) router.close(leaving());
+    for (const { router, prefill } of this.#models.values()) {
+      router.close(leaving());
+      prefill?.router.close(leaving());
+    }
     await Promise.all([...this.#watches.splice(0).map((watch) => watch.close()), this.#routers.close()]);
   }
 
@@ -92,7 +99,7 @@ export class RoutedModels {
     const record = this.#record(instance.instanceId);
     record.instance = instance;
     if (record.joined === undefined) this.#join(instance.instanceId, record);
-    else this.#routers.join(record.joined, instance, record.joined.card);
+    else this.#routers.join(record.router!, instance, record.card ?? record.joined.card);
   }
 
   #onCard(instanceId: string, card: unknown): void {
@@ -101,6 +108,8 @@ export class RoutedModels {
       return;
     }
     const record = this.#record(instanceId);
+    // It changed its role, and between two looks at discovery it was gone and back.
+    if (record.card !== undefined && record.card.role !== card.role) this.#leave(instanceId, record);
     record.card = card;
     if (record.joined === undefined) this.#join(instanceId, record);
   }
@@ -109,30 +118,36 @@ export class RoutedModels {
     const record = this.#workers.get(instanceId);
     if (record === undefined) return;
     delete record[part];
-    if (record.joined !== undefined) {
-      this.#routers.leave(record.joined, instanceId);
-      this.#logger.info({ instance: instanceId, model: record.joined.name }, "worker left");
-      delete record.joined;
-    }
+    this.#leave(instanceId, record);
     if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
+  }
+
+  #leave(instanceId: string, record: WorkerRecord): void {
+    if (record.router === undefined) return;
+    this.#routers.leave(record.router, instanceId);
+    this.#logger.info({ instance: instanceId, model: record.router.name }, "worker left");
+    delete record.joined;
+    delete record.router;
   }
 
   #onLoad(payload: Uint8Array): void {
     const report = parseLoadReport(payload);
     if (report === undefined) return;
-    this.#workers.get(report.instanceId)?.joined?.router.updateLoad(report.instanceId, report.load);
+    this.#workers.get(report.instanceId)?.router?.router.updateLoad(report.instanceId, report.load);
   }
 
   #join(instanceId: string, record: WorkerRecord): void {
     const { instance, card } = record;
-    // Frontends choose among the workers that prefill for others by themselves.
-    if (instance === undefined || card === undefined || card.role === "prefill") return;
+    if (instance === undefined || card === undefined) return;
     const model = this.#modelOf(instanceId, card);
     if (model === undefined) return;
-    this.#routers.join(model, instance, card);
+    if (card.role === "prefill") model.prefill ??= this.#routers.createPrefill(model, model.card);
+    const router = card.role === "prefill" ? model.prefill! : model;
+    this.#routers.join(router, instance, card);
     record.joined = model;
-    const workers = model.router.workers.length;
-    this.#logger.info({ instance: instanceId, model: model.name, workers }, "worker joined");
+    record.router = router;
+    const workers = router.router.workers.length;
+    this.#logger.info({ instance: instanceId, model: router.name, workers }, "worker joined");
   }
 
   /** The model that the card names; undefined, and a log line, when the worker cannot be part of it. */
@@ -140,13 +155,13 @@ export class RoutedModels {
     const known = this.#models.get(card.name);
     const conflict = known === undefined ? undefined : cardConflict(known.card, card);
     if (known !== undefined && conflict === undefined) return known;
-    if (known !== undefined && known.router.workers.length > 0) {
+    if (known !== undefined && workerCount(known) > 0) {
       this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${conflict}`);
       return undefined;
     }
     // The last worker of the old kind is gone: the model starts over with the new card.
     if (known !== undefined) this.#forget(known);
-    const idle = this.all().find(({ router }) => router.workers.length === 0);
+    const idle = this.all().find((one) => workerCount(one) === 0);
     if (this.#models.size >= MAX_MODELS) {
       if (idle === undefined) {
         this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${MAX_MODELS} models already`);
@@ -154,7 +169,7 @@ export class RoutedModels {
       }
       this.#forget(idle);
     }
-    const model: RoutedModel = { ...this.#routers.create(card), card };
+    const model: RoutedModel = { ...this.#routers.create(card), card, prefill: undefined };
     this.#models.set(card.name, model);
     return model;
   }
@@ -163,7 +178,12 @@ export class RoutedModels {
     this.#models.delete(model.name);
     this.#routers.forget(model.name);
     model.router.close(leaving());
+    model.prefill?.router.close(leaving());
   }
+}
+
+function workerCount({ router, prefill }: RoutedModel): number {
+  return router.workers.length + (prefill?.router.workers.length ?? 0);
 }
 
 function leaving(): DynamoError {

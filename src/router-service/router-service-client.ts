@@ -97,20 +97,23 @@ export class RouterServiceClient {
 
   /** Asks and forgets: whatever becomes of it, the end of the booking's stream puts it right. */
   tell(address: string, endpoint: string, payload: Uint8Array): void {
-    this.#open(address, endpoint, payload, { onBytes: () => undefined, onEnd: () => undefined });
+    const nothing = (): void => undefined;
+    this.#open(address, endpoint, payload, { timeoutMs: ASK_TIMEOUT_MS, onBytes: nothing, onEnd: nothing });
   }
 
   /** One question, one answer. Rejects with what the service says, or with what became of the connection. */
-  ask(address: string, endpoint: string, payload: Uint8Array): Promise<Buffer> {
+  ask(address: string, endpoint: string, payload: Uint8Array, timeoutMs = ASK_TIMEOUT_MS): Promise<Buffer> {
     const { promise, resolve, reject } = Promise.withResolvers<Buffer>();
     let answer = Buffer.alloc(0);
+    const onEnd = (error: DynamoError | undefined): void => (error === undefined ? resolve(answer) : reject(error));
     const stream = this.#open(address, endpoint, payload, {
+      timeoutMs,
       onBytes: (bytes) => {
         if (answer.length + bytes.length > MAX_ANSWER_BYTES) {
           stream.cancel(new DynamoError("malformed-frame", "the router service's answer is too long"));
         } else answer = Buffer.concat([answer, bytes]);
       },
-      onEnd: (error) => (error === undefined ? resolve(answer) : reject(error)),
+      onEnd,
     });
     return promise;
   }
@@ -123,7 +126,15 @@ export class RouterServiceClient {
     address: string,
     endpoint: string,
     payload: Uint8Array,
-    { onBytes, onEnd }: { onBytes: (bytes: Uint8Array) => void; onEnd: (error: DynamoError | undefined) => void },
+    {
+      timeoutMs,
+      onBytes,
+      onEnd,
+    }: {
+      timeoutMs: number;
+      onBytes: (bytes: Uint8Array) => void;
+      onEnd: (error: DynamoError | undefined) => void;
+    },
   ): { cancel(error: DynamoError): void } {
     return this.planes.request.client.open(
       address,
@@ -132,7 +143,7 @@ export class RouterServiceClient {
         endpoint: this.endpoint(endpoint),
         requestId: endpoint,
         traceparent: "",
-        timeoutMs: ASK_TIMEOUT_MS,
+        timeoutMs,
         autoCredit: true,
       },
       { onItem: (bytes, start, end) => onBytes(bytes.subarray(start, end)), onTurnEnd: () => undefined, onEnd },

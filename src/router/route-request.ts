@@ -51,6 +51,8 @@ export interface RouteRequest {
    * is larger than any worker is told so by the worker. @default false
    */
   readonly needsRoom?: boolean;
+  /** Of the workers that prefill for others: for a router in another process, which has them and the others. @default the others */
+  readonly pool?: "prefill";
   /** What the worker is to do of the request, for the explanation. @default "aggregated" */
   readonly stage?: RouteStage;
   /** Set by the router. */

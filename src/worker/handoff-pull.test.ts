@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { silentLogger } from "../observability/index.ts";
 import { MockerEngine, mockerConfig } from "../engines/mocker/index.ts";
 import { encodeHandoff, GREEDY, type PreprocessedRequest } from "../protocol/index.ts";
 import { MemoryNetwork as PlaneNetwork, MemoryRequestPlane } from "../runtime/request-plane/index.ts";
@@ -57,11 +58,14 @@ async function withPeer(
       fingerprint: () => "same",
       timeoutMs: 400,
       landingBytes: 1024 * 1024,
+      logger: silentLogger,
     });
     const [region] = agent.addPeer(peer.metadata).metadata.regions.values();
     const request = (overrides: object = {}): PreprocessedRequest => {
       const handoff = encodeHandoff({
         id: "0123456789abcdef",
+        draftId: "",
+        firstBlock: 0,
         address: server.address,
         endpoint: "handoff",
         fingerprint: "same",

@@ -9,6 +9,9 @@ import { SlotTable } from "./slot-table.ts";
  *     offered ──claim──► claimed ──release (the read is complete, or given up)──► free
  *        │ cancelled, or the lease is over: free      └── the claim's time is over: free
  *
+ * Blocks of a prompt that is still being computed are kept as parts, without a lease: whoever drafts them ends them. Parts
+ * can be claimed as they are; those that nobody has claimed become one handoff in the end (`join`).
+ *
  * A handoff is claimed once. From then on its slots stay as they are for `claimMs` whatever happens to its owner, so a
  * reader that began before that has read what was offered; one that comes back later finds its time over and throws away
  * what it read. Nothing leaks: each handoff has a timer from its first moment. Owned by the worker's loop.
@@ -36,9 +39,10 @@ export interface HeldBlocks {
 }
 
 interface Held extends HeldBlocks {
-  timer: TimerHandle;
+  /** undefined: a part that nobody has claimed. */
+  timer: TimerHandle | undefined;
   isClaimed: boolean;
-  readonly onFree: () => void;
+  readonly onFree: (outcome: HandoffOutcome, wasClaimed: boolean) => void;
 }
 
 export class HandoffStore {
@@ -49,6 +53,10 @@ export class HandoffStore {
   constructor(options: HandoffStoreOptions) {
     this.#options = options;
     this.#slots = new SlotTable(Math.floor(options.bytes.length / options.blockBytes));
+  }
+
+  get blockBytes(): number {
+    return this.#options.blockBytes;
   }
 
   get claimMs(): number {
@@ -73,13 +81,58 @@ export class HandoffStore {
    * gone. Throws `transfer-full` when not even one fits.
    */
   offer(data: Uint8Array, onFree: () => void): HeldBlocks {
-    const { bytes, blockBytes, clock, random, leaseMs } = this.#options;
-    const blockCount = Math.min(data.length / blockBytes, this.#slots.freeCount);
-    if (blockCount < 1) {
-      throw new DynamoError("transfer-full", "the memory for handed-off blocks is full", {
-        diagnostic: `${this.#held.size} handoffs hold ${this.#slots.takenCount} blocks`,
-      });
+    return this.#keep(this.#copy(data), onFree);
+  }
+
+  full(): DynamoError {
+    return new DynamoError("transfer-full", "the memory for handed-off blocks is full", {
+      diagnostic: `${this.#held.size} handoffs hold ${this.#slots.takenCount} blocks`,
+    });
+  }
+
+  /** The same as a part: without a lease until it is claimed or joined. */
+  offerPart(data: Uint8Array, onFree: Held["onFree"]): HeldBlocks {
+    const runs = this.#copy(data);
+    const held = { id: randomHexId(this.#options.random), runs, blockCount: blocksIn(runs) };
+    this.#held.set(held.id, { ...held, timer: undefined, isClaimed: false, onFree });
+    return held;
+  }
+
+  /** Whether it can be claimed. */
+  isOffered(id: string): boolean {
+    return this.#held.get(id)?.isClaimed === false;
+  }
+
+  /**
+   * Parts that are offered, one behind the other, and as many leading blocks of `data` behind them as there is room for, as
+   * one handoff. There must be a part, or room for a block: else it throws `transfer-full`.
+   */
+  join(parts: readonly string[], data: Uint8Array, onFree: () => void): HeldBlocks {
+    const copied = data.length > 0 && (parts.length === 0 || this.freeBlocks > 0) ? this.#copy(data) : NO_RUNS;
+    const runs: Uint32Array[] = [];
+    for (const id of parts) {
+      const part = this.#held.get(id);
+      assert(part?.isClaimed === false && part.timer === undefined, "what is joined is a part that is offered");
+      this.#held.delete(id);
+      runs.push(part.runs);
     }
+    return this.#keep(joined([...runs, copied]), onFree);
+  }
+
+  #keep(runs: Uint32Array, onFree: () => void): HeldBlocks {
+    const { clock, random, leaseMs } = this.#options;
+    const id = randomHexId(random);
+    const held = { id, runs, blockCount: blocksIn(runs) };
+    const timer = clock.setTimer(leaseMs, () => this.#end(id, "expired"));
+    this.#held.set(id, { ...held, timer, isClaimed: false, onFree });
+    return held;
+  }
+
+  /** Into slots, which it returns. */
+  #copy(data: Uint8Array): Uint32Array {
+    const { bytes, blockBytes } = this.#options;
+    const blockCount = Math.min(data.length / blockBytes, this.#slots.freeCount);
+    if (blockCount < 1) throw this.full();
     const runs = this.#slots.take(blockCount);
     let from = 0;
     for (let i = 0; i < runs.length; i += 2) {
@@ -87,10 +140,7 @@ export class HandoffStore {
       bytes.set(data.subarray(from, from + runBytes), runs[i]! * blockBytes);
       from += runBytes;
     }
-    const id = randomHexId(random);
-    const timer = clock.setTimer(leaseMs, () => this.#end(id, "expired"));
-    this.#held.set(id, { id, runs, blockCount, timer, isClaimed: false, onFree });
-    return { id, runs, blockCount };
+    return runs;
   }
 
   /** The blocks stay for `claimMs` from now on. Throws `handoff-gone` when they are not offered (any more). */
@@ -105,13 +155,18 @@ export class HandoffStore {
       );
     }
     held.isClaimed = true;
-    held.timer.cancel();
+    held.timer?.cancel();
     held.timer = this.#options.clock.setTimer(this.#options.claimMs, () => this.#end(id, "expired"));
   }
 
-  /** The reader has what it wanted, or nobody wants them. Unknown ids are ignored: their time was over. */
+  /** The reader has what it wanted. Unknown ids are ignored, as below: their time was over. */
   release(id: string): void {
     this.#end(id, this.#held.get(id)?.isClaimed === true ? "fetched" : "released");
+  }
+
+  /** The reader does not want them, or could not read them. */
+  giveUp(id: string): void {
+    this.#end(id, "released");
   }
 
   /** Whoever asked for them is gone: they go, unless somebody is reading them. */
@@ -128,9 +183,30 @@ export class HandoffStore {
     const held = this.#held.get(id);
     if (held === undefined) return;
     this.#held.delete(id);
-    held.timer.cancel();
+    held.timer?.cancel();
     this.#slots.free(held.runs);
     this.#options.onEnd?.(outcome);
-    held.onFree();
+    held.onFree(outcome, held.isClaimed);
   }
+}
+
+const NO_RUNS = new Uint32Array(0);
+
+function blocksIn(runs: Uint32Array): number {
+  let count = 0;
+  for (let i = 1; i < runs.length; i += 2) count += runs[i]!;
+  return count;
+}
+
+/** One behind the other; runs that meet become one. */
+function joined(rows: readonly Uint32Array[]): Uint32Array {
+  const runs: number[] = [];
+  for (const row of rows) {
+    for (let i = 0; i < row.length; i += 2) {
+      const last = runs.length - 2;
+      if (last >= 0 && runs[last]! + runs[last + 1]! === row[i]) runs[last + 1]! += row[i + 1]!;
+      else runs.push(row[i]!, row[i + 1]!);
+    }
+  }
+  return Uint32Array.from(runs);
 }

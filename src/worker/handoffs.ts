@@ -3,16 +3,19 @@ import { DynamoError, toDynamoError } from "../errors/index.ts";
 import type { Logger, Metrics } from "../observability/index.ts";
 import {
   decodeHandoffAsk,
+  decodeRequest,
   encodeHandoff,
+  encodeHandoffItem,
+  type Handoff,
   promptLengthOf,
-  type OfferedHandoff,
   type PreprocessedRequest,
   type PullResult,
 } from "../protocol/index.ts";
 import type { EndpointHandler, RequestPlaneClient, ServerStream } from "../runtime/request-plane/index.ts";
-import type { Clock, Random } from "../std/index.ts";
+import { randomHexId, type Clock, type Random } from "../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../tokens/index.ts";
 import { TransferAgent, type Region, type TransferAgentOptions } from "../transfer/index.ts";
+import { HandoffDraft } from "./handoff-draft.ts";
 import { HandoffPuller } from "./handoff-pull.ts";
 import { HandoffStore } from "./handoff-store.ts";
 
@@ -66,6 +69,8 @@ export class WorkerHandoffs {
   /** Made for the first role that offers. */
   #store: HandoffStore | undefined;
   #region: Region | undefined;
+  /** By id. */
+  readonly #drafts = new Map<string, HandoffDraft>();
 
   /** Throws what opening the agent's back ends throws. */
   static async start(options: WorkerHandoffsOptions): Promise<WorkerHandoffs> {
@@ -129,39 +134,55 @@ export class WorkerHandoffs {
   }
 
   /**
-   * The prompt's complete blocks, copied out of the engine's cache and leased; `stream` is the one that asked, and ends
-   * when they are gone. Throws `transfer-full`, `unsupported-operation`, and `cancelled` when nobody waits any more.
+   * For a prompt that was accepted and is not submitted yet: its blocks are copied out as they are computed. `stream` is told
+   * when some are there and more are to come. Ends by `handOver` or `abandon`. undefined: this worker hands no blocks over.
    */
-  async offer(request: PreprocessedRequest, stream: ServerStream, signal: AbortSignal): Promise<OfferedHandoff> {
-    const { engine, blockSizeTokens, blockBytes, address, endpoint, fingerprint } = this.#options;
+  draft(request: PreprocessedRequest, stream: ServerStream): HandoffDraft | undefined {
+    const { engine, blockSizeTokens, blockBytes, random } = this.#options;
     const store = this.#store;
-    if (store === undefined) throw new DynamoError("unsupported-operation", "this worker hands no blocks over");
+    if (store === undefined) return undefined;
     const prompt = request.tokenIds.subarray(0, promptLengthOf(request));
     const { cacheNamespace } = request;
-    const { sequenceHashes } = hashBlocks(prompt, blockSizeTokens, blockHashSeed({ cacheNamespace }));
-    // No more than fits: the rest is computed again.
-    const { data } = await engine.exportBlocks(sequenceHashes.subarray(0, 2 * store.freeBlocks));
-    if (data.length === 0 && store.freeBlocks > 0) {
-      throw new DynamoError("handoff-gone", "the engine's cache has lost the prompt's blocks already");
+    const { sequenceHashes, blockCount } = hashBlocks(prompt, blockSizeTokens, blockHashSeed({ cacheNamespace }));
+    const id = randomHexId(random);
+    const none = { id, firstBlock: 0, runs: new Uint32Array(0), blockCount: 0 };
+    const onBegun = (): void => {
+      const bytes = this.#encode({ ...none, draftId: id });
+      stream.write(encodeHandoffItem({ isDraft: true, blockCount, blockBytes, bytes }));
+    };
+    const draft = new HandoffDraft({ id, engine, store, sequenceHashes, onBegun });
+    this.#drafts.set(id, draft);
+    return draft;
+  }
+
+  /**
+   * The prompt is computed: its complete blocks, but for those that were fetched meanwhile, are leased and offered to
+   * `stream`, the one that asked, which ends when they are gone. Throws `transfer-full`, `handoff-gone`, and `cancelled` when
+   * nobody waits any more.
+   */
+  async handOver(draft: HandoffDraft, stream: ServerStream, signal: AbortSignal): Promise<void> {
+    try {
+      const finished = await draft.finish(signal, () => stream.end());
+      const { id, firstBlock, blockCount } = finished;
+      signal.addEventListener("abort", () => this.#store?.cancel(id), { once: true });
+      const bytes = this.#encode({ ...finished, draftId: draft.hasParts ? draft.id : "" });
+      const { blockBytes } = this.#options;
+      stream.write(encodeHandoffItem({ isDraft: false, blockCount: firstBlock + blockCount, blockBytes, bytes }));
+      if (blockCount === 0) stream.end();
+    } finally {
+      this.#drafts.delete(draft.id);
     }
-    if (signal.aborted) throw new DynamoError("cancelled", "the caller cancelled the request");
-    const { id, runs, blockCount } = store.offer(data, () => stream.end());
-    signal.addEventListener("abort", () => store.cancel(id), { once: true });
-    const regionId = this.#region!.id;
-    const metadata = this.#agent.metadata();
-    const bytes = encodeHandoff({
-      id,
-      address,
-      endpoint,
-      fingerprint,
-      blockBytes,
-      blockSizeTokens,
-      regionId,
-      runs,
-      blockCount,
-      metadata,
-    });
-    return { blockCount, blockBytes, bytes };
+  }
+
+  abandon(draft: HandoffDraft): void {
+    this.#drafts.delete(draft.id);
+    draft.abandon();
+  }
+
+  #encode(what: Pick<Handoff, "id" | "draftId" | "firstBlock" | "runs" | "blockCount">): Buffer {
+    const { address, endpoint, fingerprint, blockBytes, blockSizeTokens } = this.#options;
+    const common = { address, endpoint, fingerprint, blockBytes, blockSizeTokens };
+    return encodeHandoff({ ...common, ...what, regionId: this.#region!.id, metadata: this.#agent.metadata() });
   }
 
   /** Fetches what a handoff offers and is not here. Never rejects. */
@@ -190,11 +211,24 @@ export class WorkerHandoffs {
     const question = decodeHandoffAsk(payload);
     const store = this.#store;
     if (store === undefined) throw new DynamoError("handoff-gone", "this worker has handed no blocks over");
+    if ("watch" in question) {
+      const draft = this.#drafts.get(question.watch);
+      if (draft === undefined) throw new DynamoError("handoff-gone", "the prompt is not being computed (any more)");
+      draft.watch(stream);
+      return { onCancel: () => draft.unwatch() };
+    }
     if ("claim" in question) store.claim(question.claim);
-    else store.release(question.release);
+    else store.giveUp(question.release);
     stream.write(Buffer.from(JSON.stringify({ claimMs: store.claimMs })));
     stream.end();
     return { onCancel: () => undefined };
+  };
+
+  /** The endpoint `early_pull`: the parts of a draft are fetched as they come, and known to `pull` while the stream is open. */
+  readonly handleEarlyPull: EndpointHandler = (_stream, payload) => {
+    const abort = new AbortController();
+    this.#puller.pullEarly(decodeRequest(payload), abort.signal);
+    return { onCancel: () => abort.abort() };
   };
 
   #onNotification(message: Uint8Array): void {
@@ -207,6 +241,7 @@ export class WorkerHandoffs {
   }
 
   async close(): Promise<void> {
+    for (const draft of this.#drafts.values()) this.abandon(draft);
     this.#store?.close();
     await this.#agent.close();
   }

@@ -5,7 +5,6 @@ import {
   EngineOutput,
   decodeEngineOutput,
   decodeRequest,
-  encodeHandoffItem,
   encodePullItem,
   forEachStepEntry,
   type PreprocessedRequest,
@@ -17,6 +16,7 @@ import type {
   ServerStreamHandler,
 } from "../runtime/request-plane/index.ts";
 import { ServiceRate, type Clock } from "../std/index.ts";
+import type { HandoffDraft } from "./handoff-draft.ts";
 import type { WorkerHandoffs } from "./handoffs.ts";
 import type { WorkerMetrics } from "./worker-metrics.ts";
 
@@ -30,8 +30,8 @@ import type { WorkerMetrics } from "./worker-metrics.ts";
  */
 interface ActiveStream {
   readonly stream: ServerStream;
-  /** Only of one that prefills for another worker. */
-  readonly prefill: PreprocessedRequest | undefined;
+  /** Of one that prefills for another worker: its blocks on their way out. */
+  readonly draft: HandoffDraft | undefined;
   /** For its caller's cancel. */
   cancel: () => void;
   readonly startMs: number;
@@ -96,7 +96,7 @@ export class GenerateService {
       startMs,
       sawOutput: false,
       span,
-      prefill: request.prefillOnly === true ? request : undefined,
+      draft: request.prefillOnly === true ? this.handoffs?.draft(request, stream) : undefined,
       cancel: () => engine.abort(id),
     };
     this.#active.set(id, active);
@@ -155,9 +155,12 @@ export class GenerateService {
       }
       if (final) {
         this.#left(id, active);
-        if (active.prefill !== undefined && this.handoffs !== undefined && isPrefilled(step, start, end)) {
-          void this.#offer(active, active.prefill, this.handoffs);
-        } else active.stream.end();
+        if (active.draft !== undefined && isPrefilled(step, start, end)) {
+          void this.#offer(active, active.draft, this.handoffs!);
+        } else {
+          this.#abandon(active);
+          active.stream.end();
+        }
       }
       if (active.span !== undefined) traceEntry(active.span, step, start, end, clock.monotonicMs());
     });
@@ -165,12 +168,12 @@ export class GenerateService {
   }
 
   /** The prompt's blocks for whoever goes on with it; the stream ends when they are gone. Never rejects. */
-  async #offer(active: ActiveStream, request: PreprocessedRequest, handoffs: WorkerHandoffs): Promise<void> {
+  async #offer(active: ActiveStream, draft: HandoffDraft, handoffs: WorkerHandoffs): Promise<void> {
     const { stream } = active;
     const abort = new AbortController();
     active.cancel = () => abort.abort();
     try {
-      stream.write(encodeHandoffItem(await handoffs.offer(request, stream, abort.signal)));
+      await handoffs.handOver(draft, stream, abort.signal);
       this.#options.server.flush();
     } catch (thrown) {
       const error = toDynamoError(thrown);
@@ -180,6 +183,10 @@ export class GenerateService {
       );
       stream.end(error);
     }
+  }
+
+  #abandon({ draft }: ActiveStream): void {
+    if (draft !== undefined) this.handoffs!.abandon(draft);
   }
 
   #left(id: number, active: ActiveStream): void {
@@ -195,7 +202,9 @@ export class GenerateService {
   /** The engine died without ending its streams: end them here. */
   failAll(thrown: unknown): void {
     const error = toDynamoError(thrown, "engine-stopped");
-    for (const { stream, span } of this.#active.values()) {
+    for (const active of this.#active.values()) {
+      const { stream, span } = active;
+      this.#abandon(active);
       stream.end(error);
       span?.fail(error.reason);
       span?.end(this.#options.clock.monotonicMs());

@@ -5,6 +5,7 @@ import { startSystemServer } from "../observability/index.ts";
 import {
   CLEAR_BLOCKS_ENDPOINT,
   GENERATE_ENDPOINT,
+  EARLY_PULL_ENDPOINT,
   HANDOFF_ENDPOINT,
   KV_EVENTS_TOPIC,
   LOAD_TOPIC,
@@ -194,6 +195,10 @@ async function start(
   server.serve(address(HANDOFF_ENDPOINT), (stream, payload) => {
     if (service.handoffs !== undefined) return service.handoffs.handle(stream, payload);
     throw new DynamoError("handoff-gone", "this worker has handed no blocks over");
+  });
+  server.serve(address(EARLY_PULL_ENDPOINT), (stream, payload) => {
+    if (service.handoffs === undefined) throw new DynamoError("handoff-gone", "this worker fetches no blocks");
+    return service.handoffs.handleEarlyPull(stream, payload);
   });
   for (const { name, handler } of kvEvents.endpoints(info.dataParallelSize)) server.serve(address(name), handler);
   const canary = (timeoutMs: number): Promise<void> =>

@@ -6,6 +6,7 @@ import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { FrontendConfig } from "../../src/frontend/index.ts";
 import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
+import type { RunningRouter } from "../../src/router-service/index.ts";
 import { MemoryNetwork } from "../../src/transfer/index.ts";
 import { DEFAULT_HANDOFF, type HandoffConfig, type RunningWorker, type WorkerConfig } from "../../src/worker/index.ts";
 import { startInProcessCluster, until, type InProcessCluster } from "../helpers/in-process-cluster.ts";
@@ -98,6 +99,7 @@ interface Node {
 
 interface Pool {
   readonly cluster: InProcessCluster;
+  readonly service: RunningRouter | undefined;
   readonly prefill: Node[];
   readonly decode: Node[];
   add(role: "prefill" | "decode" | "agg", overrides?: Partial<WorkerConfig>): Promise<Node>;
@@ -114,19 +116,36 @@ interface Split {
   readonly fallback: string | null;
   readonly handoff: null | {
     blocks: number;
-    pull: null | { outcome: string; held_blocks: number; pulled_blocks: number; backend: string };
+    pull: null | {
+      outcome: string;
+      held_blocks: number;
+      pulled_blocks: number;
+      early_blocks: number;
+      backend: string;
+    };
   };
 }
 
 async function withPool(
   counts: { prefill: number; decode: number },
   use: (pool: Pool) => Promise<void>,
-  options: { frontend?: Partial<Omit<FrontendConfig, "limits">>; handoff?: Partial<HandoffConfig> } = {},
+  options: {
+    frontend?: Partial<Omit<FrontendConfig, "limits">>;
+    handoff?: Partial<HandoffConfig>;
+    /** A router service that the frontend asks. */
+    withRouter?: boolean;
+  } = {},
 ): Promise<void> {
-  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always", ...options.frontend } });
+  const asks = options.withRouter === true ? { routerService: { answerTimeoutMs: 2_000 } } : {};
+  const cluster = await startInProcessCluster({
+    workers: 0,
+    frontend: { disagg: "always", ...asks, ...options.frontend },
+  });
+  const service = options.withRouter === true ? await cluster.addRouter({ routerMode: "kv" }) : undefined;
   const memory = new MemoryNetwork();
   const pool: Pool = {
     cluster,
+    service: service?.router,
     prefill: [],
     decode: [],
     async add(role, overrides = {}) {
@@ -198,6 +217,7 @@ async function nothingIsLeft(pool: Pool): Promise<void> {
     "all handoffs, transfers and streams to be over",
   );
   for (const { engine } of nodes) engine.mocker.check();
+  await until(() => (pool.service?.bookingCount ?? 0) === 0, "the router service to have no bookings");
 }
 
 /** What one worker that does all of it answers. */
@@ -312,53 +332,206 @@ function loopEngine(): LoopEngine {
   return new LoopEngine({ totalBlocks: 64, blockSizeTokens: 16, vocabularySize: 512 });
 }
 
-test("disaggregation: blocks in the decode worker's host memory do not travel, and the text is the same", async () => {
+interface LoopCluster {
+  readonly cluster: InProcessCluster;
+  readonly prefill: { worker: RunningWorker; engine: LoopEngine };
+  readonly decode: { worker: RunningWorker; engine: LoopEngine }[];
+  ask(prompt: string, id?: string, signal?: AbortSignal): Promise<{ text: string; split: Split }>;
+  explain(id?: string): Promise<Split>;
+  /** Of one worker that does all of it. */
+  expected(prompt: string): Promise<string>;
+}
+
+/** Workers on the real engine loop. */
+async function withLoopCluster(
+  use: (loop: LoopCluster) => Promise<void>,
+  options: { decode?: number; tiers?: boolean; handoff?: Partial<HandoffConfig> } = {},
+): Promise<void> {
   const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always" } });
-  const memory = new MemoryNetwork();
-  const engines = { prefill: loopEngine(), decode: loopEngine() };
   const whole = await startInProcessCluster({ workers: 0 });
-  type Answer = { text: string; split: Split | undefined };
-  const ask = async ({ baseUrl }: InProcessCluster, prompt: string, id: string): Promise<Answer> => {
+  const memory = new MemoryNetwork();
+  const add = async (role: "prefill" | "decode"): Promise<LoopCluster["prefill"]> => {
+    const engine = loopEngine();
+    const transfer = { memory, tcp: false, shm: false } as const;
+    const handoff = { ...DEFAULT_HANDOFF, memoryBytes: 1 << 20, ...options.handoff, transfer };
+    const kvTiers = role === "decode" && options.tiers === true ? { kvTiers: { hostBytes: 1 << 20 } } : {};
+    const config = { role, handoff, ...kvTiers };
+    return { engine, worker: await cluster.addWorker(config, { makeEngine: () => Promise.resolve(engine) }) };
+  };
+  const text = async ({ baseUrl }: InProcessCluster, prompt: string, id: string, signal?: AbortSignal) => {
     const response = await fetch(`${baseUrl}/v1/completions`, {
       method: "POST",
       headers: { "content-type": "application/json", "x-request-id": id },
       body: JSON.stringify({ model: "echo", prompt, max_tokens: 4, temperature: 0 }),
+      ...(signal === undefined ? {} : { signal }),
     });
-    const { choices } = (await response.json()) as { choices: { text: string }[] };
-    const told = (await (await fetch(`${baseUrl}/v1/route/explain/${id}`)).json()) as { disaggregation?: Split[] };
-    return { text: choices[0]!.text, split: told.disaggregation?.[0] };
-  };
-  const blocksOf = ({ split }: Answer): unknown => {
-    const { held_blocks, pulled_blocks } = split!.handoff!.pull!;
-    return { held_blocks, pulled_blocks };
+    return ((await response.json()) as { choices: { text: string }[] }).choices[0]!.text;
   };
   try {
     await whole.addWorker({}, { makeEngine: () => Promise.resolve(loopEngine()) });
-    for (const role of ["prefill", "decode"] as const) {
-      const transfer = { memory, tcp: false, shm: false } as const;
-      const config = { role, handoff: { ...DEFAULT_HANDOFF, memoryBytes: 1 << 20, transfer } };
-      const tiers = role === "decode" ? { kvTiers: { hostBytes: 1 << 20 } } : {};
-      await cluster.addWorker({ ...config, ...tiers }, { makeEngine: () => Promise.resolve(engines[role]) });
-    }
-    await Promise.all([cluster.settled(2), whole.settled(1)]);
-    const prompt = PROMPT.slice(0, 160);
-    const cold = await ask(cluster, prompt, "cold");
-    assert.deepEqual(blocksOf(cold), { held_blocks: 0, pulled_blocks: 10 });
-    assert.equal(cold.text, (await ask(whole, prompt, "cold")).text);
-    await until(() => engines.decode.copiedOutBlocks >= 10, "the blocks to be in host memory");
-    await engines.decode.clearBlocks();
-    const again = await ask(cluster, prompt, "again");
-    assert.deepEqual(blocksOf(again), { held_blocks: 10, pulled_blocks: 0 });
-    assert.equal(again.text, cold.text);
-    await engines.decode.clearBlocks();
-    const longer = prompt + PROMPT.slice(0, 64);
-    const part = await ask(cluster, longer, "longer");
-    assert.deepEqual(blocksOf(part), { held_blocks: 10, pulled_blocks: 4 });
-    assert.equal(part.text, (await ask(whole, longer, "longer")).text);
+    const prefill = await add("prefill");
+    const decode: LoopCluster["decode"] = [];
+    for (let i = 0; i < (options.decode ?? 1); i++) decode.push(await add("decode"));
+    await Promise.all([cluster.settled(1 + decode.length), whole.settled(1)]);
+    const explain = async (id = "asked"): Promise<Split> => {
+      const told = await (await fetch(`${cluster.baseUrl}/v1/route/explain/${id}`)).json();
+      return (told as { disaggregation: Split[] }).disaggregation[0]!;
+    };
+    await use({
+      cluster,
+      prefill,
+      decode,
+      explain,
+      expected: (prompt) => text(whole, prompt, "whole"),
+      ask: async (prompt, id = "asked", signal) => ({
+        text: await text(cluster, prompt, id, signal),
+        split: await explain(id),
+      }),
+    });
+    const nodes = [prefill, ...decode];
+    await until(
+      () =>
+        nodes.every(
+          ({ worker, engine }) =>
+            worker.handoffs!.heldBlocks === 0 &&
+            worker.handoffs!.landingBytes === 0 &&
+            engine.load().activeBlocks === 0 &&
+            engine.load().runningRequests + engine.load().waitingRequests === 0,
+        ),
+      "all handoffs, transfers and streams to be over",
+      15_000,
+    );
   } finally {
     await cluster.stop();
     await whole.stop();
   }
+}
+
+test("disaggregation: blocks in the decode worker's host memory do not travel, and the text is the same", async () => {
+  await withLoopCluster(
+    async ({ ask, expected, decode: [decode] }) => {
+      const blocksOf = ({ split }: { split: Split }): unknown => {
+        const { held_blocks, pulled_blocks } = split.handoff!.pull!;
+        return { held_blocks, pulled_blocks };
+      };
+      const prompt = PROMPT.slice(0, 160);
+      const cold = await ask(prompt, "cold");
+      assert.deepEqual(blocksOf(cold), { held_blocks: 0, pulled_blocks: 10 });
+      assert.equal(cold.text, await expected(prompt));
+      await until(() => decode!.engine.copiedOutBlocks >= 10, "the blocks to be in host memory");
+      await decode!.engine.clearBlocks();
+      const again = await ask(prompt, "again");
+      assert.deepEqual(blocksOf(again), { held_blocks: 10, pulled_blocks: 0 });
+      assert.equal(again.text, cold.text);
+      await decode!.engine.clearBlocks();
+      const longer = prompt + PROMPT.slice(0, 64);
+      const part = await ask(longer, "longer");
+      assert.deepEqual(blocksOf(part), { held_blocks: 10, pulled_blocks: 4 });
+      assert.equal(part.text, await expected(longer));
+    },
+    { tiers: true },
+  );
+});
+
+describe("disaggregation: finished chunks of a prompt travel while the next ones are computed", () => {
+  const EARLY = 6;
+
+  /** The prefill worker stands still after so many blocks of the prompt; resolves when they are at a decode worker: that one. */
+  async function halfWay({ prefill, decode }: LoopCluster): Promise<LoopCluster["decode"][number]> {
+    const { engine } = prefill;
+    const before = decode.map((node) => node.engine.load().cachedBlocks);
+    let steps = 0;
+    engine.model.onDecode = () => {
+      steps++;
+      if (steps === EARLY) engine.pause();
+    };
+    const holder = (): LoopCluster["decode"][number] | undefined =>
+      decode.find((node, i) => node.engine.load().cachedBlocks - before[i]! >= EARLY);
+    await until(() => holder() !== undefined, "a decode worker to have the first blocks");
+    return holder()!;
+  }
+
+  test("what is computed is at the decode worker before the prompt is complete; the rest follows, the text is the same", () =>
+    withLoopCluster(async (loop) => {
+      const answer = loop.ask(PROMPT);
+      const holder = await halfWay(loop);
+      assert.equal(loop.prefill.engine.load().runningRequests, 1, "the prompt is still being computed");
+      assert.equal(holder, loop.decode[0]);
+      loop.prefill.engine.resume();
+      const { text, split } = await answer;
+      assert.equal(text, await loop.expected(PROMPT));
+      const pull = split.handoff!.pull!;
+      assert.deepEqual(
+        [pull.outcome, pull.held_blocks, pull.pulled_blocks, split.handoff!.blocks],
+        ["pulled", 0, BLOCKS, BLOCKS],
+      );
+      assert.ok(pull.early_blocks >= EARLY);
+      // What is there already does not travel, early or late.
+      const { split: again } = await loop.ask(`${PROMPT} and something new at its end, of a few blocks`, "again");
+      assert.equal(again.handoff!.pull!.held_blocks, BLOCKS);
+    }));
+
+  test("a prompt that is larger than the memory for handoffs flows through it", () =>
+    withLoopCluster(
+      async (loop) => {
+        const { engine } = loop.prefill;
+        const before = loop.decode[0]!.engine.load().cachedBlocks;
+        engine.model.onDecode = () => engine.pause();
+        const answer = loop.ask(PROMPT);
+        // Each is let go when it has been read, or there would be no room for the fifth.
+        for (let come = 1; come <= EARLY; come++) {
+          await until(() => loop.decode[0]!.engine.load().cachedBlocks - before >= come, `block ${come} to come`);
+          if (come === EARLY) engine.model.onDecode = () => undefined;
+          engine.resume();
+        }
+        const { text, split } = await answer;
+        assert.equal(text, await loop.expected(PROMPT));
+        assert.ok(split.handoff!.pull!.early_blocks >= EARLY);
+      },
+      { handoff: { memoryBytes: 4 * 128 } },
+    ));
+
+  test("the decode worker is killed half-way: another one computes what it does not get, the text is the same", () =>
+    withLoopCluster(
+      async (loop) => {
+        const answer = loop.ask(PROMPT);
+        const holder = await halfWay(loop);
+        loop.cluster.kill(await loop.cluster.addressOf(holder.worker.instanceId));
+        await holder.worker.drain(1_000).catch(() => undefined);
+        await loop.cluster.settled(2);
+        loop.prefill.engine.resume();
+        const { text, split } = await answer;
+        assert.equal(text, await loop.expected(PROMPT));
+        assert.equal(split.fallback, "handoff-gone");
+      },
+      { decode: 2 },
+    ));
+
+  test("the prefill worker is killed half-way: the decode worker goes on from what it has", () =>
+    withLoopCluster(async (loop) => {
+      const answer = loop.ask(PROMPT);
+      const holder = await halfWay(loop);
+      holder.engine.model.decodedTokens = 0;
+      loop.cluster.kill(await loop.cluster.addressOf(loop.prefill.worker.instanceId));
+      const { text, split } = await answer;
+      assert.equal(text, await loop.expected(PROMPT));
+      assert.equal(split.fallback, "worker-lost");
+      assert.ok(holder.engine.model.decodedTokens <= PROMPT.length - EARLY * 16 + 4);
+      loop.prefill.engine.resume();
+    }));
+
+  test("a client that leaves half-way leaves nothing behind", () =>
+    withLoopCluster(async (loop) => {
+      const abort = new AbortController();
+      const answer = loop.ask(PROMPT, "asked", abort.signal);
+      await halfWay(loop);
+      abort.abort();
+      await assert.rejects(answer);
+      loop.prefill.engine.resume();
+      await until(() => loop.prefill.engine.load().runningRequests === 0, "the prompt to be given up");
+      const { text } = await loop.ask(PROMPT, "again");
+      assert.equal(text, await loop.expected(PROMPT));
+    }));
 });
 
 describe("disaggregation: what fails is computed by the decode worker, visibly", () => {
@@ -635,6 +808,146 @@ describe("disaggregation: no prompt is computed before its answer has room at a 
       const { disaggregation } = await pool.explain();
       assert.equal(disaggregation[0]!.handoff!.pull!.pulled_blocks, BLOCKS);
     });
+  });
+});
+
+describe("disaggregation: workers are chosen by a router service", () => {
+  const withRouter = { withRouter: true };
+  const metricSum = async (pool: Pool, name: string): Promise<number> =>
+    Object.values(await pool.metric(name)).reduce((sum, value) => sum + value, 0);
+
+  const serves = (baseUrl: string): Promise<void> =>
+    until(async () => {
+      const { data } = (await (await fetch(`${baseUrl}/v1/models`)).json()) as { data: unknown[] };
+      return data.length === 1;
+    }, "the other frontend to serve");
+
+  test("it chooses both workers, and its explanation has them", async () => {
+    const expected = await aggregatedText();
+    await withPool(
+      { prefill: 2, decode: 2 },
+      async (pool) => {
+        assert.equal(await pool.text(), expected);
+        const { decisions, disaggregation } = await pool.explain();
+        assert.deepEqual(
+          decisions.map(({ stage, policy }) => [stage, policy]),
+          [
+            ["decode", "kv"],
+            ["prefill", "kv"],
+          ],
+        );
+        assert.ok(pool.decode.some(({ worker }) => worker.instanceId === decisions[0]!.worker.instance_id));
+        assert.ok(pool.prefill.some(({ worker }) => worker.instanceId === decisions[1]!.worker.instance_id));
+        assert.deepEqual(
+          [disaggregation[0]!.fallback, disaggregation[0]!.handoff!.pull!.pulled_blocks],
+          [null, BLOCKS],
+        );
+        // The prefix is on one of two prefill workers by now: a router that knows it sends the prompt there again.
+        for (const { engine } of pool.decode) await engine.clearBlocks();
+        assert.equal(await pool.text(), expected);
+        const again = (await pool.explain()).decisions.at(-1)!;
+        assert.equal(again.worker.instance_id, decisions[1]!.worker.instance_id);
+        assert.equal(await metricSum(pool, "dynamo_frontend_router_fallbacks_total"), 0);
+      },
+      withRouter,
+    );
+  });
+
+  test("auto asks it how its pools would take the prompt, of two frontends each", async () => {
+    await withPool(
+      { prefill: 1, decode: 1 },
+      async (pool) => {
+        await pool.text();
+        assert.deepEqual(await pool.metric("dynamo_frontend_disagg_choices_total"), { split: 1 });
+        for (const { engine } of [...pool.decode, ...pool.prefill]) await engine.clearBlocks();
+        // Another frontend has an answer under way on the decode worker, which only the service can tell of at once.
+        const other = await pool.cluster.addFrontend({ routerService: { answerTimeoutMs: 2_000 } });
+        await serves(other.baseUrl);
+        const writing = closed(pool.decode[0]!.engine, "steps");
+        const first = fetch(`${other.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "mock", prompt: "short", max_tokens: 200 }),
+        });
+        await writing.reached;
+        const second = pool.text();
+        const split = async (): Promise<Split | undefined> => (await pool.explain()).disaggregation[1];
+        await until(async () => (await split()) !== undefined, "a choice");
+        const { disaggregation } = await pool.explain();
+        assert.equal(disaggregation.at(-1)!.choice, "prefill", disaggregation.at(-1)!.reason);
+        await second;
+        writing.open();
+        assert.equal((await first).status, 200);
+      },
+      { ...withRouter, frontend: { disagg: "auto" } },
+    );
+  });
+
+  test("a prompt waits at the service for room at a decode worker, whichever frontend it came by", async () => {
+    const expected = await aggregatedText();
+    const engine = { ...MOCK, maxSequences: 1 };
+    await withPool(
+      { prefill: 0, decode: 0 },
+      async (pool) => {
+        await pool.add("prefill", { engine });
+        const decode = await pool.add("decode", { engine });
+        await pool.cluster.settled(2);
+        const other = await pool.cluster.addFrontend({ routerService: { answerTimeoutMs: 2_000 } });
+        await serves(other.baseUrl);
+        const gate = closed(decode.engine, "steps");
+        const first = fetch(`${other.baseUrl}/v1/completions`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ model: "mock", prompt: `first ${PROMPT}`, max_tokens: 30 }),
+        });
+        await gate.reached;
+        const second = pool.text();
+        await until(
+          async () => (await metricSum(pool, "dynamo_frontend_disagg_waiting")) === 1,
+          "the second one to wait",
+        );
+        assert.equal(pool.prefill[0]!.engine.submitted.filter(({ requestId }) => requestId === "asked").length, 0);
+        gate.open();
+        assert.equal((await first).status, 200);
+        assert.equal(await second, expected);
+        assert.equal((await pool.explain()).disaggregation[0]!.fallback, null);
+      },
+      withRouter,
+    );
+  });
+
+  test("a role that changes, and a service that dies, are noticed: the frontend chooses both workers then", async () => {
+    const expected = await aggregatedText();
+    await withPool(
+      { prefill: 2, decode: 1 },
+      async (pool) => {
+        assert.equal(await pool.text(), expected);
+        const turned = pool.prefill[0]!;
+        const response = await fetch(`${pool.cluster.baseUrl}/v1/admin/role`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ instance_id: turned.worker.instanceId, role: "decode" }),
+        });
+        assert.equal(response.status, 200, await response.text());
+        await pool.cluster.settled(3);
+        for (let i = 0; i < 4; i++) await pool.text(`${i} ${PROMPT}`);
+        const since = turned.engine.submitted.slice(-4).filter(({ prefillOnly }) => prefillOnly === true);
+        assert.ok(since.length <= 1, "it prefills no more for others");
+        pool.cluster.kill(pool.service!.address);
+        assert.equal(await pool.text(), expected);
+        const { disaggregation, decisions } = await pool.explain();
+        assert.equal(disaggregation.at(-1)!.fallback, null);
+        assert.deepEqual(
+          decisions.slice(-2).map(({ stage }) => stage),
+          ["decode", "prefill"],
+        );
+        for (const decision of decisions.slice(-2)) {
+          assert.ok(decision.degradations.some((each) => each.startsWith("router service: ")));
+        }
+        assert.ok((await metricSum(pool, "dynamo_frontend_router_fallbacks_total")) >= 2);
+      },
+      withRouter,
+    );
   });
 });
 

@@ -67,6 +67,7 @@ export class LlamaEngine implements Engine {
   #flush: NodeJS.Immediate | undefined = undefined;
   readonly #calls = new Map<number, Call>();
   #callCount = 0;
+  readonly #followers = new Map<number, (data: Uint8Array) => void>();
   #drained: (() => void)[] = [];
   #stopped: Promise<void> | undefined = undefined;
 
@@ -144,6 +145,15 @@ export class LlamaEngine implements Engine {
   countBlocks(sequenceHashes: Uint32Array): Promise<number> {
     return this.#call((callId) => ({ type: "count", callId, sequenceHashes })) as Promise<number>;
   }
+
+  readonly followBlocks = (sequenceHashes: Uint32Array, onBlocks: (data: Uint8Array) => void): (() => void) => {
+    const callId = this.#callCount++;
+    this.#followers.set(callId, onBlocks);
+    this.#post({ type: "follow", callId, sequenceHashes });
+    return () => {
+      if (this.#followers.delete(callId)) this.#post({ type: "unfollow", callId });
+    };
+  };
 
   exportBlocks(sequenceHashes: Uint32Array): Promise<ExportedBlocks> {
     return this.#call((callId) => ({ type: "export", callId, sequenceHashes })) as Promise<ExportedBlocks>;
@@ -243,6 +253,9 @@ export class LlamaEngine implements Engine {
         if (report.events.length > 0) this.#sink?.onKvEvents(report.events);
         if (report.step !== undefined) this.#deliver(report.step);
         return;
+      case "blocks":
+        this.#followers.get(report.callId)?.(report.data);
+        return;
       case "reply":
         this.#takeCall(report.callId)?.resolve(report.value);
         return;
@@ -296,6 +309,7 @@ export class LlamaEngine implements Engine {
     this.#drained = [];
     for (const call of this.#calls.values()) call.reject(stopped);
     this.#calls.clear();
+    this.#followers.clear();
     if (error === undefined || expected) return;
     this.#logger.error({ reason: error.reason, diagnostic: error.diagnostic }, "the engine's thread died");
     this.#sink?.onFatal(error);

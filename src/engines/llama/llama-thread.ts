@@ -3,6 +3,7 @@ import { parentPort, receiveMessageOnPort, workerData, type MessagePort } from "
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
 import { systemClock, systemRandom } from "../../std/index.ts";
 import type { EngineInfo } from "../index.ts";
+import { BlockFollowers } from "./block-followers.ts";
 import { EngineLoop } from "./engine-loop.ts";
 import { LlamaContext, MAX_SEQUENCE_IDS } from "./llama-context.ts";
 import { LoadBoard, type Command, type PlainError, type Reply, type Report, type ThreadData } from "./messages.ts";
@@ -22,6 +23,7 @@ async function main(port: MessagePort, data: ThreadData): Promise<void> {
   const model = openModel(data);
   try {
     const { loop, info } = createLoop(model, data);
+    const followers = new BlockFollowers(loop);
     board.write(loop.load());
     report({ type: "started", info, log: model.startLog });
     // Lines that other threads logged while this one captured the library's log arrive in this turn.
@@ -31,10 +33,11 @@ async function main(port: MessagePort, data: ThreadData): Promise<void> {
       // Read before the port: what is posted after this changes the counter, so the sleep below cannot miss it.
       const seen = Atomics.load(wake, 0);
       const replies: Replies = [];
-      const mustStop = handleCommands(port, loop, replies);
+      const mustStop = handleCommands(port, loop, followers, replies);
       if (mustStop) loop.failAll(new DynamoError("engine-stopped", "the engine was stopped"));
       else if (loop.hasWork) loop.step();
       board.write(loop.load());
+      for (const { id, data } of followers.take()) report({ type: "blocks", callId: id, data }, [data.buffer]);
       reportStep(loop, report);
       for (const reply of replies) report(reply.report, reply.transfer);
       if (mustStop) break;
@@ -113,18 +116,22 @@ type SendReport = (message: Report, transfer?: ArrayBuffer[]) => void;
 type Replies = { readonly report: Report; readonly transfer: ArrayBuffer[] }[];
 
 /** Takes everything that has arrived; true when asked to stop. */
-function handleCommands(port: MessagePort, loop: EngineLoop, replies: Replies): boolean {
+function handleCommands(port: MessagePort, loop: EngineLoop, followers: BlockFollowers, replies: Replies): boolean {
   for (;;) {
     const received = receiveMessageOnPort(port) as { message: Command[] } | undefined;
     if (received === undefined) return false;
     for (const command of received.message) {
       if (command.type === "stop") return true;
-      handleCommand(command, loop, replies);
+      if (command.type === "follow") followers.add(command.callId, command.sequenceHashes);
+      else if (command.type === "unfollow") followers.remove(command.callId);
+      else handleCommand(command, loop, replies);
     }
   }
 }
 
-function handleCommand(command: Exclude<Command, { type: "stop" }>, loop: EngineLoop, replies: Replies): void {
+type LoopCommand = Exclude<Command, { type: "stop" | "follow" | "unfollow" }>;
+
+function handleCommand(command: LoopCommand, loop: EngineLoop, replies: Replies): void {
   switch (command.type) {
     case "submit":
       return loop.submit(command.streamId, command.request);

@@ -22,6 +22,8 @@ export type Command =
   | { readonly type: "abort"; readonly streamId: number }
   | { readonly type: "count"; readonly callId: number; readonly sequenceHashes: Uint32Array }
   | { readonly type: "export"; readonly callId: number; readonly sequenceHashes: Uint32Array }
+  | { readonly type: "follow"; readonly callId: number; readonly sequenceHashes: Uint32Array }
+  | { readonly type: "unfollow"; readonly callId: number }
   | { readonly type: "import"; readonly callId: number; readonly blocks: ImportedBlocks }
   | { readonly type: "attach"; readonly memory: SharedArrayBuffer }
   | {
@@ -46,6 +48,8 @@ export interface PlainError {
 export type Report =
   | { readonly type: "started"; readonly info: EngineInfo; readonly log: readonly LibraryLine[] }
   | { readonly type: "step"; readonly step: Uint8Array | undefined; readonly events: readonly KvEvent[] }
+  /** Of a followed chain, before the step that completed them. */
+  | { readonly type: "blocks"; readonly callId: number; readonly data: Uint8Array<ArrayBuffer> }
   | { readonly type: "reply"; readonly callId: number; readonly value: Reply }
   | { readonly type: "call-failed"; readonly callId: number; readonly error: PlainError }
   /** The last message: `error` undefined after `stop`. */

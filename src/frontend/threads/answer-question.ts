@@ -27,10 +27,7 @@ export async function answerQuestion(
 /** The decisions that this thread, or the router service it asks, keeps of a request. */
 export async function explainRequest(models: ModelRegistry, requestId: string): Promise<ExplainedRequest | undefined> {
   for (const model of models.all()) {
-    const own = model.router.explain(requestId);
-    const theirs = await model.remote?.explainFully(requestId);
-    // Prefill workers are chosen here in any case.
-    const decisions = theirs === undefined ? own : [...own.filter(({ stage }) => stage === "prefill"), ...theirs];
+    const decisions = (await model.remote?.explainFully(requestId)) ?? model.router.explain(requestId);
     if (decisions.length === 0) continue;
     const disaggregation = model.splits.find(requestId);
     return { model: model.name, decisions, ...(disaggregation.length === 0 ? {} : { disaggregation }) };

@@ -54,6 +54,19 @@ test("advisor: a pool without room for the answer does not get it, unless none h
   assert.equal(advisor.decide({ ...LONG, decode: full, prefill: full }).choice, "decode");
 });
 
+test("advisor: of a prompt of several chunks only the blocks that moved late count, as far as that was seen", () => {
+  const clock = new ManualClock();
+  const options = { mode: "auto", clock, blockSizeTokens: 16, blockBytes: 100_000, maxBatchedTokens: 160 } as const;
+  const advisor = new SplitAdvisor(options);
+  const handoffOf = (promptTokens: number): number => advisor.compare({ ...LONG, promptTokens }).costs.split.handoffMs;
+  for (let i = 0; i < 50; i++) advisor.sawHandoff(i % 11, 10 + (i % 11) * 2 + advisor.stepMs(1));
+  const oneChunk = handoffOf(160);
+  assert.ok(Math.abs(oneChunk - 30) < 1, `${oneChunk}`);
+  assert.ok(handoffOf(1_600) > 200, "nothing was seen of longer ones");
+  for (let i = 0; i < 50; i++) advisor.sawHandoff(10, 30 + advisor.stepMs(1), 100);
+  assert.ok(Math.abs(handoffOf(1_600) - oneChunk) < 3, "all but the last chunk came early");
+});
+
 test("advisor: what is cached there, and a queue here, keep a prompt where it is; a queue there gives it away", () => {
   const { advisor } = newAdvisor();
   const decode = { ...IDLE, activeRequests: 4 };

@@ -74,6 +74,8 @@ export interface SplitAdvisorOptions {
   readonly clock: Clock;
   readonly blockSizeTokens: number;
   readonly blockBytes: number;
+  /** Of an engine step. @default not known */
+  readonly maxBatchedTokens?: number;
 }
 
 /** A handoff nobody has measured yet, after shared memory on a busy host: export, claim, copy, import. */
@@ -103,6 +105,9 @@ export class SplitAdvisor {
   readonly #output = new Speed();
   readonly #step = new LineFit(ASSUMED_STEP_MS, ASSUMED_STEP_MS_PER_ANSWER);
   readonly #handoff: LineFit;
+  readonly #chunkBlocks: number;
+  /** Of the blocks of prompts longer than a chunk. */
+  readonly #lateShare = new Speed();
   #lastSplitMs: number;
 
   constructor(options: SplitAdvisorOptions) {
@@ -111,6 +116,8 @@ export class SplitAdvisor {
     this.#blockSizeTokens = options.blockSizeTokens;
     this.#blockBytes = options.blockBytes;
     this.#handoff = new LineFit(ASSUMED_SETUP_MS, options.blockBytes / ASSUMED_BYTES_PER_MS);
+    const { maxBatchedTokens = 0, blockSizeTokens } = options;
+    this.#chunkBlocks = maxBatchedTokens > 0 ? Math.ceil(maxBatchedTokens / blockSizeTokens) : Infinity;
     this.#lastSplitMs = -STALE_MS;
   }
 
@@ -143,7 +150,7 @@ export class SplitAdvisor {
       split: cost(
         this.#prompt("prefill", promptTokens, prefill),
         this.#answer("decode", output, decode),
-        this.#handoff.at(movedBlocks),
+        this.#handoff.at(this.#lateBlocks(movedBlocks)),
       ),
     };
     const choice = cheapest(costs, decode.hasRoom !== false, prefill.hasRoom !== false);
@@ -178,9 +185,19 @@ export class SplitAdvisor {
     this.#busy[pool].add(milliseconds, this.#clock.monotonicMs());
   }
 
-  /** From a request's first token to the decode worker's first, which moved so many blocks. */
-  sawHandoff(movedBlocks: number, milliseconds: number): void {
+  /**
+   * From a request's first token to the decode worker's first, between which so many blocks moved; the others of `allBlocks`
+   * came while the prompt was computed.
+   */
+  sawHandoff(movedBlocks: number, milliseconds: number, allBlocks = movedBlocks): void {
     this.#handoff.add(movedBlocks, Math.max(0, milliseconds - this.stepMs(1)));
+    if (allBlocks > this.#chunkBlocks) this.#lateShare.add(movedBlocks / allBlocks);
+  }
+
+  /** Of those that travel, how many are left to after the first token. A prompt of one chunk has all of them there. */
+  #lateBlocks(blocks: number): number {
+    if (blocks <= this.#chunkBlocks) return blocks;
+    return Math.max(this.#chunkBlocks, blocks * (this.#lateShare.value ?? 1));
   }
 
   /** Time per token of an answer under way, on a worker with so many. */

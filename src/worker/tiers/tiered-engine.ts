@@ -158,6 +158,12 @@ export class TieredEngine implements Engine {
     return this.#engine.exportBlocks(sequenceHashes);
   }
 
+  get followBlocks(): Engine["followBlocks"] {
+    const engine = this.#engine;
+    if (engine.followBlocks === undefined) return undefined;
+    return (sequenceHashes, onBlocks) => engine.followBlocks!(sequenceHashes, onBlocks);
+  }
+
   /** Behind blocks that may lie in the tiers: those first. What has left them meanwhile is missing, and nothing is taken. */
   async importBlocks(blocks: ImportedBlocks): Promise<number> {
     const { startBlock = 0, tokenIds, cacheNamespace = "" } = blocks;
