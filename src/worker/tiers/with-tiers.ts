@@ -12,6 +12,7 @@ import {
   type TieredCacheOptions,
 } from "../../kvbm/index.ts";
 import type { Logger, Metrics } from "../../observability/index.ts";
+import type { KvTierUse } from "../../protocol/index.ts";
 import { systemRandom, type Clock } from "../../std/index.ts";
 import { modelFingerprint } from "./model-fingerprint.ts";
 import type { KvObjectConfig, KvTiersConfig } from "./tier-config.ts";
@@ -29,14 +30,20 @@ export interface WithTiersOptions {
   readonly logger: Logger;
 }
 
+export interface EngineWithTiers {
+  readonly engine: Engine;
+  /** Empty before the engine has started. */
+  use(): readonly KvTierUse[];
+}
+
 /** Without a host budget of its own: room for 4,000 tokens of SmolLM2 on their way from a lower tier. */
 const STAGING_BYTES = 96 * 1024 * 1024;
 /** Twice asked for, in the filter's doubling count. */
 const DISK_MIN_SIGHTS = 2;
 
-export function withTiers(options: WithTiersOptions): Engine {
+export function withTiers(options: WithTiersOptions): EngineWithTiers {
   let meters: TierMetrics | undefined;
-  return new TieredEngine({
+  const engine = new TieredEngine({
     engine: options.engine,
     clock: options.clock,
     onParkingFull: () => meters?.failed("host", "busy"),
@@ -45,6 +52,7 @@ export function withTiers(options: WithTiersOptions): Engine {
       return makeCache(options, info, hooks, meters);
     },
   });
+  return { engine, use: () => meters?.use() ?? [] };
 }
 
 async function makeCache(
