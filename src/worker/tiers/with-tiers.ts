@@ -6,6 +6,7 @@ import {
   HostTier,
   ObjectTier,
   TieredCache,
+  diskSlotBytes,
   offloadFilter,
   type EntryFormat,
   type ObjectStore,
@@ -61,7 +62,9 @@ async function makeCache(
   { attach, ...hooks }: CacheHooks,
   meters: TierMetrics,
 ): Promise<TieredCache> {
-  const host = new HostTier({ bytes: config.hostBytes || STAGING_BYTES, blockBytes: info.blockBytes });
+  const { hostBlocks = 0, hostBytes } = config;
+  const bytes = hostBlocks * info.blockBytes || hostBytes || STAGING_BYTES;
+  const host = new HostTier({ bytes, blockBytes: info.blockBytes });
   attach(host.memory);
   const lower: TieredCacheOptions["lower"][number][] = [];
   const { disk, object } = config;
@@ -72,7 +75,8 @@ async function makeCache(
       blockBytes: info.blockBytes,
     };
     if (disk !== undefined) {
-      const tier = new DiskTier({ ...shared, folder: disk.folder, bytes: disk.bytes, format });
+      const bytes = disk.blocks === undefined ? disk.bytes : disk.blocks * diskSlotBytes(info.blockBytes);
+      const tier = new DiskTier({ ...shared, folder: disk.folder, bytes, format });
       lower.push({ tier, filter: offloadFilter({ minSights: DISK_MIN_SIGHTS, ...disk }) });
     }
     if (object !== undefined) {
