@@ -297,10 +297,15 @@ export class TieredCache {
   /** A request has asked for these blocks: each may now be worth a place below where it is. */
   #see(hashes: BlockHashes, count: number): void {
     const { hostFilter, clock } = this.#options;
+    const nowMs = clock.monotonicMs();
     for (let i = 0; i < count; i++) {
       const block = identityAt(hashes, i);
       if (this.#host.has(block)) this.#offerBelow(block, 0);
-      else if (hostFilter !== undefined && this.#mirror.has(block.lo, block.hi)) this.#offerToHost(block, 0);
+      else if (this.#mirror.has(block.lo, block.hi)) {
+        // On its way to the host perhaps: its filters count this sight all the same.
+        for (const { filter } of this.#lower) filter.see(keyOf(block.lo, block.hi), nowMs);
+        if (hostFilter !== undefined) this.#offerToHost(block, 0);
+      }
     }
     this.#pumpAllBelow();
     // Not at once: it tells routers of what makes room.

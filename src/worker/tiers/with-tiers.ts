@@ -34,7 +34,7 @@ export interface WithTiersOptions {
 export interface EngineWithTiers {
   readonly engine: Engine;
   /** Empty before the engine has started. */
-  use(): readonly KvTierUse[];
+  readonly use: () => readonly KvTierUse[];
 }
 
 /** Without a host budget of its own: room for 4,000 tokens of SmolLM2 on their way from a lower tier. */
