@@ -4,7 +4,6 @@ import type { EngineInfo } from "../engines/index.ts";
 import type { ModelCard, WorkerRole } from "../protocol/index.ts";
 import { registerCard } from "../runtime/component/index.ts";
 import { MemoryDiscovery, MemoryStore } from "../runtime/discovery/index.ts";
-import type { JsonValue } from "../std/index.ts";
 import { systemClock } from "../std/index.ts";
 import { checkRole, sequencesThatFit } from "./check-pair.ts";
 
@@ -50,7 +49,7 @@ async function starts(
         endpoint: "generate",
         instanceId: String(i).padStart(16, "0"),
       };
-      await registerCard(lease, ref, { ...CARD, ...other } as unknown as JsonValue);
+      await registerCard(lease, ref, { ...CARD, ...other });
     }
     const card = { ...CARD, ...own, role };
     await checkRole(role, card, { ...ENGINE, blockBytes: card.blockBytes }, discovery, "n");
