@@ -165,7 +165,7 @@ export class TieredCache {
 
   /** Reads what is below the host into it. Resolves when all is there, failed, or late; never rejects. */
   async fetch(match: TierMatch, options: { readonly deadlineMs: number; readonly signal: AbortSignal }): Promise<void> {
-    const { clock } = this.#options;
+    const { clock, meters } = this.#options;
     const startMs = clock.monotonicMs();
     const late = new AbortController();
     const reads: Promise<void>[] = [];
@@ -184,13 +184,16 @@ export class TieredCache {
     const all = Promise.all(reads).then(() => true);
     const inTime = await Promise.race([all, stop.promise.then(() => false)]);
     timer.cancel();
+    const elapsedMs = clock.monotonicMs() - startMs;
+    if (!options.signal.aborted) meters.parked(elapsedMs, inTime ? "restored" : "late");
     if (inTime) {
-      const elapsedMs = clock.monotonicMs() - startMs;
       perTier.forEach((count, i) => this.costs.tookToRead(i + 1, count, (elapsedMs * count) / blocksRead));
     } else {
       late.abort();
-      if (!options.signal.aborted)
-        for (const { tier } of this.#lower) this.#options.meters.failed(tier.name, "deadline");
+      if (options.signal.aborted) return;
+      this.#lower.forEach(({ tier }, i) => {
+        if (perTier[i]! > 0) meters.failed(tier.name, "deadline");
+      });
     }
   }
 

@@ -78,6 +78,13 @@ export class TierMetrics implements TierMeters {
       .add(blocks * this.#blockSizeTokens);
   }
 
+  parked(ms: number, outcome: "restored" | "late"): void {
+    this.#metrics
+      .histogram("kvbm_onboard_wait_seconds")
+      .labels(outcome)
+      .observe(ms / 1_000);
+  }
+
   failed(tier: TierName, failure: TierFailure, blocks = 1): void {
     this.#metrics.counter("kvbm_blocks_failed_total").labels(tier, failure).add(blocks);
   }

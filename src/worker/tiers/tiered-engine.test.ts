@@ -431,6 +431,7 @@ test("tiers: a read that is late or fails leads to recomputation, counted", asyn
       below.release();
     }
     assert.equal(rig.meters.failures.get("disk deadline"), 1);
+    assert.deepEqual(Object.fromEntries(rig.meters.parkedRequests), { late: 1, restored: 1 });
     assert.equal(rig.meters.failures.get("disk read-failed"), 8);
   });
 });
