@@ -1,4 +1,12 @@
-import { LOAD_TOPIC, isModelCard, parseLoadReport, type LoadSnapshot, type ModelCard } from "../protocol/index.ts";
+import {
+  LOAD_TOPIC,
+  isModelCard,
+  parseLoadReport,
+  type KvTierUse,
+  type LoadReport,
+  type LoadSnapshot,
+  type ModelCard,
+} from "../protocol/index.ts";
 import { watchCards, watchInstances, type Instance } from "../runtime/component/index.ts";
 import type { Discovery } from "../runtime/discovery/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
@@ -14,6 +22,8 @@ export interface InstanceView {
   readonly startedMs: number;
   readonly card: ModelCard | undefined;
   readonly load: LoadSnapshot | undefined;
+  /** Below the engine's cache. */
+  readonly kvTiers?: readonly KvTierUse[] | undefined;
 }
 
 export class ClusterView {
@@ -22,7 +32,7 @@ export class ClusterView {
   /** By endpoint and id: a worker serves several endpoints with one id. */
   readonly #instances = new Map<string, Instance>();
   readonly #cards = new Map<string, ModelCard>();
-  readonly #loads = new Map<string, LoadSnapshot>();
+  readonly #loads = new Map<string, LoadReport>();
   readonly #closes: (() => Promise<void>)[] = [];
 
   /** Resolves when the present state is known; loads come within about two seconds. */
@@ -49,7 +59,7 @@ export class ClusterView {
           const report = parseLoadReport(payload);
           // Only of who is registered: the map stays as small as discovery's.
           if (report === undefined || !this.#cards.has(report.instanceId)) return;
-          this.#loads.set(report.instanceId, report.load);
+          this.#loads.set(report.instanceId, report);
           changed();
         },
         // The next report replaces a lost one.
@@ -78,7 +88,7 @@ export class ClusterView {
       if (known !== undefined) known.endpoints.push(endpoint);
       else {
         const card = this.#cards.get(instanceId);
-        const load = this.#loads.get(instanceId);
+        const { load, kvTiers } = this.#loads.get(instanceId) ?? {};
         views.set(instanceId, {
           instanceId,
           component,
@@ -89,6 +99,7 @@ export class ClusterView {
           startedMs,
           card,
           load,
+          kvTiers,
         });
       }
     }

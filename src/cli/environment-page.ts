@@ -1,4 +1,5 @@
 import { DYNAMO_FLAGS } from "./dynamo-flags.ts";
+import { DYNAMO_KVBM_VARIABLES } from "./dynamo-variables.ts";
 import { COMMAND_NAMES, OPTION_NAMES, RETIRED_FLAGS, specOf, type OptionGroup } from "./options.ts";
 import { expectation } from "./resolve-options.ts";
 import { isSecret } from "./help.ts";
@@ -42,6 +43,13 @@ ${markdownTable(
     ignored === true ? "ignored, with a line" : "refused",
     why,
   ]),
+)}
+
+Variables of Dynamo's block manager that are no options here are ignored, with a line:
+
+${markdownTable(
+  ["Variable", "Why"],
+  Object.entries(DYNAMO_KVBM_VARIABLES).map(([name, why]) => [`\`${name}\``, why]),
 )}
 
 Words that mean the same as a choice are accepted silently: ${synonyms().join(", ")}.

@@ -1,7 +1,9 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { parseByteSize } from "./byte-size.ts";
+import { DYNAMO_KVBM_VARIABLES } from "./dynamo-variables.ts";
 import { kvTiersConfig } from "./kv-tiers-config.ts";
+import { OPTIONS } from "./options.ts";
 import { resolveOptions } from "./resolve-options.ts";
 
 async function tiers(argv: readonly string[], env: NodeJS.ProcessEnv = {}): Promise<unknown> {
@@ -34,6 +36,25 @@ test("KV tiers: none unless asked for; Dynamo's variables mean the same as the f
     DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER: "true",
   };
   assert.deepEqual(await tiers([], env), expected);
+  const inBlocks = { DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS: "100", DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS: "200" };
+  assert.deepEqual(await tiers(["--kv-disk-path=/var/kv"], inBlocks), {
+    hostBytes: 0,
+    hostBlocks: 100,
+    disk: { bytes: 0, blocks: 200, folder: "/var/kv", minSights: 2 },
+  });
+});
+
+test("KV tiers: a variable of Dynamo that means nothing here is said to be ignored, each with its reason", async () => {
+  const env = { DYN_KVBM_METRICS: "true", DYN_KVBM_LEADER_ZMQ_HOST: "h", DYN_KVBM_OBJECT_ENABLED: "" };
+  const { warnings } = await resolveOptions({ command: "worker", argv: [], env });
+  assert.deepEqual(
+    warnings.map((line) => line.split(" ")[0]),
+    ["DYN_KVBM_METRICS", "DYN_KVBM_LEADER_ZMQ_HOST"],
+  );
+  const { warnings: ofFrontend } = await resolveOptions({ command: "frontend", argv: [], env });
+  assert.deepEqual(ofFrontend, []);
+  const options = new Set(Object.values(OPTIONS).map((spec) => spec.env as string | undefined));
+  for (const name of Object.keys(DYNAMO_KVBM_VARIABLES)) assert(!options.has(name), name);
 });
 
 test("KV tiers: a frequency filter per tier, by flag or variable; what the counters cannot hold is refused", async () => {

@@ -11,16 +11,21 @@ export function kvTiersConfig(values: OptionValues, env: NodeJS.ProcessEnv): KvT
   const hostBytes = parseByteSize(values["kv-host"] ?? "0", "kv-host");
   const diskBytes = parseByteSize(values["kv-disk"] ?? "0", "kv-disk");
   const store = storeOf(values, env);
-  if (hostBytes === 0 && diskBytes === 0 && store === undefined) return undefined;
+  const hostBlocks = values["kv-host-blocks"];
+  const diskBlocks = values["kv-disk-blocks"];
+  const isAsked = hostBytes + diskBytes + hostBlocks + diskBlocks > 0 || store !== undefined;
+  if (!isAsked) return undefined;
   const hostMinFrequency = values["kv-host-min-frequency"];
   return {
     hostBytes,
+    ...(hostBlocks === 0 ? {} : { hostBlocks }),
     ...(hostMinFrequency === 0 ? {} : { hostMinFrequency }),
-    ...(diskBytes === 0
+    ...(diskBytes === 0 && diskBlocks === 0
       ? {}
       : {
           disk: {
             bytes: diskBytes,
+            ...(diskBlocks === 0 ? {} : { blocks: diskBlocks }),
             folder: resolve(values["kv-disk-path"] ?? join(defaultDiscoveryFolder(), "kv")),
             minSights: values["kv-disk-every-block"] ? 1 : 2,
             ...frequency(values["kv-disk-min-frequency"]),

@@ -209,6 +209,44 @@ test("status: a table per model and instance; what is not known yet is a dash", 
   assert.deepEqual([0, 59_999, 61_000, 7_380_000, 180_000_000].map(duration), ["0s", "59s", "1m 1s", "2h 3m", "2d 2h"]);
 });
 
+test("status: the KV tiers of workers that have some, with what they hold, how often they had what was asked for, and their state", () => {
+  const base = { component: "backend", endpoints: [], address: "tcp://x", pid: 1, host: "h", startedMs: 0 };
+  const unknown = { card: undefined, load: undefined };
+  const counts = { hitBlocks: 62, lookedUpBlocks: 248, restoredBlocks: 60, isDegraded: false };
+  const view = {
+    ...base,
+    ...unknown,
+    instanceId: "a".repeat(16),
+    kvTiers: [
+      { ...counts, tier: "host", usedBytes: 512e6, capacityBytes: 1e9 },
+      {
+        ...counts,
+        tier: "disk",
+        usedBytes: 0,
+        capacityBytes: 4.25e9,
+        hitBlocks: 0,
+        restoredBlocks: 0,
+        isDegraded: true,
+      },
+      { ...counts, tier: "object", usedBytes: 999, lookedUpBlocks: 0 },
+    ],
+  } as const;
+  const text = statusText([view, { ...base, ...unknown, instanceId: "b".repeat(16) }], "here", 0);
+  const rows = text
+    .split("\n\n")
+    .at(-1)!
+    .trimEnd()
+    .split("\n")
+    .map((line) => line.split(/\s{2,}/));
+  const id = "a".repeat(16);
+  assert.deepEqual(rows, [
+    ["INSTANCE", "KV TIER", "USED", "BUDGET", "HITS", "RESTORED", "STATE"],
+    [id, "host", "512.0 MB", "1.0 GB", "25.0 % of 248 blocks", "60 blocks", "ok"],
+    [id, "disk", "0 B", "4.3 GB", "0.0 % of 248 blocks", "0 blocks", "degraded"],
+    [id, "object", "999 B", "-", "-", "60 blocks", "ok"],
+  ]);
+});
+
 test("pull display: a bar that redraws on a terminal, a line every five seconds elsewhere", () => {
   const show = (isTerminal: boolean): string => {
     const clock = new ManualClock();

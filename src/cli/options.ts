@@ -194,6 +194,16 @@ export const OPTIONS = {
     commands: WORKERS,
     help: "Host memory of one worker for KV blocks that left its cache: 512MB, 1GB; a number alone is in GB.",
   },
+  "kv-host-blocks": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    max: 1_000_000_000,
+    env: "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS",
+    group: "KV tiers",
+    commands: WORKERS,
+    help: "The same in blocks, in place of --kv-host; 0 = not given.",
+  },
   "kv-disk": {
     type: "text",
     default: undefined,
@@ -202,6 +212,16 @@ export const OPTIONS = {
     group: "KV tiers",
     commands: WORKERS,
     help: "Disk space of one worker for KV blocks, which survive a restart; a number alone is in GB.",
+  },
+  "kv-disk-blocks": {
+    type: "integer",
+    default: 0,
+    min: 0,
+    max: 1_000_000_000,
+    env: "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
+    group: "KV tiers",
+    commands: WORKERS,
+    help: "The same in blocks, in place of --kv-disk; 0 = not given.",
   },
   "kv-disk-path": {
     type: "text",

@@ -2,6 +2,7 @@ import { parseArgs } from "node:util";
 import { DynamoError } from "../errors/index.ts";
 import { closestWord } from "./closest-word.ts";
 import { dynamoFlag } from "./dynamo-flags.ts";
+import { ignoredVariables } from "./dynamo-variables.ts";
 import {
   COMMAND_NAMES,
   OPTION_NAMES,
@@ -26,7 +27,7 @@ export interface ResolvedOptions {
   readonly sources: Readonly<Record<OptionName, ValueSource>>;
   /** Words that are not options: `pull smollm2`. */
   readonly positionals: readonly string[];
-  /** One line each, for stderr: renamed flags. */
+  /** One line each, for stderr: renamed flags, and variables of Dynamo that mean nothing here. */
   readonly warnings: readonly string[];
 }
 
@@ -53,6 +54,7 @@ export async function resolveOptions(input: ResolveInput): Promise<ResolvedOptio
   const allowed = new Set(optionsOf(input.command));
   const flags = readFlags(input, allowed, mistakes, warnings);
   const environment = readEnvironment(input.env, allowed);
+  if (allowed.has("kv-host")) warnings.push(...ignoredVariables(input.env));
   const configPath = (flags.given.get("config") ?? environment.get("config"))?.text;
   const file =
     configPath === undefined ? new Map<OptionName, Given>() : await readConfigFile(configPath, allowed, mistakes);

@@ -1,3 +1,4 @@
+import type { KvTierUse } from "../protocol/index.ts";
 import type { InstanceView } from "./cluster-view.ts";
 
 /** The text of `dynamo status`: a line per model, a line per instance. Pure. */
@@ -28,7 +29,36 @@ export function statusText(instances: readonly InstanceView[], where: string, no
       ],
       ...rows,
     ]),
+    ...tierTable(instances),
   ].join("\n");
+}
+
+/** A line per tier below a worker's cache; nothing when no worker has any. */
+function tierTable(instances: readonly InstanceView[]): string[] {
+  const rows = instances.flatMap(({ instanceId, kvTiers = [] }) => kvTiers.map((use) => tierRow(instanceId, use)));
+  return rows.length === 0
+    ? []
+    : [table([["INSTANCE", "KV TIER", "USED", "BUDGET", "HITS", "RESTORED", "STATE"], ...rows])];
+}
+
+function tierRow(instanceId: string, use: KvTierUse): string[] {
+  const { tier, usedBytes, capacityBytes, hitBlocks, lookedUpBlocks, restoredBlocks, isDegraded } = use;
+  return [
+    instanceId,
+    tier,
+    size(usedBytes),
+    capacityBytes === undefined ? "-" : size(capacityBytes),
+    lookedUpBlocks === 0 ? "-" : `${((100 * hitBlocks) / lookedUpBlocks).toFixed(1)} % of ${lookedUpBlocks} blocks`,
+    `${restoredBlocks} blocks`,
+    isDegraded ? "degraded" : "ok",
+  ];
+}
+
+/** `0 B`, `512.0 MB`, `4.2 GB`. */
+function size(bytes: number): string {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const step = Math.min(units.length - 1, bytes < 1 ? 0 : Math.floor(Math.log10(bytes) / 3));
+  return `${(bytes / 1_000 ** step).toFixed(step === 0 ? 0 : 1)} ${units[step]}`;
 }
 
 function instanceRow({ instanceId, component, card, load, pid, startedMs }: InstanceView, nowMs: number): string[] {

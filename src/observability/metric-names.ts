@@ -452,6 +452,12 @@ export const METRICS = {
     labels: [],
     help: "KV blocks from the object store back into the engine.",
   },
+  kvbm_onboard_wait_seconds: {
+    type: "histogram",
+    labels: ["outcome"],
+    buckets: "seconds",
+    help: "Time a request waited for its blocks from disk or object store, before it computed the rest; late: for as long as it may.",
+  },
   kvbm_host_cache_hit_rate: {
     type: "gauge",
     labels: [],

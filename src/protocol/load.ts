@@ -1,3 +1,5 @@
+import { parseKvTierUse, type KvTierUse } from "./kv-tier-use.ts";
+
 /** Load of one worker, as the engine sees it; published on the event plane about four times a second and on change. */
 export interface LoadSnapshot {
   /** Streams that are decoding or prefilling. */
@@ -41,6 +43,8 @@ export interface LoadReport {
   readonly load: LoadSnapshot;
   /** Since the engine's last step, in ms, to a quarter of a second; undefined: the worker does not say. */
   readonly stillMs?: number;
+  /** Of a worker with KV tiers. */
+  readonly kvTiers?: readonly KvTierUse[];
 }
 
 /** Reads a report from foreign bytes; undefined when it is not one. */
@@ -54,7 +58,13 @@ export function parseLoadReport(payload: Uint8Array): LoadReport | undefined {
     if (typeof instanceId !== "string" || typeof load !== "object" || load === null) return undefined;
     const numbers = load as Record<string, unknown>;
     for (const field of Object.keys(EMPTY_LOAD)) if (typeof numbers[field] !== "number") return undefined;
-    return { instanceId, load: load as LoadSnapshot, ...(typeof stillMs === "number" ? { stillMs } : {}) };
+    const kvTiers = parseKvTierUse((value as Record<string, unknown>)["kvTiers"]);
+    return {
+      instanceId,
+      load: load as LoadSnapshot,
+      ...(typeof stillMs === "number" ? { stillMs } : {}),
+      ...(kvTiers === undefined ? {} : { kvTiers }),
+    };
   } catch {
     return undefined;
   }

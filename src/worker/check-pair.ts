@@ -22,14 +22,22 @@ export async function checkRole(
     if (other.role === "agg" && role === "decode") continue;
     const conflict = handoffConflict(other, card);
     if (conflict !== undefined) throw refused(role, conflict);
-    if (role !== "decode" || other.contextLength <= card.contextLength) continue;
-    const tokens = info.totalBlocks * info.blockSizeTokens;
-    throw refused(
-      role,
-      `its KV memory of ${tokens} tokens holds ${Math.floor(tokens / other.contextLength)} sequences of the ` +
-        `${other.contextLength} tokens that the model's ${other.role} worker takes; raise --kv-cache-tokens`,
-    );
+    if (role === "decode") refuseShortMemory(role, card, other);
+    else if (other.role === "decode") refuseShortMemory(role, other, card);
   }
+}
+
+/** Whatever the other worker takes must fit the decode worker, whichever of the two comes later. */
+function refuseShortMemory(role: WorkerRole, decode: ModelCard, other: ModelCard): void {
+  if (other.contextLength <= decode.contextLength) return;
+  const tokens = decode.totalBlocks * decode.blockSizeTokens;
+  const holds = `KV memory of ${tokens} tokens holds ${Math.floor(tokens / other.contextLength)} sequences of the ${other.contextLength} tokens`;
+  throw refused(
+    role,
+    role === "decode"
+      ? `its ${holds} that the model's ${other.role} worker takes; raise --kv-cache-tokens`
+      : `the model's decode worker's ${holds} that this one takes; raise its --kv-cache-tokens or lower --context-length`,
+  );
 }
 
 /** Whole sequences of the longest length that fit the KV memory. */

@@ -1,5 +1,5 @@
 import type { Engine } from "../engines/index.ts";
-import type { LoadReport } from "../protocol/index.ts";
+import type { KvTierUse, LoadReport } from "../protocol/index.ts";
 import type { EventPublisher } from "../runtime/event-plane/index.ts";
 import type { Clock, TimerHandle } from "../std/index.ts";
 import type { WorkerMetrics } from "./worker-metrics.ts";
@@ -9,17 +9,27 @@ const INTERVAL_MS = 250;
 /** An unchanged load is repeated so that a late subscriber learns it. */
 const REPEAT_MS = 2_000;
 
+export interface PublishLoadOptions {
+  readonly publisher: EventPublisher;
+  readonly engine: Engine;
+  readonly kvTiers: (() => readonly KvTierUse[]) | undefined;
+  readonly instanceId: string;
+  readonly clock: Clock;
+  readonly metrics: WorkerMetrics;
+}
+
 /**
  * Publishes the engine's load four times a second when it changed or the engine has work, and keeps the load gauges: one
  * that has work and stands still must be told from one whose reports are lost. Returns its stop.
  */
-export function publishLoad(
-  publisher: EventPublisher,
-  engine: Engine,
-  instanceId: string,
-  clock: Clock,
-  metrics: WorkerMetrics,
-): () => void {
+export function publishLoad({
+  publisher,
+  engine,
+  kvTiers: useOfTiers,
+  instanceId,
+  clock,
+  metrics,
+}: PublishLoadOptions): () => void {
   const startedMs = clock.monotonicMs();
   let lastText = "";
   let lastMs = -Infinity;
@@ -36,9 +46,15 @@ export function publishLoad(
       steps = load.steps;
       steppedMs = nowMs;
     }
-    const text = JSON.stringify(load);
+    const kvTiers = useOfTiers?.();
+    const text = JSON.stringify([load, kvTiers]);
     if (text !== lastText || load.runningRequests > 0 || nowMs - lastMs >= REPEAT_MS) {
-      const report: LoadReport = { instanceId, load, stillMs: Math.round(nowMs - steppedMs) };
+      const report: LoadReport = {
+        instanceId,
+        load,
+        stillMs: Math.round(nowMs - steppedMs),
+        ...(kvTiers && { kvTiers }),
+      };
       publisher.publish(Buffer.from(JSON.stringify(report)));
       lastText = text;
       lastMs = nowMs;

@@ -110,9 +110,9 @@ async function start(
   const server = await planes.request.listen();
   lifecycle.defer("request plane server", () => server.close());
   const bare = await (parts.makeEngine ?? loadEngine)(config.engine, { logger, clock });
-  const engine =
+  const tiered =
     config.kvTiers === undefined
-      ? bare
+      ? undefined
       : withTiers({
           engine: bare,
           modelPath: config.engine.modelPath,
@@ -121,6 +121,7 @@ async function start(
           clock,
           logger,
         });
+  const engine = tiered?.engine ?? bare;
   lifecycle.defer("engine", () => engine.stop());
   const service = new GenerateService({
     engine,
@@ -231,7 +232,10 @@ async function start(
 
   const loadReports = await planes.events.publish(LOAD_TOPIC, { publisherId: instanceId });
   lifecycle.defer("load publisher", () => loadReports.close());
-  lifecycle.defer("load timer", publishLoad(loadReports, engine, instanceId, clock, metrics));
+  lifecycle.defer(
+    "load timer",
+    publishLoad({ publisher: loadReports, engine, kvTiers: tiered?.use, instanceId, clock, metrics }),
+  );
 
   const lease = await openLastingLease(discovery, { clock, logger, random: planes.random });
   lifecycle.defer("lease", () => lease.close());

@@ -142,6 +142,7 @@ class MarkingMeters implements TierMeters {
 
   offloaded(): void {}
   matched(): void {}
+  parked(): void {}
   used(): void {}
   waiting(): void {}
 }

@@ -35,6 +35,11 @@ const SCAN_READS_AT_A_TIME = 32;
 /** How often it is looked whether the file still has its name. */
 const LOOK_EVERY_MS = 1_000;
 
+/** What a block takes of the file. */
+export function diskSlotBytes(blockBytes: number): number {
+  return Math.ceil((HEADER_BYTES + blockBytes) / PAGE_BYTES) * PAGE_BYTES;
+}
+
 export class DiskTier implements LowerTier {
   readonly name = "disk";
   readonly #options: DiskTierOptions;
@@ -56,7 +61,7 @@ export class DiskTier implements LowerTier {
     this.#options = options;
     this.#files = options.files ?? systemFiles;
     this.#health = new TierHealth({ ...options, tier: "disk" });
-    this.#stride = Math.ceil((HEADER_BYTES + options.format.blockBytes) / PAGE_BYTES) * PAGE_BYTES;
+    this.#stride = diskSlotBytes(options.format.blockBytes);
     this.#slotCount = Math.floor(options.bytes / this.#stride);
     if (this.#slotCount < 1) {
       throw new DynamoError(

@@ -1,4 +1,4 @@
-export { DiskTier, type DiskTierOptions } from "./disk-tier.ts";
+export { DiskTier, diskSlotBytes, type DiskTierOptions } from "./disk-tier.ts";
 export { systemFiles, type TierFile, type TierFiles } from "./tier-files.ts";
 export type { EntryFormat } from "./entry.ts";
 export { HostTier, type HostTierOptions } from "./host-tier.ts";

@@ -73,6 +73,8 @@ export interface TierMeters {
   onboarded(from: TierName, blocks: number): void;
   /** Of one request: blocks beyond those of the engine's cache that were looked up, and found per tier. */
   matched(lookedUp: number, found: Readonly<Record<TierName, number>>): void;
+  /** A request was held up until its blocks had come from below the host, or for as long as it may be. */
+  parked(ms: number, outcome: "restored" | "late"): void;
   failed(tier: TierName, failure: TierFailure, blocks?: number): void;
   used(tier: TierName, bytes: number, capacityBytes: number): void;
   degraded(tier: TierName, isDegraded: boolean): void;

@@ -165,7 +165,7 @@ export class TieredCache {
 
   /** Reads what is below the host into it. Resolves when all is there, failed, or late; never rejects. */
   async fetch(match: TierMatch, options: { readonly deadlineMs: number; readonly signal: AbortSignal }): Promise<void> {
-    const { clock } = this.#options;
+    const { clock, meters } = this.#options;
     const startMs = clock.monotonicMs();
     const late = new AbortController();
     const reads: Promise<void>[] = [];
@@ -184,13 +184,16 @@ export class TieredCache {
     const all = Promise.all(reads).then(() => true);
     const inTime = await Promise.race([all, stop.promise.then(() => false)]);
     timer.cancel();
+    const elapsedMs = clock.monotonicMs() - startMs;
+    if (!options.signal.aborted) meters.parked(elapsedMs, inTime ? "restored" : "late");
     if (inTime) {
-      const elapsedMs = clock.monotonicMs() - startMs;
       perTier.forEach((count, i) => this.costs.tookToRead(i + 1, count, (elapsedMs * count) / blocksRead));
     } else {
       late.abort();
-      if (!options.signal.aborted)
-        for (const { tier } of this.#lower) this.#options.meters.failed(tier.name, "deadline");
+      if (options.signal.aborted) return;
+      this.#lower.forEach(({ tier }, i) => {
+        if (perTier[i]! > 0) meters.failed(tier.name, "deadline");
+      });
     }
   }
 
@@ -297,10 +300,15 @@ export class TieredCache {
   /** A request has asked for these blocks: each may now be worth a place below where it is. */
   #see(hashes: BlockHashes, count: number): void {
     const { hostFilter, clock } = this.#options;
+    const nowMs = clock.monotonicMs();
     for (let i = 0; i < count; i++) {
       const block = identityAt(hashes, i);
       if (this.#host.has(block)) this.#offerBelow(block, 0);
-      else if (hostFilter !== undefined && this.#mirror.has(block.lo, block.hi)) this.#offerToHost(block, 0);
+      else if (this.#mirror.has(block.lo, block.hi)) {
+        // On its way to the host perhaps: its filters count this sight all the same.
+        for (const { filter } of this.#lower) filter.see(keyOf(block.lo, block.hi), nowMs);
+        if (hostFilter !== undefined) this.#offerToHost(block, 0);
+      }
     }
     this.#pumpAllBelow();
     // Not at once: it tells routers of what makes room.

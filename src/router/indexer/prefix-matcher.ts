@@ -29,11 +29,13 @@ export class PrefixMatcher {
   #host = new Uint32Array(8);
   #disk = new Uint32Array(8);
   #shared = new Uint32Array(8);
-  /** The set under the walk, one array per tier; the last one has disk and store together, a match there takes either. */
+  /** The set under the walk, one array per tier. */
   #inDevice = new Uint32Array(8);
   #inHost = new Uint32Array(8);
   #inDisk = new Uint32Array(8);
-  #inShared = new Uint32Array(8);
+  #inStore = new Uint32Array(8);
+  /** The walk has met a block in a store; before that `#shared` and `#inStore` mean nothing. */
+  #hasStore = false;
   /** Words that the first block's set touches: nobody else can match. */
   #firstWord = 0;
   #endWord = 0;
@@ -87,20 +89,21 @@ export class PrefixMatcher {
     this.#inDevice = new Uint32Array(size);
     this.#inHost = new Uint32Array(size);
     this.#inDisk = new Uint32Array(size);
-    this.#inShared = new Uint32Array(size);
+    this.#inStore = new Uint32Array(size);
   }
 
   /** Spreads a set into one bit set per tier, over the words that still matter. */
   #load(set: number, isFirst: boolean): void {
     const { sets } = this.#memory;
-    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
+    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
     const size = inDevice.length;
     const firstWord = isFirst ? 0 : this.#firstWord;
     const endWord = isFirst ? size : this.#endWord;
     inDevice.fill(0, firstWord, endWord);
     inHost.fill(0, firstWord, endWord);
     inDisk.fill(0, firstWord, endWord);
-    inShared.fill(0, firstWord, endWord);
+    if (isFirst) this.#hasStore = false;
+    else if (this.#hasStore) this.#inStore.fill(0, firstWord, endWord);
     let lowest = size;
     let highest = -1;
     // The number of nodes is bounded by the words of all planes: half-written links must not lead round in circles.
@@ -115,10 +118,8 @@ export class PrefixMatcher {
         const plane = key >>> PLANE_KEY_BITS;
         if (plane === 0) inDevice[word] = bits;
         else if (plane === 1) inHost[word] = bits;
-        else {
-          if (plane === 2) inDisk[word] = bits;
-          inShared[word] = inShared[word]! | bits;
-        }
+        else if (plane === 2) inDisk[word] = bits;
+        else this.#inStoreToo(word, bits);
         if (word < lowest) lowest = word;
         if (word > highest) highest = word;
       }
@@ -128,9 +129,19 @@ export class PrefixMatcher {
     this.#endWord = Math.min(highest + 1, size);
   }
 
+  /** Most indexes have no block in a store: its sets are kept from the first one on that a walk meets. */
+  #inStoreToo(word: number, bits: number): void {
+    if (!this.#hasStore) {
+      this.#hasStore = true;
+      this.#shared.fill(0);
+      this.#inStore.fill(0);
+    }
+    this.#inStore[word] = bits;
+  }
+
   #start(): void {
-    const [device, host, disk, shared] = [this.#device, this.#host, this.#disk, this.#shared];
-    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
+    const [device, host, disk] = [this.#device, this.#host, this.#disk];
+    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
     for (let word = this.#firstWord; word < this.#endWord; word++) {
       const d = inDevice[word]!;
       const h = inHost[word]!;
@@ -138,38 +149,44 @@ export class PrefixMatcher {
       device[word] = d;
       host[word] = h & ~d;
       disk[word] = k & ~h & ~d;
-      shared[word] = inShared[word]! & ~k & ~h & ~d;
+      if (this.#hasStore) this.#shared[word] = this.#inStore[word]! & ~k & ~h & ~d;
     }
   }
 
   /** The block's set differs from the one before: who drops out of a tier goes on in the next one, or is done. */
   #narrow(block: number, into: OverlapScores): boolean {
-    const [device, host, disk, shared] = [this.#device, this.#host, this.#disk, this.#shared];
-    const [inDevice, inHost, inDisk, inShared] = [this.#inDevice, this.#inHost, this.#inDisk, this.#inShared];
+    const [device, host, disk] = [this.#device, this.#host, this.#disk];
+    const [inDevice, inHost, inDisk] = [this.#inDevice, this.#inHost, this.#inDisk];
+    const hasStore = this.#hasStore;
     let active = 0;
     for (let word = this.#firstWord; word < this.#endWord; word++) {
       const h = inHost[word]!;
       const k = inDisk[word]!;
-      const s = inShared[word]!;
       const offDevice = device[word]! & ~inDevice[word]!;
       const offHost = host[word]! & ~h;
       const offDisk = disk[word]! & ~k;
-      const offShared = shared[word]! & ~s;
-      if ((offDevice | offHost | offDisk | offShared) !== 0) {
+      if ((offDevice | offHost | offDisk) !== 0) {
         endDevice(offDevice, word, block, into);
         endHost(offHost, word, block, into);
         endDisk(offDisk, word, block, into);
-        endShared(offShared, word, block, into);
         device[word] = device[word]! & ~offDevice;
         host[word] = (host[word]! & ~offHost) | (offDevice & h);
-        // Who leaves the device goes on in the nearest tier that has the block.
-        const below = (offDevice & ~h) | offHost;
-        disk[word] = (disk[word]! & ~offDisk) | (below & k);
-        shared[word] = (shared[word]! & ~offShared) | (((below & ~k) | offDisk) & s);
+        disk[word] = (disk[word]! & ~offDisk) | (((offDevice & ~h) | offHost) & k);
       }
-      active |= device[word]! | host[word]! | disk[word]! | shared[word]!;
+      if (hasStore) active |= this.#narrowShared(word, block, (((offDevice & ~h) | offHost) & ~k) | offDisk, into);
+      active |= device[word]! | host[word]! | disk[word]!;
     }
     return active !== 0;
+  }
+
+  /** `came`: ranks that have just dropped out of every nearer tier. A match in the store takes what is on disk too. */
+  #narrowShared(word: number, block: number, came: number, into: OverlapScores): number {
+    const shared = this.#shared;
+    const here = this.#inStore[word]! | this.#inDisk[word]!;
+    const off = shared[word]! & ~here;
+    endShared(off, word, block, into);
+    shared[word] = (shared[word]! & ~off) | (came & here);
+    return shared[word]!;
   }
 
   #finish(block: number, into: OverlapScores): void {
@@ -177,7 +194,7 @@ export class PrefixMatcher {
       endDevice(this.#device[word]!, word, block, into);
       endHost(this.#host[word]!, word, block, into);
       endDisk(this.#disk[word]!, word, block, into);
-      endShared(this.#shared[word]!, word, block, into);
+      if (this.#hasStore) endShared(this.#shared[word]!, word, block, into);
     }
   }
 }

@@ -4,6 +4,8 @@ import type { S3Options } from "../../transfer/s3/index.ts";
 export interface KvTiersConfig {
   /** 0 = only what reading from below needs. */
   readonly hostBytes: number;
+  /** In place of `hostBytes`. */
+  readonly hostBlocks?: number;
   /** Sights before a block is copied to host memory, and so to anything below; 0 and 1 = at once. @default 0 */
   readonly hostMinFrequency?: number;
   readonly disk?: KvDiskConfig;
@@ -12,6 +14,8 @@ export interface KvTiersConfig {
 
 export interface KvDiskConfig {
   readonly bytes: number;
+  /** In place of `bytes`. */
+  readonly blocks?: number;
   readonly folder: string;
   /** Sights (doubling, as in `SightFilter`) before a block is written; 1 = at once. @default 2 */
   readonly minSights?: number;

@@ -337,6 +337,24 @@ test("tiers: with a frequency filter a block goes down when it was asked for oft
     assert.equal(rig.host.pool.registeredCount, 5, "what was asked for once stays above");
   }));
 
+test("tiers: a prompt that is asked for again before it has reached the host is on disk all the same", async () => {
+  const below = new MemoryTier("disk");
+  await withRig({ lower: [below], minSights: 2 }, async (rig) => {
+    const { blockPort } = rig.inner;
+    const copyOut = blockPort.copyOut.bind(blockPort);
+    const gate = Promise.withResolvers<void>();
+    blockPort.copyOut = async (hashes, slots) => {
+      await gate.promise;
+      return copyOut(hashes, slots);
+    };
+    await rig.say(prompt(33));
+    assert.equal(await rig.say(prompt(33)), 32);
+    gate.resolve();
+    await rig.cache.settled();
+    assert.equal(below.writes.length, 8);
+  });
+});
+
 test("tiers: abort, stop and the engine's death while parked end the stream once", async () => {
   const below = new MemoryTier("disk");
   const parkOne = async (rig: Rig): Promise<number> => {
@@ -413,6 +431,7 @@ test("tiers: a read that is late or fails leads to recomputation, counted", asyn
       below.release();
     }
     assert.equal(rig.meters.failures.get("disk deadline"), 1);
+    assert.deepEqual(Object.fromEntries(rig.meters.parkedRequests), { late: 1, restored: 1 });
     assert.equal(rig.meters.failures.get("disk read-failed"), 8);
   });
 });

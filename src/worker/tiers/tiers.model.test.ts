@@ -39,7 +39,7 @@ class Rig {
   readonly recorder: EngineRecorder;
 
   constructor(config: KvTiersConfig) {
-    const engine = withTiers({
+    const { engine } = withTiers({
       engine: this.inner,
       modelPath: MODEL_PATH,
       config,

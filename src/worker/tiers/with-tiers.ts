@@ -6,12 +6,14 @@ import {
   HostTier,
   ObjectTier,
   TieredCache,
+  diskSlotBytes,
   offloadFilter,
   type EntryFormat,
   type ObjectStore,
   type TieredCacheOptions,
 } from "../../kvbm/index.ts";
 import type { Logger, Metrics } from "../../observability/index.ts";
+import type { KvTierUse } from "../../protocol/index.ts";
 import { systemRandom, type Clock } from "../../std/index.ts";
 import { modelFingerprint } from "./model-fingerprint.ts";
 import type { KvObjectConfig, KvTiersConfig } from "./tier-config.ts";
@@ -29,14 +31,20 @@ export interface WithTiersOptions {
   readonly logger: Logger;
 }
 
+export interface EngineWithTiers {
+  readonly engine: Engine;
+  /** Empty before the engine has started. */
+  readonly use: () => readonly KvTierUse[];
+}
+
 /** Without a host budget of its own: room for 4,000 tokens of SmolLM2 on their way from a lower tier. */
 const STAGING_BYTES = 96 * 1024 * 1024;
 /** Twice asked for, in the filter's doubling count. */
 const DISK_MIN_SIGHTS = 2;
 
-export function withTiers(options: WithTiersOptions): Engine {
+export function withTiers(options: WithTiersOptions): EngineWithTiers {
   let meters: TierMetrics | undefined;
-  return new TieredEngine({
+  const engine = new TieredEngine({
     engine: options.engine,
     clock: options.clock,
     onParkingFull: () => meters?.failed("host", "busy"),
@@ -45,6 +53,7 @@ export function withTiers(options: WithTiersOptions): Engine {
       return makeCache(options, info, hooks, meters);
     },
   });
+  return { engine, use: () => meters?.use() ?? [] };
 }
 
 async function makeCache(
@@ -53,7 +62,9 @@ async function makeCache(
   { attach, ...hooks }: CacheHooks,
   meters: TierMetrics,
 ): Promise<TieredCache> {
-  const host = new HostTier({ bytes: config.hostBytes || STAGING_BYTES, blockBytes: info.blockBytes });
+  const { hostBlocks = 0, hostBytes } = config;
+  const bytes = hostBlocks * info.blockBytes || hostBytes || STAGING_BYTES;
+  const host = new HostTier({ bytes, blockBytes: info.blockBytes });
   attach(host.memory);
   const lower: TieredCacheOptions["lower"][number][] = [];
   const { disk, object } = config;
@@ -64,7 +75,8 @@ async function makeCache(
       blockBytes: info.blockBytes,
     };
     if (disk !== undefined) {
-      const tier = new DiskTier({ ...shared, folder: disk.folder, bytes: disk.bytes, format });
+      const bytes = disk.blocks === undefined ? disk.bytes : disk.blocks * diskSlotBytes(info.blockBytes);
+      const tier = new DiskTier({ ...shared, folder: disk.folder, bytes, format });
       lower.push({ tier, filter: offloadFilter({ minSights: DISK_MIN_SIGHTS, ...disk }) });
     }
     if (object !== undefined) {
