@@ -47,6 +47,8 @@ export interface ScrapedLoad {
   /** Engine steps so far; undefined = not told. */
   readonly steps: number | undefined;
   readonly preemptions: number;
+  /** Another number for another life of the server; undefined = not told. */
+  readonly life: number | undefined;
 }
 
 /** What differs between engines; everything else is `ForeignEngine`. */

@@ -47,9 +47,10 @@ type State = "new" | "starting" | "up" | "down" | "stopped";
 const POLL_START_MS = 200;
 const PROGRESS_MS = 10_000;
 const METRICS_INTERVAL_MS = 1_000;
+const SCRAPE_TIMEOUT_MS = 5_000;
 const HANG_TIMEOUT_MS = 30_000;
 /** Starts in a row that fail after it had served once. */
-const MAX_FAILED_RESTARTS = 5;
+const MAX_FAILED_RESTARTS = 3;
 
 export class ForeignEngine implements Engine {
   readonly #options: ForeignEngineOptions;
@@ -73,6 +74,8 @@ export class ForeignEngine implements Engine {
   #downSinceMs = 0;
   #downReason: string | undefined;
   #lastAnswerMs = 0;
+  /** By its scrapes. */
+  #life: number | undefined;
 
   #steps = 0;
   #generatedTokens = 0;
@@ -93,7 +96,8 @@ export class ForeignEngine implements Engine {
       clock,
       logger,
       intervalMs: metricsIntervalMs,
-      maxAgeMs: options.metricsMaxAgeMs ?? 5 * metricsIntervalMs + 5_000,
+      maxAgeMs: options.metricsMaxAgeMs ?? 5 * metricsIntervalMs + SCRAPE_TIMEOUT_MS,
+      timeoutMs: Math.min(SCRAPE_TIMEOUT_MS, options.hangTimeoutMs ?? HANG_TIMEOUT_MS),
       onScrape: () => this.#onScrape(),
       onMiss: (isGone) => this.#onMiss(isGone),
       isBusy: () => this.#streams.size > 0,
@@ -341,6 +345,7 @@ export class ForeignEngine implements Engine {
     this.#downReason = why;
     this.counts.downs++;
     this.#poller.stop();
+    this.#life = undefined;
     const error = new DynamoError("engine-stopped", `the engine ${why}`, {
       diagnostic: `${dialect.name} at ${this.#options.http.url}${server === undefined ? "" : `; its last lines: ${server.log.tail(5).join(" | ")}`}`,
     });
@@ -407,6 +412,12 @@ export class ForeignEngine implements Engine {
     const scraped = this.#poller.load;
     this.#lastAnswerMs = clock.monotonicMs();
     if (scraped === undefined) return;
+    // Quicker than we look: its port was never seen closed.
+    if (this.#life !== undefined && scraped.life !== this.#life) {
+      this.#life = undefined;
+      return this.#goDown("was restarted by somebody");
+    }
+    this.#life = scraped.life;
     const all = scraped.runningRequests + scraped.waitingRequests;
     this.#othersStreams = Math.max(0, all - this.#peakStreams);
     const usedBlocks = Math.round((scraped.kvUsage ?? 0) * (this.#facts?.totalBlocks ?? 0));

@@ -15,6 +15,8 @@ export interface LoadPollerOptions {
   readonly logger: Logger;
   readonly intervalMs: number;
   readonly maxAgeMs: number;
+  /** For one answer. */
+  readonly timeoutMs: number;
   /** Answers of the engine, in order. */
   readonly onScrape: (load: ScrapedLoad) => void;
   /** It did not answer; `isGone` when nobody listens at its address any more. */
@@ -22,7 +24,6 @@ export interface LoadPollerOptions {
   readonly isBusy: () => boolean;
 }
 
-const TIMEOUT_MS = 5_000;
 const IDLE_FACTOR = 5;
 
 export class LoadPoller {
@@ -84,10 +85,10 @@ export class LoadPoller {
   }
 
   async #scrape(): Promise<void> {
-    const { dialect, http, clock, onScrape, onMiss, intervalMs, isBusy, logger } = this.#options;
+    const { dialect, http, clock, onScrape, onMiss, intervalMs, isBusy, logger, timeoutMs } = this.#options;
     this.#isAsking = true;
     try {
-      const { status, text } = await http.ask("GET", dialect.metricsPath, { timeoutMs: TIMEOUT_MS });
+      const { status, text } = await http.ask("GET", dialect.metricsPath, { timeoutMs });
       if (!this.#isOpen) return;
       if (status !== 200) throw new Error(`status ${status}`);
       const load = dialect.loadOf(text);

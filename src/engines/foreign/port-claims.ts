@@ -23,7 +23,7 @@ const LAST_PORT = 31_999;
 const TRIES = 200;
 
 export function defaultClaimFolder(): string {
-  return join(tmpdir(), `dynamo-ts-${userInfo().uid}`, "ports");
+  return join(tmpdir(), `dynamo-ts-engines-${userInfo().uid}`, "ports");
 }
 
 /** `count` free ports in a row on `host`, of our own choice. Throws `address-in-use`. */

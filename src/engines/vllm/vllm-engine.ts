@@ -138,6 +138,7 @@ const LOAD_METRICS = new Set([
   "vllm:gpu_cache_usage_perc",
   "vllm:iteration_tokens_total_count",
   "vllm:num_preemptions_total",
+  "process_start_time_seconds",
 ]);
 
 class VllmDialect implements EngineDialect {
@@ -197,6 +198,7 @@ class VllmDialect implements EngineDialect {
       kvUsage: usages.length === 0 ? undefined : runningRequests + waitingRequests === 0 ? 0 : usage,
       steps: sumOf(samples, "vllm:iteration_tokens_total_count"),
       preemptions: sumOf(samples, "vllm:num_preemptions_total") ?? 0,
+      life: sumOf(samples, "process_start_time_seconds"),
     };
   }
 
