@@ -57,7 +57,7 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
   vllm: {
     summary: "run one worker with a vLLM server as its engine",
     usage: "dynamo vllm [options] [vLLM's own flags] [-- more of them]",
-    example: "dynamo vllm --model /models/Qwen3-8B --served-model-name qwen3 --tensor-parallel-size 2",
+    example: "dynamo vllm --model /models/Qwen3-8B --model-name qwen3 -tp 2",
     about:
       "The same as dynamo worker --engine vllm, with the command line of dynamo.vllm: flags that are none of ours go to\n" +
       "vLLM. Starts vllm serve, watches it and starts it again; with --engine-url it attaches to one that runs already.",
