@@ -26,7 +26,7 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
   return {
     kind: "vllm",
     modelPath,
-    vocabularySize: vocabularySizeOf(artifact),
+    vocabularySize: Math.max(vocabularySizeOf(artifact), rowsOf(modelPath)),
     ...(engineModel === undefined ? {} : { engineModel }),
     ...(apiKey === undefined ? {} : { apiKey }),
     ...(url === undefined ? { launch: launchOf(resolved) } : { url }),
@@ -113,6 +113,17 @@ async function rootOfServed(url: string, name: string | undefined, apiKey: strin
     await http.close();
   }
 } // prettier-ignore
+
+/** Token ids the model itself has: more than its tokenizer where the embedding was rounded up. 0 = its file does not say. */
+function rowsOf(folder: string): number {
+  try {
+    const config = JSON.parse(readFileSync(join(folder, "config.json"), "utf8")) as Record<string, unknown>;
+    const text = (config["text_config"] ?? config) as { vocab_size?: unknown };
+    return typeof text.vocab_size === "number" ? text.vocab_size : 0;
+  } catch {
+    return 0;
+  }
+}
 
 /** Where tokenizers differ: digits, spaces and line ends in rows, case, scripts, marks, pictures, code. */
 const SAMPLES: readonly string[] = [

@@ -9,6 +9,7 @@ import type { EngineDialect, EngineFacts } from "./answer.ts";
 import type { EngineHttp } from "./engine-http.ts";
 import type { EngineExit } from "./engine-process.ts";
 import type { EngineServer } from "./engine-server.ts";
+import { EstimatedCache } from "./estimated-cache.ts";
 import { ForeignStream } from "./foreign-stream.ts";
 import type { KvFeed } from "./kv-feed.ts";
 import { LoadPoller } from "./load-poller.ts";
@@ -65,6 +66,8 @@ export class ForeignEngine implements Engine {
   #facts: EngineFacts | undefined;
   #info: EngineInfo | undefined;
   #mirrors: MirroredBlocks[] = [];
+  /** In place of a feed. */
+  #estimates: EstimatedCache[] = [];
   #whenIdle: (() => void)[] = [];
   #stopping: Promise<void> | undefined;
   readonly #stopSignal = new AbortController();
@@ -114,7 +117,11 @@ export class ForeignEngine implements Engine {
     const { server, feed } = this.#options;
     server?.start();
     const facts = await this.#untilUp(AbortSignal.any([signal, this.#stopSignal.signal]));
-    for (let rank = 0; rank < facts.dataParallelSize; rank++) this.#mirrors.push(new MirroredBlocks());
+    for (let dpRank = 0; dpRank < facts.dataParallelSize; dpRank++) {
+      const { blockSizeTokens, totalBlocks } = facts;
+      this.#mirrors.push(new MirroredBlocks());
+      if (feed === undefined) this.#estimates.push(new EstimatedCache({ blockSizeTokens, totalBlocks, dpRank }));
+    }
     await feed?.open({
       blockSizeTokens: facts.blockSizeTokens,
       dataParallelSize: facts.dataParallelSize,
@@ -136,6 +143,7 @@ export class ForeignEngine implements Engine {
       nowMs: this.#options.clock.monotonicMs(),
       contextLength: facts.contextLength,
       predictedCachedTokens: this.#predict(request, facts),
+      keepsTokens: this.#estimates.length > 0,
       onDirty: (dirty) => this.#onDirty(dirty),
     });
     this.#streams.set(streamId, stream);
@@ -199,6 +207,7 @@ export class ForeignEngine implements Engine {
     if (!(await dialect.clearCache(http))) return 0;
     const before = count();
     await feed?.cleared();
+    if (feed === undefined) this.#forgetBlocks();
     return before;
   }
 
@@ -534,11 +543,13 @@ export class ForeignEngine implements Engine {
     this.#dirty = [];
     this.#writer.reset();
     for (const stream of dirty) {
-      const before = stream.newTokens;
+      const isFirst = stream.firstTokenMs < 0;
       stream.write(this.#writer, nowMs);
+      if (isFirst && stream.firstTokenMs >= 0) this.#estimate(stream);
       if (!stream.isEnded) continue;
+      this.#estimate(stream);
       this.#streams.delete(stream.id);
-      this.#generatedTokens += before;
+      this.#generatedTokens += stream.newTokens;
       this.#cachedPromptTokens += stream.cachedTokens;
       if (stream.cachedTokens !== stream.predictedCachedTokens) this.counts.unpredicted++;
     }
@@ -589,7 +600,18 @@ export class ForeignEngine implements Engine {
     if (changed.length > 0) this.#sink.onKvEvents(changed);
   }
 
+  /** Of an engine without events: its prompt, and at the end its answer, are taken to be in the cache. */
+  #estimate({ request, keptTokens = [], isEnded, firstTokenMs }: ForeignStream): void {
+    const estimate = this.#estimates[request.dpRank ?? 0];
+    if (estimate === undefined || firstTokenMs < 0) return;
+    // The last token was sampled, not computed.
+    const answer = isEnded ? keptTokens.slice(0, -1) : [];
+    const tokenIds = Uint32Array.from([...request.tokenIds, ...answer]);
+    this.#onKvEvents(estimate.computed(tokenIds, request.cacheNamespace));
+  }
+
   #forgetBlocks(): void {
+    for (const estimate of this.#estimates) estimate.clear();
     const events: KvEvent[] = [];
     for (const [dpRank, mirror] of this.#mirrors.entries()) {
       if (mirror.deviceBlockCount > 0) events.push(...mirror.apply([{ type: "cleared", dpRank }]));

@@ -14,6 +14,7 @@ export interface ForeignStreamOptions {
   readonly nowMs: number;
   readonly contextLength: number;
   readonly predictedCachedTokens: number;
+  readonly keepsTokens: boolean;
   /** Something is there to be told. */
   readonly onDirty: (stream: ForeignStream) => void;
 }
@@ -33,6 +34,8 @@ export class ForeignStream implements AnswerSink {
   readonly #startedMs: number;
   call: OpenCall | undefined = undefined;
   newTokens = 0;
+  /** The tokens themselves, where somebody wants to know what was computed. */
+  readonly keptTokens: number[] | undefined;
   firstTokenMs = -1;
   isDirty = false;
   /** Its final entry is written. */
@@ -49,13 +52,15 @@ export class ForeignStream implements AnswerSink {
   /** The engine has nothing more to say: the end may be told. */
   #isOver = false;
 
-  constructor({ id, request, nowMs, contextLength, predictedCachedTokens, onDirty }: ForeignStreamOptions) {
+  constructor(options: ForeignStreamOptions) {
+    const { id, request, nowMs, contextLength, predictedCachedTokens, keepsTokens, onDirty } = options;
     this.id = id;
     this.request = request;
     this.#onDirty = onDirty;
     this.#startedMs = nowMs;
     this.predictedCachedTokens = predictedCachedTokens;
     this.cachedTokens = predictedCachedTokens;
+    this.keptTokens = keepsTokens ? [] : undefined;
     this.promptTokens = promptLengthOf(request);
     const { stop, resumedTokens = 0, tokenIds } = request;
     this.maxNewTokens = Math.min(stop.maxTokens - resumedTokens, contextLength - tokenIds.length);
@@ -83,6 +88,7 @@ export class ForeignStream implements AnswerSink {
         return;
       }
       this.#pending.push(token);
+      this.keptTokens?.push(token);
       if (this.request.output.topLogprobs >= 0) this.#logprobs.push(logprobs?.[i] ?? NO_LOGPROB);
       this.newTokens++;
       if (this.newTokens === this.maxNewTokens) {

@@ -3,10 +3,11 @@ export { EngineHttp, parseEngineUrl, type CallHandler, type HttpCall, type OpenC
 export { EngineProcess, type EngineCommand, type EngineExit } from "./engine-process.ts";
 export { EngineServer, type EngineServerOptions } from "./engine-server.ts";
 export type { ForeignEngineConfig, TokenizerSample } from "./foreign-config.ts";
+export { EstimatedCache } from "./estimated-cache.ts";
 export { ForeignEngine, type ForeignEngineOptions } from "./foreign-engine.ts";
 export { ZmqKvFeed, rankEndpoint, type KvEndpoints, type KvFeed, type KvFeedOptions } from "./kv-feed.ts";
 export { LogRing } from "./log-ring.ts";
 export { MirroredBlocks } from "./mirrored-blocks.ts";
-export { claimFreePorts, claimPort, type PortClaim } from "./port-claims.ts";
+export { claimFreePorts, claimName, claimPort, type PortClaim } from "./port-claims.ts";
 export { familiesWithPrefix, parsePrometheus, sumOf, type PrometheusSample } from "./prometheus-text.ts";
 export { SseReader } from "./sse-reader.ts";

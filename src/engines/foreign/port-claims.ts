@@ -59,6 +59,13 @@ export async function claimPort(
   );
 }
 
+/** For things that are no ports: one of this user's processes on this machine has the name. Returns its id, else the claim. */
+export function claimName(name: string, folder = defaultClaimFolder()): (() => void) | number {
+  mkdirSync(folder, { recursive: true, mode: 0o700 });
+  const path = join(folder, name.replaceAll(/[^a-zA-Z0-9.-]+/g, "_").slice(-200));
+  return takeFile(path) ?? (() => rmSync(path, { force: true }));
+}
+
 /** The claim, or what is in the way. */
 async function tryClaim(host: string, first: number, count: number, folder: string): Promise<PortClaim | string> {
   mkdirSync(folder, { recursive: true, mode: 0o700 });

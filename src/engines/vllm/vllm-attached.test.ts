@@ -21,6 +21,18 @@ const FAKE: FakeVllmOptions = { contextLength: 512, blockSize: 16, totalBlocks: 
 const promptOf = (length: number, from = 100): Uint32Array =>
   Uint32Array.from({ length }, (_, i) => from + ((i * 37) % 3_000));
 
+const OPTIONS = { clock: systemClock, logger: silentLogger };
+const MINIMAL: VllmEngineConfig = {
+  kind: "vllm",
+  vocabularySize: 4_096,
+  startTimeoutMs: 5_000,
+  kvEvents: true,
+  maxSequences: 0,
+  maxBatchedTokens: 0,
+  contextLength: 0,
+  blockSizeTokens: 0,
+};
+
 class Watcher extends EngineRecorder {
   readonly away: DynamoError[] = [];
   readonly back: EngineInfo[] = [];
@@ -83,7 +95,7 @@ async function withServer(setup: Setup, body: (place: Place) => Promise<void>): 
     metricsIntervalMs: 20,
     ...setup.config,
   };
-  const engine = await createVllmEngine(config, { clock: systemClock, logger: silentLogger });
+  const engine = await createVllmEngine(config, OPTIONS);
   const watcher = new Watcher(engine);
   try {
     const info = await watcher.start();
@@ -110,20 +122,7 @@ async function withServer(setup: Setup, body: (place: Place) => Promise<void>): 
 }
 
 async function failsToStart(config: Partial<VllmEngineConfig>, pattern: RegExp): Promise<void> {
-  const engine = await createVllmEngine(
-    {
-      kind: "vllm",
-      vocabularySize: 4_096,
-      startTimeoutMs: 2_000,
-      kvEvents: true,
-      maxSequences: 0,
-      maxBatchedTokens: 0,
-      contextLength: 0,
-      blockSizeTokens: 0,
-      ...config,
-    },
-    { clock: systemClock, logger: silentLogger },
-  );
+  const engine = await createVllmEngine({ ...MINIMAL, ...config }, OPTIONS);
   const watcher = new Watcher(engine);
   await assert.rejects(watcher.start(), pattern);
   await watcher.stop();
@@ -138,10 +137,7 @@ describe("vLLM that runs already: start", () => {
     );
     ports.release();
     await assert.rejects(
-      createVllmEngine(
-        { kind: "vllm", url: "localhost:8000", vocabularySize: 1, startTimeoutMs: 1, kvEvents: true, maxSequences: 0, maxBatchedTokens: 0, contextLength: 0, blockSizeTokens: 0 }, // prettier-ignore
-        { clock: systemClock, logger: silentLogger },
-      ),
+      createVllmEngine({ ...MINIMAL, url: "localhost:8000" }, OPTIONS),
       /--engine-url: expected http:\/\/host:port or unix:/,
     );
   });
@@ -171,18 +167,32 @@ describe("vLLM that runs already: start", () => {
     }
   });
 
+  test("two workers for one engine: the second is refused, and may have it when the first is gone", LIMIT, async () => {
+    const fake = new FakeVllm(FAKE);
+    const url = await fake.listen();
+    const make = (): Promise<ForeignEngine> => createVllmEngine({ ...MINIMAL, url }, OPTIONS);
+    const first = await make();
+    await assert.rejects(make(), new RegExp(`process ${process.pid} is a worker of the engine at ${url} already`));
+    await first.stop();
+    await (await make()).stop();
+    await fake.close();
+  });
+
   test("over a unix socket, with a key", LIMIT, async () => {
     const folder = mkdtempSync(join(tmpdir(), "vllm-uds-"));
     const fake = new FakeVllm({ ...FAKE, apiKey: "secret" });
     const url = await fake.listen({ path: join(folder, "s") });
-    const engine = await createVllmEngine(
-      { kind: "vllm", url, apiKey: "secret", vocabularySize: 4_096, startTimeoutMs: 5_000, kvEvents: false, maxSequences: 0, maxBatchedTokens: 0, contextLength: 0, blockSizeTokens: 0 }, // prettier-ignore
-      { clock: systemClock, logger: silentLogger },
-    );
+    const engine = await createVllmEngine({ ...MINIMAL, url, apiKey: "secret", kvEvents: false }, OPTIONS);
     const watcher = new Watcher(engine);
     const info = await watcher.start();
     assert.deepEqual([info.kvEvents, info.totalBlocks, info.maxSequences], ["estimated", 320, 256]);
     assert.equal((await watcher.run(aRequest(promptOf(5), { stop: { maxTokens: 2 } }))).tokens.length, 2);
+    // Nobody tells its events: they are guessed.
+    const prompt = promptOf(50);
+    await watcher.run(aRequest(prompt, { stop: { maxTokens: 1 } }));
+    assert.equal(replayKvEvents(watcher.kvEvents).size, 3);
+    assert.equal((await watcher.run(aRequest(prompt, { stop: { maxTokens: 1 } }))).first?.cachedTokens, 48);
+    assert.equal(engine.counts.unpredicted, 0);
     await watcher.stop();
     await fake.close();
     rmSync(folder, { recursive: true });

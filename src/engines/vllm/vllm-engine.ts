@@ -9,6 +9,7 @@ import {
   ForeignEngine,
   ZmqKvFeed,
   claimFreePorts,
+  claimName,
   claimPort,
   parseEngineUrl,
   parsePrometheus,
@@ -97,7 +98,14 @@ function attachedEngine(config: VllmEngineConfig, options: EngineOptions): Forei
   const { origin, socketPath } = parseEngineUrl(url);
   const host = socketPath === undefined ? new URL(origin).hostname : HOST;
   const kv = config.kvEvents && kvEventsConfig !== undefined ? kvEndpointsOf(kvEventsConfig, host) : undefined;
-  return vllmEngine(config, options, { url, apiKey, kv });
+  const claim = claimName(`attached-${url}`);
+  if (typeof claim === "number") {
+    throw new DynamoError(
+      "address-in-use",
+      `process ${claim} is a worker of the engine at ${url} already; a second one would count its load and its cache twice`,
+    );
+  }
+  return vllmEngine(config, options, { url, apiKey, kv, onStopped: claim });
 }
 
 interface Place {
