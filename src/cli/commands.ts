@@ -54,6 +54,15 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     about: "Loads the model, checks itself with a short request, registers, and serves until SIGTERM drains it.",
     load: () => import("./worker.ts"),
   },
+  vllm: {
+    summary: "run one worker with a vLLM server as its engine",
+    usage: "dynamo vllm [options] [vLLM's own flags] [-- more of them]",
+    example: "dynamo vllm --model /models/Qwen3-8B --model-name qwen3 -tp 2",
+    about:
+      "The same as dynamo worker --engine vllm, with the command line of dynamo.vllm: flags that are none of ours go to\n" +
+      "vLLM. Starts vllm serve, watches it and starts it again; with --engine-url it attaches to one that runs already.",
+    load: () => import("./vllm.ts"),
+  },
   mocker: {
     summary: "run workers with a mock engine that schedules and takes its time like a real one",
     usage: "dynamo mocker [options]",

@@ -102,7 +102,17 @@ function checkDisk(store: ModelStore): Finding {
   return bavail * bsize >= LITTLE_BYTES ? ok("disk", detail) : warn("disk", detail, fix);
 }
 
+async function checkModelFolder(values: OptionValues): Promise<Finding> {
+  try {
+    const { modelFolder } = await import("./vllm-config.ts");
+    return ok("model", `${await modelFolder(values, process.env)}, a folder with a tokenizer`);
+  } catch (thrown) {
+    return fail("model", toDynamoError(thrown).publicMessage, "give the folder of the model as --model");
+  }
+}
+
 async function checkModel(values: OptionValues, store: ModelStore): Promise<Finding> {
+  if (values.engine === "vllm") return checkModelFolder(values);
   const wanted = wantedModel(values);
   if (wanted === undefined) return ok("model", "the echo engine needs none");
   const stored = store.resolve(wanted);

@@ -13,7 +13,7 @@ import { checkOnePolicy } from "./policy-module.ts";
 import { checkPortFree } from "./port-check.ts";
 import { pullWithProgress } from "./pull-with-progress.ts";
 import { describeOptions, forwardedFlags, resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
-import { milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
+import { foreignName, milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
 import { SupervisedProcess, stopAll, type Facts } from "./supervisor.ts";
 import { waitUntilListed } from "./wait-until-listed.ts";
 
@@ -32,13 +32,30 @@ export async function run({ argv, env, err }: CommandContext): Promise<number> {
   for (const warning of resolved.warnings) err(`${warning}\n`);
   checkOnePolicy(resolved);
   await checkPortFree(values["http-host"], values["http-port"]);
+  checkEngineShare(resolved);
   const model = await presentModel(values, env);
   err(`configuration: ${describeOptions(resolved, ["engine", "workers", "http-port", "router-mode"]).join(" ")}\n`);
   const cluster = new LocalCluster(resolved, model, env, err);
   return cluster.run();
 }
 
+/** Several workers cannot have the one engine that is named. */
+function checkEngineShare(resolved: ResolvedOptions): void {
+  const { values } = resolved;
+  const count = workerRoles({ ...values, workers: workerCount(resolved) }).length;
+  if (values.engine !== "vllm" || count === 1) return;
+  for (const name of ["engine-url", "engine-port"] as const) {
+    if (values[name] === undefined || values[name] === 0) continue;
+    throw new DynamoError("invalid-config", `--${name}: names one engine, and there are ${count} workers`);
+  }
+}
+
 async function presentModel(values: OptionValues, env: NodeJS.ProcessEnv): Promise<StoredModel | undefined> {
+  if (values.engine === "vllm") {
+    const { modelFolder } = await import("./vllm-config.ts");
+    const path = await modelFolder(values, env);
+    return { name: foreignName(values, { modelPath: path }), path, bytes: 0 };
+  }
   const wanted = wantedModel(values);
   if (wanted === undefined) return undefined;
   const store = openStore(values, env);
@@ -74,7 +91,7 @@ class LocalCluster {
     err: (text: string) => void,
   ) {
     this.#resolved = resolved;
-    this.#values = resolved.values;
+    this.#values = { ...resolved.values, workers: workerCount(resolved) };
     this.#modelName = servedName(resolved.values, model);
     this.#err = err;
     const named = resolved.values["file-kv"];
@@ -88,7 +105,7 @@ class LocalCluster {
     const frontendFlags = this.#values["router-policy-module"] === undefined ? [`--router-mode=${this.#routing}`] : [];
     this.#frontend = this.#child("frontend", "frontend", frontendFlags, env);
     this.#workers = roles.map(({ name, mode }) =>
-      this.#child("worker", name, [...workerFlags, `--disaggregation-mode=${mode}`], env),
+      this.#child("worker", name, [...workerFlags, `--disaggregation-mode=${mode}`], env, resolved.engineArgs),
     );
   }
 
@@ -119,6 +136,7 @@ class LocalCluster {
     name: string,
     flags: readonly string[],
     env: NodeJS.ProcessEnv,
+    engineArgs: readonly string[] = [],
   ): SupervisedProcess {
     const own = ["--discovery-backend=file", "--request-plane=tcp", "--event-plane=zmq", `--file-kv=${this.#folder}`];
     const overridden = [...own, ...flags].map((flag) => flag.split("=", 1)[0]);
@@ -136,8 +154,12 @@ class LocalCluster {
         ...forwarded,
         ...own,
         ...flags,
+        ...(engineArgs.length === 0 ? [] : ["--", ...engineArgs]),
       ],
-      env: childEnvironment(env, this.#values["cluster-secret"] ?? this.#secret),
+      env: childEnvironment(env, {
+        DYN_CLUSTER_SECRET: this.#values["cluster-secret"] ?? this.#secret,
+        ...(this.#values["engine-api-key"] === undefined ? {} : { DYN_ENGINE_API_KEY: this.#values["engine-api-key"] }),
+      }),
       clock: systemClock,
       // A prefix would break a JSON line; it names its role itself.
       onLine: (line) => this.#err(json ? `${line}\n` : `[${name}] ${line}\n`),
@@ -153,7 +175,7 @@ class LocalCluster {
   }
 
   async #serves(): Promise<Facts> {
-    const timeoutSeconds = this.#values["start-timeout-secs"];
+    const timeoutSeconds = startTimeoutSeconds(this.#resolved);
     const timeout = AbortSignal.timeout(milliseconds(timeoutSeconds));
     const timedOut = new Promise<never>((_, reject) => {
       const late = (): void =>
@@ -210,11 +232,23 @@ Stop it:     Ctrl-C
   }
 }
 
+/** An engine that is started has a limit of its own, which is the longer one. */
+function startTimeoutSeconds({ values, sources }: ResolvedOptions): number {
+  const own = values["start-timeout-secs"];
+  if (values.engine !== "vllm" || sources["start-timeout-secs"] !== "default") return own;
+  return Math.max(own, values["engine-start-timeout-secs"] + 60);
+}
+
 const DUTIES: Readonly<Record<string, string>> = {
   worker: "runs the model",
   prefill: "computes prompts and hands their KV blocks over",
   decode: "fetches them and goes on with the answers",
 };
+
+/** A server that starts its own processes for each device is one on a machine, unless more are asked for. */
+function workerCount({ values, sources }: ResolvedOptions): number {
+  return values.engine === "vllm" && sources.workers === "default" ? 1 : values.workers;
+}
 
 /** Two pools with `--prefill`, else workers that each do all of it. */
 function workerRoles({
@@ -232,10 +266,10 @@ function workerRoles({
 const LEAVE_EXTRA_MS = 3_000;
 
 /** The options go as flags; what one process has and several cannot share (a fixed port) is taken out. */
-function childEnvironment(env: NodeJS.ProcessEnv, clusterSecret: string): NodeJS.ProcessEnv {
+function childEnvironment(env: NodeJS.ProcessEnv, secrets: Readonly<Record<string, string>>): NodeJS.ProcessEnv {
   const { DYN_CONFIG: _config, DYN_SYSTEM_PORT: _status, DYN_TCP_RPC_PORT: _port, ...others } = env;
   const { DYN_TCP_RPC_ADVERTISE_PORT: _advertised, ...rest } = others;
-  return { ...rest, DYN_CLUSTER_SECRET: clusterSecret };
+  return { ...rest, ...secrets };
 }
 
 /** `main.ts` in a checkout, `main.js` in the package. */

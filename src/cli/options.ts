@@ -1,5 +1,6 @@
 import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
+import { ENGINE_OPTIONS } from "./engine-options.ts";
 import { MOCKER_OPTIONS } from "./mocker-options.ts";
 import { REPLAY_OPTIONS, REPLAY_VARIANTS } from "./replay-options.ts";
 
@@ -15,6 +16,7 @@ export const COMMAND_NAMES = [
   "frontend",
   "router",
   "worker",
+  "vllm",
   "mocker",
   "replay",
   "model",
@@ -65,7 +67,17 @@ interface SwitchOption extends OptionBase {
 
 export type OptionSpec = TextOption | ChoiceOption | NumberOption | SwitchOption;
 export type OptionGroup =
-  "Model and engine" | "KV tiers" | "Replay" | "HTTP" | "Faults" | "Limits" | "Routing" | "Planes" | "Logs" | "General";
+  | "Model and engine"
+  | "Engine process"
+  | "KV tiers"
+  | "Replay"
+  | "HTTP"
+  | "Faults"
+  | "Limits"
+  | "Routing"
+  | "Planes"
+  | "Logs"
+  | "General";
 
 const ROLES = ["local", "frontend", "router", "worker", "mocker"] as const;
 const FRONTENDS = ["local", "frontend"] as const;
@@ -113,17 +125,17 @@ export const OPTIONS = {
   },
   engine: {
     type: "choice",
-    choices: ["llama", "echo"],
+    choices: ["llama", "vllm", "echo"],
     default: "llama",
     env: "DYN_ENGINE",
     group: "Model and engine",
     commands: ["local", "worker", "doctor"],
-    help: "llama runs the model on this machine's CPU; echo answers with the prompt at once, for measuring and testing.",
+    help: "llama runs the model on this machine's CPU; vllm is a vLLM server, started by the worker or running already (--engine-url); echo answers with the prompt at once, for measuring and testing.",
   },
   workers: {
     type: "integer",
     default: 2,
-    defaultText: "2; replay: 16",
+    defaultText: "2; with --engine vllm 1; replay: 16",
     min: 1,
     max: 64,
     env: "DYN_WORKERS",
@@ -341,10 +353,10 @@ export const OPTIONS = {
   "max-num-seqs": {
     type: "integer",
     default: 64,
-    defaultText: "64; mocker and replay: 256",
+    defaultText: "64; with --engine vllm: vLLM's own; mocker and replay: 256",
     min: 1,
-    // libllama's own bound on sequences of one context is 256; some are kept for cached prefixes.
-    max: 256,
+    // libllama's own bound on sequences of one context, 256, is checked where that engine is configured.
+    max: 65_536,
     env: "DYN_MAX_NUM_SEQS",
     group: "Model and engine",
     commands: [...WORKERS, "mocker", "replay"],
@@ -354,9 +366,9 @@ export const OPTIONS = {
     type: "integer",
     // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
     default: 512,
-    defaultText: "512; mocker and replay: 8192",
+    defaultText: "512; with --engine vllm: vLLM's own; mocker and replay: 8192",
     min: 16,
-    max: 65_536,
+    max: 1_048_576,
     env: "DYN_MAX_NUM_BATCHED_TOKENS",
     group: "Model and engine",
     commands: [...WORKERS, "mocker", "replay"],
@@ -365,7 +377,7 @@ export const OPTIONS = {
   "kv-cache-block-size": {
     type: "integer",
     default: 16,
-    defaultText: "16; mocker and replay: 64, with --engine-type sglang 1",
+    defaultText: "16; with --engine vllm: vLLM's own; mocker and replay: 64, with --engine-type sglang 1",
     min: 1,
     max: 1_024,
     env: "DYN_KV_CACHE_BLOCK_SIZE",
@@ -445,6 +457,7 @@ export const OPTIONS = {
     commands: ["router", "worker", "mocker"],
     help: "Port for this process's own /health, /live and /metrics on loopback; 0 = any free port.",
   },
+  ...ENGINE_OPTIONS,
   ...MOCKER_OPTIONS,
   ...REPLAY_OPTIONS,
   // ---- HTTP ----
@@ -1309,15 +1322,27 @@ export type OptionValues = { readonly [Name in OptionName]: ValueOf<(typeof OPTI
 export const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
 
 export function optionsOf(command: CommandName): OptionName[] {
-  return OPTION_NAMES.filter((name) => (OPTIONS[name].commands as readonly CommandName[]).includes(command));
+  // A worker under the name that Dynamo gives it.
+  const listed = command === "vllm" ? "worker" : command;
+  return OPTION_NAMES.filter((name) => (OPTIONS[name].commands as readonly CommandName[]).includes(listed));
 }
 
 /** As `command` takes it: a few options mean a little more to one command than to the others. */
 export function specOf(name: OptionName, command?: CommandName): OptionSpec {
   const variants: Partial<Record<OptionName, OptionSpec>> =
-    command === "replay" ? REPLAY_VARIANTS : command === "local" ? LOCAL_VARIANTS : {};
+    command === "replay"
+      ? REPLAY_VARIANTS
+      : command === "local"
+        ? LOCAL_VARIANTS
+        : command === "vllm"
+          ? VLLM_VARIANTS
+          : {};
   return variants[name] ?? OPTIONS[name];
 }
+
+const VLLM_VARIANTS: Partial<Record<OptionName, OptionSpec>> = {
+  engine: { ...OPTIONS.engine, default: "vllm" },
+};
 
 /** One's own cluster routes by cached prefix; the roles one by one keep Dynamo's default. */
 const LOCAL_VARIANTS: Partial<Record<OptionName, OptionSpec>> = {

@@ -27,6 +27,8 @@ export interface ResolvedOptions {
   readonly sources: Readonly<Record<OptionName, ValueSource>>;
   /** Words that are not options: `pull smollm2`. */
   readonly positionals: readonly string[];
+  /** Behind `--`: arguments for an engine's own command line. */
+  readonly engineArgs: readonly string[];
   /** One line each, for stderr: renamed flags, and variables of Dynamo that mean nothing here. */
   readonly warnings: readonly string[];
 }
@@ -47,8 +49,14 @@ interface Given {
   readonly source: ValueSource;
 }
 
+/** Commands with an engine that may have a command line of its own. */
+const WITH_ENGINE_ARGS: readonly CommandName[] = ["local", "worker", "vllm"];
+
 /** Throws `invalid-config`; its message has one line per mistake. */
-export async function resolveOptions(input: ResolveInput): Promise<ResolvedOptions> {
+export async function resolveOptions(given: ResolveInput): Promise<ResolvedOptions> {
+  const end = WITH_ENGINE_ARGS.includes(given.command) ? given.argv.indexOf("--") : -1;
+  const engineArgs = end === -1 ? [] : given.argv.slice(end + 1);
+  const input = end === -1 ? given : { ...given, argv: given.argv.slice(0, end) };
   const mistakes: string[] = [];
   const warnings: string[] = [];
   const allowed = new Set(optionsOf(input.command));
@@ -71,8 +79,25 @@ export async function resolveOptions(input: ResolveInput): Promise<ResolvedOptio
   for (const word of flags.positionals.slice(max)) mistakes.push(`${word}: unexpected word`);
   if (mistakes.length > 0) throw new DynamoError("invalid-config", mistakes.join("\n"));
   // Each value was made by `parseValue` for its own spec or is the spec's default.
-  return { command: input.command, values: values as OptionValues, sources, positionals: flags.positionals, warnings };
+  return {
+    command: input.command,
+    values: values as OptionValues,
+    sources,
+    positionals: flags.positionals,
+    engineArgs,
+    warnings,
+  };
 }
+
+/** Whether a flag is one of that command's, in any spelling, or one of Dynamo's that is answered here. */
+export function isKnownFlag(name: string, command: CommandName): boolean {
+  const known = knownFlags().get(name);
+  if (known !== undefined) return optionsOf(command).includes(known.name);
+  return dynamoFlag(name) !== undefined && !VLLM_FLAGS.has(name);
+}
+
+/** Dynamo has them for its frontend; behind a vLLM worker they are vLLM's. */
+const VLLM_FLAGS = new Set(["trust-remote-code", "tokenizer"]);
 
 function readFlags(
   input: ResolveInput,

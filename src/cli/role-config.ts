@@ -1,4 +1,5 @@
 import { availableParallelism } from "node:os";
+import { basename } from "node:path";
 import { DynamoError } from "../errors/index.ts";
 import type { FrontendConfig, RouterConfig } from "../frontend/index.ts";
 import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../model/index.ts";
@@ -105,15 +106,23 @@ function optionalMilliseconds(seconds: number | undefined): number | undefined {
   return seconds === undefined ? undefined : milliseconds(seconds);
 }
 
-/** Throws `model-unavailable` when the model is not on this machine: a worker does not pull. */
-export function workerConfig(values: OptionValues, store: ModelStore, env: NodeJS.ProcessEnv): WorkerConfig {
-  const model = storedModel(values, store);
+/**
+ * Throws `model-unavailable` when the model is not on this machine: a worker does not pull. `foreign`: of an engine that is a
+ * process of its own, which has its own ways to a model.
+ */
+export function workerConfig(
+  values: OptionValues,
+  store: ModelStore,
+  env: NodeJS.ProcessEnv,
+  foreign?: EngineConfig,
+): WorkerConfig {
+  const model = foreign === undefined ? storedModel(values, store) : undefined;
   const kvTiers = kvTiersConfig(values, env);
   return {
     namespace: values.namespace,
     component: values.component,
-    engine: engineConfig(values, model),
-    modelName: servedName(values, model),
+    engine: foreign ?? engineConfig(values, model),
+    modelName: foreign === undefined ? servedName(values, model) : foreignName(values, foreign),
     ...(values["custom-jinja-template"] === undefined ? {} : { chatTemplatePath: values["custom-jinja-template"] }),
     ...(kvTiers === undefined ? {} : { kvTiers }),
     engineStallMs: milliseconds(values["engine-stall-timeout-secs"]),
@@ -157,6 +166,12 @@ function engineConfig(values: OptionValues, model: StoredModel | undefined): Eng
       ...(model === undefined ? {} : { modelPath: model.path }),
     };
   }
+  if (maxSequences > MAX_LLAMA_SEQUENCES) {
+    throw new DynamoError(
+      "invalid-config",
+      `--max-num-seqs: expected at most ${MAX_LLAMA_SEQUENCES} with --engine llama, got ${maxSequences}`,
+    );
+  }
   return {
     kind: "llama",
     modelPath: model.path,
@@ -171,6 +186,13 @@ function engineConfig(values: OptionValues, model: StoredModel | undefined): Eng
 }
 
 const ECHO_CONTEXT_LENGTH = 8_192;
+/** libllama's own bound on sequences of one context; some are kept for cached prefixes. */
+const MAX_LLAMA_SEQUENCES = 256;
+
+/** The name clients use, of a model that is a folder. */
+export function foreignName(values: OptionValues, { modelPath }: Pick<EngineConfig, "modelPath">): string {
+  return values["model-name"] ?? values["engine-model"] ?? basename(modelPath ?? "model");
+}
 
 /** The name of `--model`, or of the model that is served when none is named; undefined for echo without a model. */
 export function wantedModel(values: OptionValues): string | undefined {

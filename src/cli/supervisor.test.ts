@@ -5,8 +5,8 @@ import { join } from "node:path";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import fc from "fast-check";
 import { ManualClock, systemClock } from "../std/index.ts";
-import { LineSplitter } from "./line-splitter.ts";
-import { RestartBackOff } from "./restart-back-off.ts";
+import { LineSplitter } from "../std/line-splitter.ts";
+import { RestartBackOff } from "../std/restart-back-off.ts";
 import { SupervisedProcess, stopAll, type SupervisedOptions } from "./supervisor.ts";
 
 /**

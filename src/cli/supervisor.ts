@@ -1,8 +1,6 @@
 import { spawn, type ChildProcess } from "node:child_process";
 import { DynamoError } from "../errors/index.ts";
-import type { Clock, TimerHandle } from "../std/index.ts";
-import { LineSplitter } from "./line-splitter.ts";
-import { RestartBackOff } from "./restart-back-off.ts";
+import { LineSplitter, RestartBackOff, type Clock, type TimerHandle } from "../std/index.ts";
 
 /**
  * Keeps one role running as a child process of this one:

@@ -1,12 +1,35 @@
+import type { EngineConfig } from "../engines/index.ts";
+import { DynamoError } from "../errors/index.ts";
 import type { CommandContext } from "./commands.ts";
-import { resolveOptions } from "./resolve-options.ts";
+import { resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
 import { openStore, workerConfig } from "./role-config.ts";
 import { runRole } from "./run-role.ts";
+
+/** The configuration of an engine that is a process of its own; undefined for those that are not. */
+export async function foreignEngine(
+  resolved: ResolvedOptions,
+  env: NodeJS.ProcessEnv,
+): Promise<EngineConfig | undefined> {
+  if (resolved.values.engine === "vllm") {
+    const { vllmConfig } = await import("./vllm-config.ts");
+    return vllmConfig(resolved, env);
+  }
+  if (resolved.engineArgs.length === 0) return undefined;
+  throw new DynamoError(
+    "invalid-config",
+    `--: the ${resolved.values.engine} engine has no command line of its own, got ${resolved.engineArgs.join(" ")}`,
+  );
+}
 
 /** `dynamo worker` */
 export async function run({ argv, env }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "worker", argv, env });
-  const config = workerConfig(resolved.values, openStore(resolved.values, env), env);
+  const config = workerConfig(
+    resolved.values,
+    openStore(resolved.values, env),
+    env,
+    await foreignEngine(resolved, env),
+  );
   const { startWorker } = await import("../worker/index.ts");
   let instanceId = "";
   return runRole({

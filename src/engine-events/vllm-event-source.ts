@@ -48,6 +48,7 @@ export class VllmEventSource implements EngineLinkHandler {
   #lastLive = -1;
   #waiting: Batch[] = [];
   #cancelReplay: (() => void) | undefined;
+  #whenReplayed: (() => void)[] = [];
   #hasConnected = false;
   #isFailed = false;
   #hasLoggedMalformed = false;
@@ -78,7 +79,25 @@ export class VllmEventSource implements EngineLinkHandler {
     return all;
   }
 
+  /**
+   * The engine emptied its cache because we asked it to, and says so only with its next batch. What it published before is
+   * fetched, so that none of it comes later; then the rank is forgotten. Resolves then, or when the fetch failed.
+   */
+  async cleared(): Promise<void> {
+    const next = this.#next;
+    if (next !== undefined && this.#link?.canReplay === true && !this.#isFailed) {
+      await new Promise<void>((resolve) => {
+        this.#whenReplayed.push(resolve);
+        this.#replay(next);
+      });
+    }
+    const seen = this.#next;
+    this.#forget();
+    this.#next = seen;
+  }
+
   close(): void {
+    for (const resolve of this.#whenReplayed.splice(0)) resolve();
     this.#cancelReplay?.();
     this.#cancelReplay = undefined;
     this.#link?.close();
@@ -165,6 +184,7 @@ export class VllmEventSource implements EngineLinkHandler {
         this.#drain();
         // Nothing was published yet: the first batch that comes is the first one, or there is a hole.
         if (error === undefined) this.#next ??= 0;
+        for (const resolve of this.#whenReplayed.splice(0)) resolve();
       },
     });
   }

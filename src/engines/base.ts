@@ -24,6 +24,11 @@ export interface EngineInfo {
   readonly vocabularySize: number;
   /** Bytes of one exported block, 0 when the engine cannot export. */
   readonly blockBytes: number;
+  /**
+   * Where its KV events come from: the engine itself, or a guess of the worker's from the requests that went there.
+   * @default "exact"
+   */
+  readonly kvEvents?: "exact" | "estimated";
 }
 
 export interface EngineSink {
@@ -33,6 +38,13 @@ export interface EngineSink {
   onKvEvents(events: readonly KvEvent[]): void;
   /** The engine is dead: every running stream was ended with `engine-stopped` before this call. */
   onFatal(error: DynamoError): void;
+  /**
+   * Of engines that are processes of their own: it is gone and comes back by itself. Its streams were ended before. Until
+   * `onAvailable`, submissions end with `engine-stopped`: the worker is to leave discovery meanwhile.
+   */
+  onUnavailable?(error: DynamoError): void;
+  /** It is back, with an empty cache; the sizes may be others than before. */
+  onAvailable?(info: EngineInfo): void;
 }
 
 /** KV blocks outside the engine: `data` holds `sequenceHashes.length / 2` blocks of `blockBytes` each, in order. */
@@ -109,6 +121,12 @@ export interface Engine {
   importBlocks(blocks: ImportedBlocks): Promise<number>;
   /** Undefined when the engine cannot export blocks. */
   readonly blockPort?: BlockPort | undefined;
+  /** Of an engine that is a process of its own: what an operator wants to know, for `/health` of the worker. */
+  describe?(): Readonly<Record<string, unknown>>;
+  /** Its own metrics, Prometheus text, for `/metrics` of the worker. */
+  ownMetrics?(): string;
+  /** The newest lines of its log that hold the text, all of them for an empty one. */
+  searchLog?(text: string, limit: number): readonly string[];
   /** Drops every cached block that no running stream uses; returns how many. */
   clearBlocks(): Promise<number>;
   /** Resolves when no stream is running or waiting. New submissions are refused with `draining`. */

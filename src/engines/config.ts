@@ -1,5 +1,16 @@
+import type { ForeignEngineConfig } from "./foreign/foreign-config.ts";
+
 /** Which engine to load and how; `cli/` fills it from flags, environment and file, `loadEngine` takes it. */
-export type EngineConfig = LlamaEngineConfig | EchoEngineConfig | MockerEngineConfig;
+export type EngineConfig = LlamaEngineConfig | EchoEngineConfig | MockerEngineConfig | VllmEngineConfig;
+
+/** A vLLM server: `url` of one that runs already, or `launch` for one of this worker's. */
+export interface VllmEngineConfig extends ForeignEngineConfig {
+  readonly kind: "vllm";
+  /** Take its KV events where there are any. */
+  readonly kvEvents: boolean;
+  /** JSON, vLLM's `--kv-events-config`: of a server that runs already, where its events are. */
+  readonly kvEventsConfig?: string;
+}
 
 export interface LlamaEngineConfig {
   readonly kind: "llama";

@@ -19,6 +19,11 @@ export interface EngineUnderTest {
   readonly supportsExport: boolean;
   /** Streams that may wait beyond `maxSequences`; undefined = too many to try. */
   readonly maxWaitingRequests?: number;
+  /**
+   * Kinds of sampling with which a resumed answer goes on as the whole one did. Servers that take a prompt for a prompt know
+   * nothing of the random numbers drawn and the penalties given before. @default all
+   */
+  readonly resumesExactly?: readonly ("greedy" | "seeded" | "penalised")[];
 }
 
 interface Context extends EngineUnderTest {
@@ -231,7 +236,8 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
       ["penalised", { presencePenalty: 1.5, frequencyPenalty: 1, repetitionPenalty: 1.2 }],
     ] as const) {
       check(`${title}: an answer that is resumed anywhere is the whole one, to its last token`, async (context) => {
-        const { recorder, promptTokenIds } = context;
+        const { recorder, promptTokenIds, resumesExactly } = context;
+        if (resumesExactly?.includes(title) === false) return context.skip("the engine says that it cannot");
         const prompt = promptTokenIds(11);
         const stop = { maxTokens: 12, minTokens: 6 };
         const output = { topLogprobs: 1 };
@@ -278,7 +284,10 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
       const prompt = promptTokenIds(3 * info.blockSizeTokens + 2);
       await recorder.run(aRequest(prompt, { stop: { maxTokens: 2 } }));
       const { sequenceHashes, localHashes } = hashBlocks(prompt, info.blockSizeTokens, blockHashSeed());
-      const stored = recorder.kvEvents.filter((event) => event.type === "stored");
+      // Engines that are processes of their own tell on another connection than the one the tokens come by.
+      const told = () => recorder.kvEvents.filter((event) => event.type === "stored");
+      await recorder.until(() => told().flatMap((event) => [...event.sequenceHashes]).length >= 6, "three blocks");
+      const stored = told();
       assert.deepEqual(stored.flatMap((event) => [...event.sequenceHashes]).slice(0, 6), [...sequenceHashes]);
       assert.deepEqual(stored.flatMap((event) => [...event.localHashes]).slice(0, 6), [...localHashes]);
     });
@@ -305,8 +314,8 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
     check("clearing drops every block that no stream uses", async ({ recorder, engine, promptTokenIds, info }) => {
       const prompt = promptTokenIds(3 * info.blockSizeTokens);
       await recorder.run(aRequest(prompt, { stop: { maxTokens: 1 } }));
+      await recorder.until(() => replayKvEvents(recorder.kvEvents).size >= 3, "the prompt's blocks");
       const cached = replayKvEvents(recorder.kvEvents).size;
-      assert.ok(cached >= 3);
       assert.equal(await engine.clearBlocks(), cached);
       assert.equal(replayKvEvents(recorder.kvEvents).size, 0);
       const cold = await recorder.run(aRequest(prompt, { stop: { maxTokens: 1 } }));

@@ -175,6 +175,10 @@ export class EngineRecorder implements EngineSink {
       record.firstAtStep = this.stepCount;
       record.first = { promptTokens, cachedTokens, queueMs, prefillMs };
     }
+    if (output.reportedCachedTokens !== undefined) {
+      assert.ok(record.first, "FIRST comes before what the engine counted in the end");
+      record.first = { ...record.first, cachedTokens: output.reportedCachedTokens };
+    }
     if (output.tokenCount > 0) assert.ok(record.first, "FIRST comes with or before the first token");
     record.tokens.push(...output.tokenIds.subarray(0, output.tokenCount));
     record.logprobs.push(...(output.logprobs ?? []));

@@ -7,5 +7,12 @@ export type {
   ImportedBlocks,
   SharedBlocks,
 } from "./base.ts";
-export type { EchoEngineConfig, EngineConfig, LlamaEngineConfig, MockerEngineConfig } from "./config.ts";
+export type {
+  EchoEngineConfig,
+  EngineConfig,
+  LlamaEngineConfig,
+  MockerEngineConfig,
+  VllmEngineConfig,
+} from "./config.ts";
+export type { TokenizerSample } from "./foreign/foreign-config.ts";
 export { loadEngine, type EngineOptions } from "./load-engine.ts";

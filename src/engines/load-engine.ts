@@ -27,5 +27,9 @@ export async function loadEngine(config: EngineConfig, options: EngineOptions): 
       const { MockerEngine } = await import("./mocker/index.ts");
       return new MockerEngine(config, options);
     }
+    case "vllm": {
+      const { createVllmEngine } = await import("./vllm/index.ts");
+      return createVllmEngine(config, options);
+    }
   }
 }

@@ -488,6 +488,7 @@ export class ChoiceStream implements AttemptOwner {
     }
     if (OUTPUT.pull !== undefined) this.#onPull(OUTPUT.pull);
     if (OUTPUT.hasFirst) this.#onFirst();
+    if (OUTPUT.reportedCachedTokens !== undefined) this.#onReportedCached(OUTPUT.reportedCachedTokens);
     if (OUTPUT.tokenCount > 0) this.#collect(OUTPUT.tokenIds, OUTPUT.tokenCount);
     if (this.#ended) return;
     if (OUTPUT.promptLogprobs !== undefined) this.#logprobs?.addPrompt(OUTPUT.promptLogprobs, this.#request.tokenIds);
@@ -541,6 +542,12 @@ export class ChoiceStream implements AttemptOwner {
     this.cachedTokens = OUTPUT.cachedTokens;
     this.queueMs = OUTPUT.queueMs;
     this.prefillMs = OUTPUT.prefillMs;
+  }
+
+  /** The engine's own count in place of the worker's guess; of a moved answer, the first engine's was told already. */
+  #onReportedCached(cachedTokens: number): void {
+    this.#attempt?.decision.firstToken(cachedTokens);
+    if (this.migrations === 0) this.cachedTokens = cachedTokens;
   }
 
   // ---- Split over two workers ----

@@ -11,8 +11,14 @@ export interface SystemServerOptions {
   readonly port: number;
   readonly metrics: Metrics;
   /** `ready` answers 200 on /health, anything else 503. */
+  /** Appended to /metrics: of an engine that is a process of its own. */
+  readonly foreignMetrics?: () => string;
+  /** The newest lines of an engine's log that hold a text: `/engine/log?search=TEXT&lines=N`. */
+  readonly searchLog?: (text: string, limit: number) => readonly string[];
   readonly status: () => { readonly state: string; readonly [key: string]: unknown };
 }
+
+const MAX_LOG_LINES = 4_000;
 
 /** `/health`, `/live` and `/metrics` of a role that has no HTTP front of its own. Loopback only: it has no keys. */
 export async function startSystemServer(options: SystemServerOptions): Promise<SystemServer> {
@@ -20,7 +26,7 @@ export async function startSystemServer(options: SystemServerOptions): Promise<S
     response.writeHead(status, { "content-type": "application/json" }).end(`${JSON.stringify(value)}\n`);
   };
   const server = createServer({ headersTimeout: 10_000, requestTimeout: 10_000 }, (request, response) => {
-    const path = (request.url ?? "/").split("?", 1)[0];
+    const [path, query = ""] = (request.url ?? "/").split("?", 2) as [string, string?];
     if (request.method !== "GET") json(response, 405, { error: "only GET" });
     else if (path === "/live") json(response, 200, { status: "live" });
     else if (path === "/health") {
@@ -31,9 +37,17 @@ export async function startSystemServer(options: SystemServerOptions): Promise<S
       });
     } else if (path === "/metrics") {
       void options.metrics.render().then(
-        (text) => response.writeHead(200, { "content-type": "text/plain; version=0.0.4; charset=utf-8" }).end(text),
+        (text) =>
+          response
+            .writeHead(200, { "content-type": "text/plain; version=0.0.4; charset=utf-8" })
+            .end(text + (options.foreignMetrics?.() ?? "")),
         (error: unknown) => json(response, 500, { error: String(error) }),
       );
+    } else if (path === "/engine/log" && options.searchLog !== undefined) {
+      const wanted = new URLSearchParams(query);
+      const lines = Math.min(MAX_LOG_LINES, Math.max(1, Number(wanted.get("lines") ?? 100) || 100));
+      const found = options.searchLog(wanted.get("search") ?? "", lines);
+      response.writeHead(200, { "content-type": "text/plain; charset=utf-8" }).end(`${found.join("\n")}\n`);
     } else json(response, 404, { error: "not found", paths: ["/health", "/live", "/metrics"] });
   });
   const { promise, resolve, reject } = Promise.withResolvers<void>();

@@ -16,6 +16,7 @@ import { MAX_HANDOFF_BYTES, type PullResult } from "./handoff.ts";
  *   ERROR     reason, message, diagnostic as texts
  *   HANDOFF   u8 whether a draft, u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills
  *             for others
+ *   CACHED    u32 prompt tokens from the cache, from engines that tell only at the end: replaces the guess in FIRST
  *   PULL      outcome and back end as texts, u32 blocks held, u32 pulled, u32 of them early, f64 bytes, f32 ms, of one that was
  *             handed blocks
  *
@@ -33,6 +34,7 @@ const FINISH = 5;
 const ERROR = 6;
 const HANDOFF = 7;
 const PULL = 8;
+const CACHED = 9;
 const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
 const FINAL_BIT = 0x80000000;
 const MAX_TEXT_BYTES = 64 * 1024;
@@ -115,6 +117,12 @@ export class StepWriter {
     }
   }
 
+  /** With or before the finish, of a stream whose `first` was a guess. */
+  cached(cachedTokens: number): void {
+    this.#writer.u8(CACHED);
+    this.#writer.u32(cachedTokens);
+  }
+
   finish(reason: Exclude<FinishReason, "error">, decodeMs: number): void {
     this.#final = FINAL_BIT;
     this.#writer.u8(FINISH);
@@ -170,6 +178,8 @@ export class EngineOutput {
   hasFirst = false;
   promptTokens = 0;
   cachedTokens = 0;
+  /** The engine's own count, told at the end by engines that know no sooner; `cachedTokens` was a guess then. */
+  reportedCachedTokens: number | undefined = undefined;
   queueMs = 0;
   prefillMs = 0;
   logprobs: TokenLogprob[] | undefined = undefined;
@@ -221,6 +231,7 @@ export function encodePullItem(pull: PullResult): Buffer {
 export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number, target: EngineOutput): void {
   target.tokenCount = 0;
   target.hasFirst = false;
+  target.reportedCachedTokens = undefined;
   target.logprobs = undefined;
   target.promptLogprobs = undefined;
   target.finish = undefined;
@@ -267,6 +278,9 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       target.cachedTokens = reader.u32();
       target.queueMs = reader.f32();
       target.prefillMs = reader.f32();
+      return;
+    case CACHED:
+      target.reportedCachedTokens = reader.u32();
       return;
     case LOGPROBS:
       target.logprobs = decodeLogprobs(reader, reader.u16());

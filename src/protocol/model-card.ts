@@ -31,6 +31,8 @@ export interface ModelCard {
   readonly role: WorkerRole;
   /** Bytes of one KV block as it is handed over; 0 = the engine cannot export blocks. */
   readonly blockBytes: number;
+  /** Where its KV events come from: the engine, or a guess of its worker's. @default "exact" */
+  readonly kvEvents?: "exact" | "estimated";
   /** Of the weights; empty for engines without. Blocks of other weights are other blocks. */
   readonly modelFingerprint: string;
 }

@@ -56,8 +56,8 @@ export class RemoteDecision implements RoutingDecision {
   }
 
   firstToken(cachedTokens: number): void {
-    if (!this.#isHeld || this.#firstTokenMs >= 0) return;
-    this.#firstTokenMs = this.#sinceStartMs();
+    if (!this.#isHeld) return;
+    if (this.#firstTokenMs < 0) this.#firstTokenMs = this.#sinceStartMs();
     this.#cachedTokens = cachedTokens;
     this.#tell(PREFILL_DONE_ENDPOINT, { cachedTokens });
   }

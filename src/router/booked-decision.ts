@@ -84,7 +84,11 @@ export class BookedDecision implements RoutingDecision {
   }
 
   firstToken(cachedTokens: number): void {
-    if (!this.#held || this.#firstTokenMs >= 0) return;
+    if (!this.#held) return;
+    if (this.#firstTokenMs >= 0) {
+      this.record.cachedTokens = cachedTokens;
+      return;
+    }
     const nowMs = this.#owner.clock.monotonicMs();
     this.#firstTokenMs = nowMs;
     this.#lastTokenMs = nowMs;

@@ -97,7 +97,10 @@ export interface RoutingDecision {
   readonly overlapBlocks: number;
   /** Time in the router's queue. */
   readonly queuedMs: number;
-  /** The worker's first word on the request: the prompt is computed, and so much of it came from its cache. */
+  /**
+   * The worker's first word on the request: the prompt is computed, and so much of it came from its cache. Called again when
+   * the engine counted otherwise in the end: then only that number is taken over.
+   */
   firstToken(cachedTokens: number): void;
   /** Generated tokens, as they come. */
   addTokens(count: number): void;

@@ -10,3 +10,5 @@ export * from "./hash-index.ts";
 export * from "./secret-proof.ts";
 export * from "./indexed-heap.ts";
 export * from "./service-rate.ts";
+export * from "./line-splitter.ts";
+export * from "./restart-back-off.ts";

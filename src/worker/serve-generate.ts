@@ -47,8 +47,6 @@ export interface GenerateServiceOptions {
   readonly clock: Clock;
   readonly logger: Logger;
   readonly tracing?: Tracing | undefined;
-  /** Streams taken at once, running and waiting; above it `worker-full`. Continuations may go up to twice as many. */
-  readonly maxStreams: number;
 }
 
 /** A refused request is tried on another worker at once; the time is for when all of them refused. */
@@ -61,6 +59,11 @@ export class GenerateService {
   readonly #options: GenerateServiceOptions;
   readonly #active = new Map<number, ActiveStream>();
   #nextId = 1;
+  /**
+   * Streams taken at once, running and waiting; above it `worker-full`. Continuations may go up to twice as many. Set once
+   * the engine has said how many it runs.
+   */
+  maxStreams = 0;
   /** Set when this worker has, or gets, a role in handoffs. */
   handoffs: WorkerHandoffs | undefined = undefined;
 
@@ -73,7 +76,8 @@ export class GenerateService {
   }
 
   readonly handle: EndpointHandler = (stream, payload): ServerStreamHandler => {
-    const { engine, metrics, clock, maxStreams, logger } = this.#options;
+    const { engine, metrics, clock, logger } = this.#options;
+    const { maxStreams } = this;
     metrics.requestBytes.add(payload.length);
     const request = decodeRequest(payload);
     // An answer that is under way was let in by another worker, which is gone: it has room of its own, as much again.
@@ -190,9 +194,9 @@ export class GenerateService {
   }
 
   #left(id: number, active: ActiveStream): void {
-    const { metrics, clock, maxStreams } = this.#options;
+    const { metrics, clock } = this.#options;
     const nowMs = clock.monotonicMs();
-    this.#rate.departed(nowMs, this.#active.size >= maxStreams);
+    this.#rate.departed(nowMs, this.#active.size >= this.maxStreams);
     this.#active.delete(id);
     metrics.inflight.add(-1);
     metrics.requests.add();

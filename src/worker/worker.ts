@@ -34,6 +34,7 @@ import type { EndpointHandler } from "../runtime/request-plane/index.ts";
 import { runCanary } from "./canary.ts";
 import { checkRole, sequencesThatFit } from "./check-pair.ts";
 import type { WorkerConfig } from "./config.ts";
+import { EngineAbsence } from "./engine-absence.ts";
 import { watchEngine } from "./engine-watch.ts";
 import { DEFAULT_HANDOFF, WorkerHandoffs } from "./handoffs.ts";
 import { KvPublisher } from "./kv-publisher/index.ts";
@@ -130,8 +131,6 @@ async function start(
     clock,
     logger,
     tracing: planes.tracing,
-    maxStreams:
-      (config.maxEngineRequests ?? config.engine.maxSequences * ranksOf(config.engine)) + config.maxQueuedRequests,
   });
   const publisher = await planes.events.publish(KV_EVENTS_TOPIC, { publisherId: instanceId });
   lifecycle.defer("KV event publisher", () => publisher.close());
@@ -154,17 +153,22 @@ async function start(
     service.failAll(error);
     lifecycle.fail(error);
   };
+  const absence = new EngineAbsence(fail);
   const sink: EngineSink = {
     onStep: (step) => service.onStep(step),
     onKvEvents: (events) => kvEvents.onKvEvents(events),
     onFatal: (error) => fail(error),
+    onUnavailable: (error) => absence.begin(error),
+    onAvailable: (now) => absence.end(now),
   };
   const [info, tokenizer] = await Promise.all([
     engine.start(sink, signal),
     parts.tokenizer ?? loadServedTokenizer(config, logger),
   ]);
   metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
-  const card = await modelCard(config, info, tokenizer, clock.wallMs());
+  service.maxStreams =
+    (config.maxEngineRequests ?? info.maxSequences * info.dataParallelSize) + config.maxQueuedRequests;
+  let card = await modelCard(config, info, tokenizer, clock.wallMs());
   const prepareRole = async (role: WorkerRole): Promise<void> => {
     await checkRole(role, { ...card, role }, info, discovery, config.namespace);
     if (role === "agg") return;
@@ -219,12 +223,15 @@ async function start(
       : await startSystemServer({
           port: config.systemPort,
           metrics: planes.metrics,
+          foreignMetrics: () => engine.ownMetrics?.() ?? "",
+          ...(engine.searchLog === undefined ? {} : { searchLog: engine.searchLog.bind(engine) }),
           status: () => ({
-            state: lifecycle.state,
+            state: absence.isAbsent ? "engine-down" : lifecycle.state,
             instance_id: instanceId,
             model: config.modelName,
             role: roleNow(),
             load: engine.load(),
+            ...(engine.describe === undefined ? {} : { engine: engine.describe() }),
             degraded: planeHealth.degradations,
           }),
         });
@@ -250,19 +257,22 @@ async function start(
     startedMs: clock.wallMs(),
   };
   const register = async (role: WorkerRole): Promise<void> => {
+    // An engine that comes back brings it back.
+    if (absence.isAbsent) return;
     await registerInstance(lease, instance);
     await registerCard(lease, instance, { ...card, role });
   };
   await register(card.role);
+  const unregister = async (): Promise<void> => {
+    await lease.delete(cardKey(instance));
+    await lease.delete(instanceKey(instance));
+  };
   const roleSwitch = new RoleSwitch({
     role: card.role,
     logger,
     clock,
     prepare: prepareRole,
-    unregister: async () => {
-      await lease.delete(cardKey(instance));
-      await lease.delete(instanceKey(instance));
-    },
+    unregister,
     settle: (timeoutMs) => service.settle(timeoutMs),
     register,
     settleTimeoutMs: config.drainTimeoutMs,
@@ -270,10 +280,20 @@ async function start(
   roleNow = () => roleSwitch.role;
   lifecycle.defer("role switch", () => roleSwitch.close());
   server.serve(address(ROLE_ENDPOINT), roleSwitch.handle);
+  absence.serve({
+    leave: unregister,
+    comeBack: async (now) => {
+      card = await modelCard(config, now, tokenizer, clock.wallMs());
+      await canary(CANARY_TIMEOUT_MS);
+      await register(roleSwitch.role);
+    },
+  });
+  // An engine that is known to be away need not be asked.
+  const watchCanary = (timeoutMs: number): Promise<void> => (absence.isAbsent ? Promise.resolve() : canary(timeoutMs));
   const { engineStallMs = ENGINE_STALL_MS, idleCanaryMs = IDLE_CANARY_MS } = config;
   lifecycle.defer(
     "engine watch",
-    watchEngine({ engine, clock, stallMs: engineStallMs, idleMs: idleCanaryMs, canary, onStuck: fail }),
+    watchEngine({ engine, clock, stallMs: engineStallMs, idleMs: idleCanaryMs, canary: watchCanary, onStuck: fail }),
   );
 
   lifecycle.onDrain(async () => {
@@ -308,10 +328,6 @@ async function start(
   };
 }
 
-function ranksOf(engine: WorkerConfig["engine"]): number {
-  return engine.kind === "mocker" ? engine.dataParallelSize : 1;
-}
-
 async function modelCard(
   config: WorkerConfig,
   info: EngineInfo,
@@ -339,6 +355,7 @@ async function modelCard(
     created: Math.floor(wallMs / 1_000),
     role: config.role ?? "agg",
     blockBytes: info.blockBytes,
+    ...(info.kvEvents === undefined ? {} : { kvEvents: info.kvEvents }),
     modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };
 }

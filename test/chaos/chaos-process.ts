@@ -1,6 +1,6 @@
 import { spawn, type ChildProcess } from "node:child_process";
 import { join, resolve } from "node:path";
-import { LineSplitter } from "../../src/cli/line-splitter.ts";
+import { LineSplitter } from "../../src/std/line-splitter.ts";
 import { alive } from "../helpers/process-cluster.ts";
 
 const ROOT = resolve(import.meta.dirname, "../..");

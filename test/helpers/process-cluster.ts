@@ -25,6 +25,7 @@ export interface ProcessCluster {
 export async function startProcessCluster(
   flags: readonly string[],
   environment: NodeJS.ProcessEnv = {},
+  startTimeoutMs = 60_000,
 ): Promise<ProcessCluster> {
   const port = await freePort();
   const root = mkdtempSync(join(tmpdir(), "dynamo-e2e-"));
@@ -52,7 +53,7 @@ export async function startProcessCluster(
         return ((await answer.json()) as { data: unknown[] }).data.length > 0;
       },
       "a model to be listed",
-      60_000,
+      startTimeoutMs,
     );
   } catch (error) {
     child.kill("SIGKILL");

@@ -1,0 +1,73 @@
+import type { DynamoError } from "../../errors/index.ts";
+import type { PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
+import type { EngineHttp, HttpCall } from "./engine-http.ts";
+
+/** What a foreign engine's server is, as far as a worker needs it; found out at each of its starts. */
+export interface EngineFacts {
+  readonly engineVersion: string;
+  /** Its own name for the model, for requests to it. */
+  readonly servedModel: string;
+  readonly contextLength: number;
+  readonly blockSizeTokens: number;
+  readonly totalBlocks: number;
+  readonly maxSequences: number;
+  readonly maxBatchedTokens: number;
+  readonly dataParallelSize: number;
+  /** It says at the end of an answer how much of the prompt came from its cache. */
+  readonly reportsCachedTokens: boolean;
+  /** One line each, for the log: what it lacks and what that costs. */
+  readonly notes: readonly string[];
+}
+
+/** What an engine's answer says, piece by piece; the engine's dialect calls these in any order, `finish` or `fail` last. */
+export interface AnswerSink {
+  /** Generated tokens, with as many logprobs when they were asked for. */
+  tokens(tokenIds: readonly number[], logprobs?: readonly TokenLogprob[]): void;
+  promptLogprobs(records: readonly TokenLogprob[]): void;
+  /** Prompt tokens that came from the engine's cache. */
+  cached(tokens: number): void;
+  finish(reason: "stop" | "length"): void;
+  fail(error: DynamoError): void;
+}
+
+/** Reads the answer of one request. */
+export interface AnswerReader {
+  /** Data of one server-sent event, the end marker left out. */
+  event(data: string): void;
+  /** The whole body of an answer that is no stream. */
+  whole(text: string): void;
+}
+
+/** A scrape as far as routing needs it. Of all ranks together. */
+export interface ScrapedLoad {
+  readonly runningRequests: number;
+  readonly waitingRequests: number;
+  /** Part of the KV blocks in use, 0 to 1; undefined = not told. */
+  readonly kvUsage: number | undefined;
+  /** Engine steps so far; undefined = not told. */
+  readonly steps: number | undefined;
+  readonly preemptions: number;
+  /** Another number for another life of the server; undefined = not told. */
+  readonly life: number | undefined;
+}
+
+/** What differs between engines; everything else is `ForeignEngine`. */
+export interface EngineDialect {
+  /** `vllm`: the engine's name in cards and messages. */
+  readonly name: string;
+  /** `vllm:`; its metrics are passed on, others of its process are not. */
+  readonly metricsPrefix: string;
+  readonly metricsPath: string;
+  /** False while it starts; rejects when nobody answers. */
+  isUp(http: EngineHttp, signal: AbortSignal): Promise<boolean>;
+  /** Once it is up. Throws `invalid-config` with the fix for what cannot work. */
+  probe(http: EngineHttp, signal: AbortSignal): Promise<EngineFacts>;
+  /** `request` fits the engine: its length and its token ids were checked. */
+  call(request: PreprocessedRequest, facts: EngineFacts): HttpCall & { readonly isStream: boolean };
+  read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink): AnswerReader;
+  /** An answer with another status than 200. */
+  errorOf(status: number, text: string): DynamoError;
+  loadOf(metricsText: string): ScrapedLoad;
+  /** Empties its cache; false when it could not, now. Throws `unsupported-operation`. */
+  clearCache(http: EngineHttp): Promise<boolean>;
+}

@@ -1,0 +1,42 @@
+/** What all engines share that run as processes of their own; `cli/` fills it. */
+export interface ForeignEngineConfig {
+  /** The model as this side sees it: where its tokenizer is. */
+  readonly modelPath?: string;
+  /** Highest token id and one; a prompt with another id does not reach the engine. */
+  readonly vocabularySize: number;
+  /** The engine's name for the model. @default the only one it serves */
+  readonly engineModel?: string;
+  /** A server that runs already: `http://host:port` or `unix:/path`; else one is started. */
+  readonly url?: string;
+  readonly apiKey?: string;
+  readonly launch?: {
+    /** First word the command, then arguments in front of all others: `vllm`, or `node fake.ts`. */
+    readonly command: readonly string[];
+    /** Behind ours: the user's, which win. */
+    readonly args: readonly string[];
+    /** On top of this process's environment. */
+    readonly env: Readonly<Record<string, string>>;
+    /** 0 = any free one. */
+    readonly port: number;
+    readonly logPath?: string;
+  };
+  readonly startTimeoutMs: number;
+  /** @default 1,000 */
+  readonly metricsIntervalMs?: number;
+  /** A scrape that is older says nothing any more. @default 5,000 and what the interval makes of it */
+  readonly metricsMaxAgeMs?: number;
+  /** No answer to anything for so long: it hangs. @default 30,000 */
+  readonly hangTimeoutMs?: number;
+  /** Sizes the engine does not tell, when it is one that runs already. 0 = its default */
+  readonly maxSequences: number;
+  readonly maxBatchedTokens: number;
+  readonly contextLength: number;
+  readonly blockSizeTokens: number;
+  /** Texts and their tokens by the tokenizer that frontends will use, which the engine's must agree with. */
+  readonly tokenizerSamples?: readonly TokenizerSample[];
+}
+
+export interface TokenizerSample {
+  readonly text: string;
+  readonly tokenIds: readonly number[];
+}

@@ -1,0 +1,2 @@
+export { createVllmEngine } from "./vllm-engine.ts";
+export { flagValue } from "./vllm-launch.ts";
