@@ -40,8 +40,12 @@ export interface RunResult {
   readonly violations: readonly string[];
   readonly lastLines: readonly string[];
   readonly marks: Marks;
+  /** Blocks between workers: how long their transfers would have taken alone, and took. */
+  readonly transfers: { readonly count: number; readonly aloneMs: number; readonly tookMs: number };
 }
 
+/** A bus of a real engine: a block in a hundredth of a millisecond. */
+const PLENTY_OF_BANDWIDTH = { cardBytesPerMs: 6_400, busBytesPerMs: 6_400, storeBytesPerMs: 6_400 };
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
@@ -79,6 +83,7 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
     violations,
     lastLines: log.last(keepLines),
     marks,
+    transfers: cluster.transfers?.arrived ?? { count: 0, aloneMs: 0, tookMs: 0 },
   };
 }
 
@@ -112,6 +117,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     engine,
     maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
+    fabric: PLENTY_OF_BANDWIDTH,
     eventRepeatShare: draw.chance(0.2) ? 0.2 : 0,
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),

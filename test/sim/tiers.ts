@@ -31,7 +31,6 @@ export interface TiersShape {
   readonly diskBlocks: number;
   readonly diskBytesPerMs: number;
   readonly hasStore: boolean;
-  readonly storeBytesPerMs: number;
   readonly minSights: number;
 }
 
@@ -48,7 +47,6 @@ export function withTiers(plan: RunPlan, seed: number, kinds: readonly FaultKind
     diskBlocks: draw.pick([0, 64, 256, 256]),
     diskBytesPerMs: ENTRY_BYTES / draw.pick([0.02, 0.2, 2]),
     hasStore: draw.chance(0.5),
-    storeBytesPerMs: ENTRY_BYTES / draw.pick([0.2, 2]),
     minSights: draw.pick([1, 1, 2]),
   };
   const count = plan.faults.length === 0 ? 0 : draw.int(1, 4);
@@ -58,6 +56,7 @@ export function withTiers(plan: RunPlan, seed: number, kinds: readonly FaultKind
     cluster: {
       ...plan.cluster,
       tiers,
+      fabric: { ...plan.cluster.fabric, storeBytesPerMs: ENTRY_BYTES / draw.pick([0.2, 2]) },
       // Small caches, so that blocks fall out of them.
       engine: { ...plan.cluster.engine, dataParallelSize: 1, totalBlocks: draw.pick([40, 48, 64]) },
     },
