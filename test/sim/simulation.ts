@@ -62,6 +62,9 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
   const cluster = new Cluster(world, plan.cluster);
   const violations: string[] = [];
   const run = new Run(world, cluster, plan, violations);
+  // A promise that nobody handles would have ended a real process.
+  const onUnhandled = (error: unknown): void => void world.crashes.push({ process: "a process", error });
+  process.on("unhandledRejection", onUnhandled);
   try {
     await run.play();
   } catch (error) {
@@ -69,8 +72,9 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
       `the simulation itself failed: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`,
     );
   }
-  for (const { process, error } of world.crashes) {
-    violations.push(`${process}: uncaught ${error instanceof Error ? error.stack : String(error)}`);
+  process.off("unhandledRejection", onUnhandled);
+  for (const { process: name, error } of world.crashes) {
+    violations.push(`${name}: uncaught ${error instanceof Error ? error.stack : String(error)}`);
   }
   return {
     seed,
