@@ -13,6 +13,7 @@ import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
 import { planeNetwork } from "./plane-socket.ts";
+import { WATCHED_KV } from "./balance-watch.ts";
 import { SimDisk, SimStore } from "./disk.ts";
 import { Fabric, type FabricShape } from "./fabric.ts";
 import type { RolesShape } from "./roles.ts";
@@ -428,6 +429,7 @@ export class Cluster {
         httpPort: HTTP_PORT,
         drainTimeoutMs: DRAIN_MS,
         ...this.shape.frontend,
+        ...(this.shape.frontend.routerMode === "kv" ? { routerMode: WATCHED_KV } : {}),
       },
       planes,
       new AbortController().signal,

@@ -232,6 +232,7 @@ export class SimDisk {
 /** Slots of mock blocks: a header and 64 bytes at the head of a page. */
 const PAGE_BYTES = 4_096;
 const ENTRY_BYTES = 128;
+const BLOCK_BYTES = 64;
 
 function put(inode: Inode, position: number, bytes: Uint8Array): void {
   const end = position + bytes.length;
@@ -262,6 +263,13 @@ export class SimStore {
     this.#world = world;
     this.#random = world.fork();
     this.#fabric = fabric;
+  }
+
+  /** At most: what objects hold, headers counted as blocks. */
+  get blockCount(): number {
+    let bytes = 0;
+    for (const object of this.#objects.values()) bytes += object.length;
+    return Math.ceil(bytes / BLOCK_BYTES);
   }
 
   setState(state: StoreState): void {

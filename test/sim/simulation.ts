@@ -5,6 +5,8 @@ import { PLENTY_QUEUED, checkAtRest, checkCalls, checkHealthy, type CallContext 
 import { ClientCall } from "./client.ts";
 import { Cluster, MODEL, type ClusterShape } from "./cluster.ts";
 import { EventLog } from "./event-log.ts";
+import { watchBalance } from "./balance-watch.ts";
+import { BoundsWatch } from "./bounds-watch.ts";
 import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } from "./faults.ts";
 import { Marks } from "./marks.ts";
 import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
@@ -41,6 +43,8 @@ export interface RunResult {
   readonly lastLines: readonly string[];
   readonly marks: Marks;
   /** Blocks between workers: how long their transfers would have taken alone, and took. */
+  /** Of what is bounded: the highest share of its bound. */
+  readonly peaks: ReadonlyMap<string, number>;
   readonly transfers: { readonly count: number; readonly aloneMs: number; readonly tookMs: number };
 }
 
@@ -65,6 +69,7 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
   // A promise that nobody handles would have ended a real process.
   const onUnhandled = (error: unknown): void => void world.crashes.push({ process: "a process", error });
   process.on("unhandledRejection", onUnhandled);
+  const balanceIsOver = watchBalance((violation) => void violations.push(violation));
   try {
     await run.play();
   } catch (error) {
@@ -73,6 +78,7 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
     );
   }
   process.off("unhandledRejection", onUnhandled);
+  if (balanceIsOver() > 0) marks.mark("balance looked at");
   for (const { process: name, error } of world.crashes) {
     violations.push(`${name}: uncaught ${error instanceof Error ? error.stack : String(error)}`);
   }
@@ -87,6 +93,7 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
     violations,
     lastLines: log.last(keepLines),
     marks,
+    peaks: run.bounds.peaks,
     transfers: cluster.transfers?.arrived ?? { count: 0, aloneMs: 0, tookMs: 0 },
   };
 }
@@ -159,6 +166,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
 
 class Run {
   readonly calls: ClientCall[] = [];
+  readonly bounds: BoundsWatch;
   readonly #world: World;
   readonly #cluster: Cluster;
   readonly #plan: RunPlan;
@@ -172,6 +180,7 @@ class Run {
     this.#plan = plan;
     this.#violations = violations;
     this.#nemesis = new Nemesis(cluster, world.fork());
+    this.bounds = new BoundsWatch(cluster);
     this.#draw = new Draw(world.fork());
   }
 
@@ -198,6 +207,7 @@ class Run {
     const { calls, faults, workload } = this.#plan;
     const context: CallContext = { startMs: world.nowMs, calmMs: Infinity, hadFaults: faults.length > 0 };
     this.#nemesis.schedule(faults);
+    this.bounds.start();
     for (const call of calls) world.timer(call.atMs, () => this.#begin(call));
     await this.#pass(workload.spanMs);
     this.#nemesis.stop();
@@ -208,7 +218,8 @@ class Run {
       calmMs + requestTimeoutMs + 25_000,
       () => this.calls.length >= calls.length && this.calls.every((call) => call.isOver),
     );
-    this.#violations.push(...this.#nemesis.recovery.violations);
+    this.bounds.stop();
+    this.#violations.push(...this.bounds.violations, ...this.#nemesis.recovery.violations);
     if (faults.length === 0) this.#violations.push(...this.#cluster.moves.map((move) => `without a fault: ${move}`));
     if (faults.length === 0)
       this.#violations.push(...needlessFallbacks(cluster).map((line) => `without a fault: ${line}`));
