@@ -70,7 +70,12 @@ test("shared links: no link carries more than it can, and each transfer has a fu
       const links = new SharedLinks(clock);
       let left = flows.length;
       let sentBytes = 0;
-      for (const { bytes, over } of flows) links.move(bytes, over.map((i) => pool[i]!), () => left--);
+      for (const { bytes, over } of flows)
+        links.move(
+          bytes,
+          over.map((i) => pool[i]!),
+          () => left--,
+        );
       while (left > 0) {
         const rates = links.rates();
         const used = (at: SharedLink): number =>

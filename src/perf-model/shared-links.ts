@@ -99,7 +99,8 @@ export class SharedLinks {
     this.#timer?.cancel();
     this.#timer = undefined;
     let firstMs = Infinity;
-    for (const { leftBytes, bytesPerMs } of this.#flows) firstMs = Math.min(firstMs, Math.max(0, leftBytes) / bytesPerMs);
+    for (const { leftBytes, bytesPerMs } of this.#flows)
+      firstMs = Math.min(firstMs, Math.max(0, leftBytes) / bytesPerMs);
     if (firstMs !== Infinity) this.#timer = this.#clock.setTimer(firstMs, () => this.#end());
   }
 

@@ -149,16 +149,18 @@ function checkSurvival(
   );
 }
 
-/** About what one worker needs for all of a run's answers, when its blocks are what it lacks: they run in shifts. */
+/** About what one worker needs for all of a run's answers, when its blocks or places are what it lacks: they run in shifts. */
 function neededMs({ cluster: { engine }, calls }: RunPlan): number {
-  const { blockSizeTokens = 16, totalBlocks = 1, speedupRatio = 1 } = engine;
+  const { blockSizeTokens = 16, totalBlocks = 1, maxSequences = 1, speedupRatio = 1 } = engine;
   let blockMs = 0;
+  let placeMs = 0;
   for (const { asked } of calls) {
     for (const { prompt, maxTokens } of asked) {
+      placeMs += maxTokens * (STEP_MS / speedupRatio);
       blockMs += Math.ceil((prompt.length + maxTokens) / blockSizeTokens) * maxTokens * (STEP_MS / speedupRatio);
     }
   }
-  return blockMs / totalBlocks;
+  return Math.max(blockMs / totalBlocks, placeMs / maxSequences);
 }
 
 /** Of the mock engine's model, about. */

@@ -1,5 +1,5 @@
 import { pino } from "pino";
-import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
+import { MOCK_BLOCK_BYTES, MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
 import type { MockerEngineConfig } from "../../src/engines/index.ts";
 import { startFrontend, type FrontendConfig, type RunningFrontendLoop } from "../../src/frontend/index.ts";
 import { Metrics, silentLogger, type Logger } from "../../src/observability/index.ts";
@@ -13,7 +13,9 @@ import { FaultyEngine } from "./faulty-engine.ts";
 import { httpNetwork } from "./http-socket.ts";
 import { SimNetwork } from "./network.ts";
 import { planeNetwork } from "./plane-socket.ts";
+import { WATCHED_KV } from "./balance-watch.ts";
 import { SimDisk, SimStore } from "./disk.ts";
+import { Fabric, type FabricShape } from "./fabric.ts";
 import type { RolesShape } from "./roles.ts";
 import { tieredEngine, type SeatTiers, type TiersShape } from "./tiers.ts";
 import { SimTransfers } from "./transfers.ts";
@@ -38,6 +40,7 @@ export interface ClusterShape {
   readonly eventRepeatShare: number;
   /** Prefill apart from decode. @default every worker does all */
   readonly roles?: RolesShape | undefined;
+  readonly fabric: FabricShape;
   /** @default engines have their own cache alone */
   readonly tiers?: TiersShape | undefined;
 }
@@ -136,6 +139,7 @@ export class Cluster {
   /** For all, those that start meanwhile too. */
   discoveryIsDown = false;
   readonly #operator: SimProcess;
+  readonly #fabric: Fabric;
   readonly #random;
   readonly #logger: Logger;
 
@@ -143,7 +147,8 @@ export class Cluster {
     this.world = world;
     this.shape = shape;
     this.network = new SimNetwork(world);
-    if (shape.roles !== undefined) this.transfers = new SimTransfers(world, this.network, shape.roles.bytesPerMs);
+    this.#fabric = new Fabric(world, shape.fabric);
+    if (shape.roles !== undefined) this.transfers = new SimTransfers(world, this.network, this.#fabric);
     this.#random = world.fork();
     this.#operator = world.process("operator");
     this.clients = world.process("clients");
@@ -156,7 +161,7 @@ export class Cluster {
       { level: "info", base: null, timestamp: false, messageKey: "message" },
       { write: (line: string) => this.#onLogLine(line) },
     ) as Logger;
-    if (shape.tiers !== undefined) this.objects = new SimStore(world, shape.tiers.storeBytesPerMs);
+    if (shape.tiers !== undefined) this.objects = new SimStore(world, this.#fabric);
     for (let i = 0; i < shape.workers; i++) {
       const seat = this.#seat("worker", `w${i}`);
       if (shape.roles !== undefined) seat.workerRole = shape.roles.workers[i] ?? "decode";
@@ -385,7 +390,11 @@ export class Cluster {
       {
         tokenizer: await (tokenizer ??= loadServedTokenizer({ engine: mockerConfig({}) }, silentLogger)),
         makeEngine: (config, { clock, logger }) => {
-          seat.engine = new FaultyEngine(new MockerEngine(config as MockerEngineConfig, { clock, logger }));
+          const mocker = config as MockerEngineConfig;
+          const share = MOCK_BLOCK_BYTES / (mocker.blockSizeTokens * mocker.kvBytesPerToken);
+          const bus = this.#fabric.bus(process, share);
+          const links = { imports: bus, host: bus };
+          seat.engine = new FaultyEngine(new MockerEngine(mocker, { clock, logger, links }));
           seat.engine.onWrongBlock = (error) => this.world.crashes.push({ process: process.name, error });
           seat.engine.onExport = () => this.onExport?.(seat);
           const { tiers } = this.shape;
@@ -420,6 +429,7 @@ export class Cluster {
         httpPort: HTTP_PORT,
         drainTimeoutMs: DRAIN_MS,
         ...this.shape.frontend,
+        ...(this.shape.frontend.routerMode === "kv" ? { routerMode: WATCHED_KV } : {}),
       },
       planes,
       new AbortController().signal,

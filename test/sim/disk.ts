@@ -2,6 +2,8 @@ import { DynamoError } from "../../src/errors/index.ts";
 import type { ObjectStore, TierFile, TierFiles } from "../../src/kvbm/index.ts";
 import { SharedLinks } from "../../src/perf-model/index.ts";
 import { randomHexId, type Random } from "../../src/std/index.ts";
+import type { Fabric } from "./fabric.ts";
+import { SimNetwork } from "./network.ts";
 import type { SimProcess, World } from "./world.ts";
 
 /**
@@ -230,6 +232,7 @@ export class SimDisk {
 /** Slots of mock blocks: a header and 64 bytes at the head of a page. */
 const PAGE_BYTES = 4_096;
 const ENTRY_BYTES = 128;
+const BLOCK_BYTES = 64;
 
 function put(inode: Inode, position: number, bytes: Uint8Array): void {
   const end = position + bytes.length;
@@ -252,16 +255,21 @@ export class SimStore {
   readonly #world: World;
   readonly #random: Random;
   readonly #objects = new Map<string, Buffer>();
-  readonly #links: SharedLinks;
-  readonly #link: { readonly bytesPerMs: number };
+  readonly #fabric: Fabric;
   #waiting: (() => void)[] = [];
   #state: StoreState = "well";
 
-  constructor(world: World, bytesPerMs: number) {
+  constructor(world: World, fabric: Fabric) {
     this.#world = world;
     this.#random = world.fork();
-    this.#link = { bytesPerMs };
-    this.#links = new SharedLinks({ monotonicMs: () => world.nowMs, setTimer: (ms, run) => world.timer(ms, run) });
+    this.#fabric = fabric;
+  }
+
+  /** At most: what objects hold, headers counted as blocks. */
+  get blockCount(): number {
+    let bytes = 0;
+    for (const object of this.#objects.values()) bytes += object.length;
+    return Math.ceil(bytes / BLOCK_BYTES);
   }
 
   setState(state: StoreState): void {
@@ -286,11 +294,11 @@ export class SimStore {
   clientOf(process: SimProcess): ObjectStore {
     return {
       put: (key, pieces, { signal }) =>
-        this.#call(process, byteCount(pieces), signal, () => {
+        this.#call(process, "out", byteCount(pieces), signal, () => {
           if (!this.#objects.has(key)) this.#objects.set(key, Buffer.concat(pieces));
         }),
       get: (key, start, into, { signal }) =>
-        this.#call(process, byteCount(into), signal, () => {
+        this.#call(process, "into", byteCount(into), signal, () => {
           const object = this.#objects.get(key);
           if (object === undefined) throw new DynamoError("object-not-found", "the object is not in the store");
           let at = start;
@@ -300,7 +308,7 @@ export class SimStore {
           }
         }),
       list: (prefix, after, { signal }) =>
-        this.#call(process, 0, signal, () =>
+        this.#call(process, "into", 0, signal, () =>
           [...this.#objects.keys()]
             .filter((key) => key.startsWith(prefix) && key > after)
             .toSorted()
@@ -310,7 +318,15 @@ export class SimStore {
     };
   }
 
-  #call<T>(process: SimProcess, bytes: number, signal: AbortSignal, run: () => T): Promise<T> {
+  #call<T>(
+    process: SimProcess,
+    direction: "into" | "out",
+    bytes: number,
+    signal: AbortSignal,
+    run: () => T,
+  ): Promise<T> {
+    const { links, store } = this.#fabric;
+    const card = this.#fabric[direction](SimNetwork.hostOf(process));
     return new Promise((resolve, reject) => {
       const given = (): void => reject(new DynamoError("storage-failed", "the call was given up"));
       if (signal.aborted) return given();
@@ -340,7 +356,7 @@ export class SimStore {
       };
       this.#world.timer(CALL_MS * 10, () => {
         if (bytes === 0) finish();
-        else this.#links.move(bytes, [this.#link], finish);
+        else links.move(bytes, [store, card], finish);
       });
     });
   }

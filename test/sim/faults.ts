@@ -54,9 +54,7 @@ export const TIER_FAULT_KINDS = [
 ] as const;
 
 export type FaultKind =
-  | (typeof FAULT_KINDS)[number]
-  | (typeof ROLE_FAULT_KINDS)[number]
-  | (typeof TIER_FAULT_KINDS)[number];
+  (typeof FAULT_KINDS)[number] | (typeof ROLE_FAULT_KINDS)[number] | (typeof TIER_FAULT_KINDS)[number];
 
 export interface PlannedFault {
   readonly kind: FaultKind;
@@ -101,6 +99,8 @@ export class Nemesis {
   /** Ends every fault that is under way. */
   stop(): void {
     for (const undo of this.#undo) undo();
+    this.#roles.stop();
+    this.#tiers.stop();
     this.#cluster.network.healAll();
     this.#cluster.eventsAreLost = false;
   }

@@ -1,4 +1,11 @@
-import type { BlockPort, Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
+import type {
+  BlockPort,
+  Engine,
+  EngineInfo,
+  EngineSink,
+  ExportedBlocks,
+  ImportedBlocks,
+} from "../../src/engines/index.ts";
 import type { MockerEngine } from "../../src/engines/mocker/index.ts";
 import { DynamoError } from "../../src/errors/index.ts";
 import {

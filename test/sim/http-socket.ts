@@ -27,6 +27,13 @@ export function httpNetwork(network: SimNetwork, process: SimProcess): HttpNetwo
 }
 
 /** A socket as node's HTTP server uses one. Its idle time-out runs on the process's clock. */
+const live = new WeakMap<SimProcess, Set<Duplex>>();
+
+/** Of a server in that process: those that are open. */
+export function liveHttpSockets(process: SimProcess): Iterable<Pick<Duplex, "writableLength">> {
+  return live.get(process) ?? [];
+}
+
 class SimHttpSocket extends Duplex {
   readonly #end: TcpEnd;
   readonly remoteAddress: string;
@@ -38,6 +45,8 @@ class SimHttpSocket extends Duplex {
   constructor(end: TcpEnd) {
     super({ allowHalfOpen: true, emitClose: true });
     this.#end = end;
+    const sockets = live.get(end.process) ?? new Set();
+    live.set(end.process, sockets.add(this));
     this.remoteAddress = "127.0.0.1";
     end.handler = {
       onOpen: () => undefined,
@@ -80,6 +89,7 @@ class SimHttpSocket extends Duplex {
 
   override _destroy(error: Error | null, done: (error?: Error | null) => void): void {
     this.#idle?.cancel();
+    live.get(this.#end.process)?.delete(this);
     this.#end.close();
     done(error);
   }

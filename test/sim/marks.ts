@@ -7,6 +7,7 @@ export const MARKS = [
   "worker killed idle",
   "worker restarted",
   "recovery time looked at",
+  "balance looked at",
   "worker frozen mid-stream",
   "worker thawed",
   "worker drained mid-stream",

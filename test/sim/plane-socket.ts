@@ -18,6 +18,13 @@ function asSocket(socket: SimPlaneSocket): PlaneSocket {
   return socket as unknown as PlaneSocket;
 }
 
+const live = new WeakMap<SimProcess, Set<SimPlaneSocket>>();
+
+/** Of that process: those that are open. */
+export function livePlaneSockets(process: SimProcess): Iterable<{ readonly writableLength: number }> {
+  return live.get(process) ?? [];
+}
+
 class SimPlaneSocket extends EventEmitter {
   readonly #end: TcpEnd;
   readonly #queue: { readonly bytes: Uint8Array; readonly written: (() => void) | undefined }[] = [];
@@ -28,6 +35,8 @@ class SimPlaneSocket extends EventEmitter {
   constructor(end: TcpEnd) {
     super();
     this.#end = end;
+    const sockets = live.get(end.process) ?? new Set();
+    live.set(end.process, sockets.add(this));
     end.handler = {
       onOpen: () => this.#flush(),
       onData: (bytes) => this.emit("data", bytes),
@@ -37,6 +46,7 @@ class SimPlaneSocket extends EventEmitter {
         if (!this.#isDestroyed) this.end();
       },
       onClosed: (code) => {
+        sockets.delete(this);
         if (code !== undefined) this.emit("error", Object.assign(new Error(code), { code }));
         this.emit("close");
       },
@@ -73,6 +83,7 @@ class SimPlaneSocket extends EventEmitter {
   destroy(): this {
     if (this.#isDestroyed) return this;
     this.#isDestroyed = true;
+    live.get(this.#end.process)?.delete(this);
     this.#queue.length = 0;
     this.#end.close();
     return this;

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import type { WorkerRole } from "../../src/protocol/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
 import type { PlannedFault } from "./faults.ts";
 import { failureReport } from "./report.ts";
@@ -19,6 +20,15 @@ interface Scene {
   readonly seeds: readonly number[];
   /** An error code that no client may see. */
   readonly never?: string;
+}
+
+/** Scenes say themselves when they have roles or tiers. */
+function plain(cluster: RunPlan["cluster"]): RunPlan["cluster"] {
+  return { ...cluster, roles: undefined, tiers: undefined };
+}
+
+function withPrefill(workers: readonly WorkerRole[]): Pick<RunPlan["cluster"], "roles"> {
+  return { roles: { workers, handoff: { memoryBytes: 16_384, leaseMs: 3_000, pullTimeoutMs: 1_500 } } };
 }
 
 const SCENES: readonly Scene[] = [
@@ -81,6 +91,15 @@ const SCENES: readonly Scene[] = [
     seeds: [1, 2, 3, 4, 5],
     never: "worker_unreachable",
   },
+  {
+    name: "a worker that changes its role while discovery goes out of reach is known again afterwards",
+    cluster: { workers: 3, frontends: 2, ...withPrefill(["prefill", "decode", "agg"]) },
+    faults: [
+      { kind: "change role", atMs: 500, forMs: 0, seat: 2 },
+      { kind: "discovery down", atMs: 505, forMs: 3_000 },
+    ],
+    seeds: [1, 2, 3],
+  },
 ];
 
 for (const { name, cluster, faults, seeds, never } of SCENES) {
@@ -88,7 +107,9 @@ for (const { name, cluster, faults, seeds, never } of SCENES) {
     for (const seed of seeds) {
       const result = await runSeed({
         seed,
-        change: (plan) => ({ ...plan, cluster: { ...plan.cluster, maxQueuedRequests: 64, ...cluster }, faults }),
+        change: (plan) => {
+          return { ...plan, cluster: { ...plain(plan.cluster), maxQueuedRequests: 64, ...cluster }, faults };
+        },
       });
       assert.equal(result.violations.length, 0, failureReport(result));
       const codes = [...result.outcomes.keys()].map((outcome) => outcome.split(" ").at(-1));
@@ -109,7 +130,7 @@ test("simulator: an answer longer than a stream's window goes on as its client r
         const limits = { ...plan.cluster.frontend.limits, requestTimeoutMs: 60_000 };
         const frontend = { ...plan.cluster.frontend, limits, stallLimitMs: 1_500 };
         return {
-          cluster: { ...plan.cluster, engine, frontend, workers: 1, frontends: 1 },
+          cluster: { ...plain(plan.cluster), engine, frontend, workers: 1, frontends: 1 },
           workload,
           calls: planWorkload(workload, new SeededRandom(seed)),
           faults: [],
@@ -129,7 +150,7 @@ test("simulator: the last events of a worker, lost with their replays, are in th
         const workload = { ...plan.workload, spanMs: 6_000 };
         const calls = planWorkload({ ...workload, spanMs: 1_000, oddShare: 0 }, new SeededRandom(seed));
         const frontend = { ...plan.cluster.frontend, routerMode: "kv" };
-        return { cluster: { ...plan.cluster, frontend, eventLossShare: 0.7 }, workload, calls, faults: [] };
+        return { cluster: { ...plain(plan.cluster), frontend, eventLossShare: 0.7 }, workload, calls, faults: [] };
       },
     });
     assert.equal(result.violations.length, 0, failureReport(result));
@@ -147,7 +168,7 @@ test("simulator: streams of one frontend put back for want of memory, while anot
         const frontend = { ...plan.cluster.frontend, limits, stallLimitMs: 1_500 };
         return {
           cluster: {
-            ...plan.cluster,
+            ...plain(plan.cluster),
             engine,
             frontend,
             workers: 1,

@@ -106,6 +106,11 @@ export class RoleFaults implements TransferWatch {
     }
   }
 
+  /** What waits for a handoff strikes no more. */
+  stop(): void {
+    this.#strikes = [];
+  }
+
   onBegin(reader: SimProcess, owner: SimProcess, takesMs: number): void {
     this.#begun.set(owner, (this.#begun.get(owner) ?? 0) + 1);
     this.#reached("begun", this.#seatOf(owner), this.#seatOf(reader), takesMs);

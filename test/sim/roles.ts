@@ -13,8 +13,6 @@ import { Draw } from "./workload.ts";
 export interface RolesShape {
   /** By seat; seats beyond decode. */
   readonly workers: readonly WorkerRole[];
-  /** Of a block's 64 bytes. */
-  readonly bytesPerMs: number;
   readonly handoff: Omit<HandoffConfig, "transfer">;
 }
 
@@ -34,7 +32,6 @@ export function withRoles(plan: RunPlan, seed: number, kinds: readonly FaultKind
   const others = Array.from({ length: workers - 2 }, () => draw.pick(["prefill", "decode", "decode", "agg"] as const));
   const roles: RolesShape = {
     workers: ["prefill", "decode", ...others],
-    bytesPerMs: MOCK_BLOCK_BYTES / draw.pick([0.05, 0.5, 5]),
     handoff: {
       memoryBytes: MOCK_BLOCK_BYTES * draw.pick([8, 256, 256]),
       leaseMs: 3_000,
@@ -50,6 +47,7 @@ export function withRoles(plan: RunPlan, seed: number, kinds: readonly FaultKind
       ...plan.cluster,
       workers,
       roles,
+      fabric: { ...plan.cluster.fabric, cardBytesPerMs: MOCK_BLOCK_BYTES / draw.pick([0.05, 0.5, 5]) },
       frontend: { ...plan.cluster.frontend, disagg, handoffTimeoutMs: HANDOFF_TIMEOUT_MS },
     },
     faults: [...plan.faults.slice(0, 3), ...struck].toSorted((a, b) => a.atMs - b.atMs),

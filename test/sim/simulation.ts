@@ -5,6 +5,8 @@ import { PLENTY_QUEUED, checkAtRest, checkCalls, checkHealthy, type CallContext 
 import { ClientCall } from "./client.ts";
 import { Cluster, MODEL, type ClusterShape } from "./cluster.ts";
 import { EventLog } from "./event-log.ts";
+import { watchBalance } from "./balance-watch.ts";
+import { BoundsWatch } from "./bounds-watch.ts";
 import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } from "./faults.ts";
 import { Marks } from "./marks.ts";
 import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
@@ -40,8 +42,14 @@ export interface RunResult {
   readonly violations: readonly string[];
   readonly lastLines: readonly string[];
   readonly marks: Marks;
+  /** Blocks between workers: how long their transfers would have taken alone, and took. */
+  /** Of what is bounded: the highest share of its bound. */
+  readonly peaks: ReadonlyMap<string, number>;
+  readonly transfers: { readonly count: number; readonly aloneMs: number; readonly tookMs: number };
 }
 
+/** A bus of a real engine: a block in a hundredth of a millisecond. */
+const PLENTY_OF_BANDWIDTH = { cardBytesPerMs: 6_400, busBytesPerMs: 6_400, storeBytesPerMs: 6_400 };
 /** After the workers are up: routers know them, indexes are restored. */
 const SETTLE_MS = 2_000;
 /** Discovery forgets the dead, events of the dead end, indexes are asked again. */
@@ -58,6 +66,10 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
   const cluster = new Cluster(world, plan.cluster);
   const violations: string[] = [];
   const run = new Run(world, cluster, plan, violations);
+  // A promise that nobody handles would have ended a real process.
+  const onUnhandled = (error: unknown): void => void world.crashes.push({ process: "a process", error });
+  process.on("unhandledRejection", onUnhandled);
+  const balanceIsOver = watchBalance((violation) => void violations.push(violation));
   try {
     await run.play();
   } catch (error) {
@@ -65,8 +77,10 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
       `the simulation itself failed: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`,
     );
   }
-  for (const { process, error } of world.crashes) {
-    violations.push(`${process}: uncaught ${error instanceof Error ? error.stack : String(error)}`);
+  process.off("unhandledRejection", onUnhandled);
+  if (balanceIsOver() > 0) marks.mark("balance looked at");
+  for (const { process: name, error } of world.crashes) {
+    violations.push(`${name}: uncaught ${error instanceof Error ? error.stack : String(error)}`);
   }
   return {
     seed,
@@ -79,6 +93,8 @@ export async function runSeed({ seed, keepLines = 200, faults, change }: RunOpti
     violations,
     lastLines: log.last(keepLines),
     marks,
+    peaks: run.bounds.peaks,
+    transfers: cluster.transfers?.arrived ?? { count: 0, aloneMs: 0, tookMs: 0 },
   };
 }
 
@@ -112,6 +128,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     engine,
     maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
+    fabric: PLENTY_OF_BANDWIDTH,
     eventRepeatShare: draw.chance(0.2) ? 0.2 : 0,
     frontend: {
       routerMode: draw.pick(["kv", "kv", "kv", "round-robin", "random", "least-loaded", "power-of-two"]),
@@ -149,6 +166,7 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
 
 class Run {
   readonly calls: ClientCall[] = [];
+  readonly bounds: BoundsWatch;
   readonly #world: World;
   readonly #cluster: Cluster;
   readonly #plan: RunPlan;
@@ -162,6 +180,7 @@ class Run {
     this.#plan = plan;
     this.#violations = violations;
     this.#nemesis = new Nemesis(cluster, world.fork());
+    this.bounds = new BoundsWatch(cluster);
     this.#draw = new Draw(world.fork());
   }
 
@@ -188,6 +207,7 @@ class Run {
     const { calls, faults, workload } = this.#plan;
     const context: CallContext = { startMs: world.nowMs, calmMs: Infinity, hadFaults: faults.length > 0 };
     this.#nemesis.schedule(faults);
+    this.bounds.start();
     for (const call of calls) world.timer(call.atMs, () => this.#begin(call));
     await this.#pass(workload.spanMs);
     this.#nemesis.stop();
@@ -198,7 +218,8 @@ class Run {
       calmMs + requestTimeoutMs + 25_000,
       () => this.calls.length >= calls.length && this.calls.every((call) => call.isOver),
     );
-    this.#violations.push(...this.#nemesis.recovery.violations);
+    this.bounds.stop();
+    this.#violations.push(...this.bounds.violations, ...this.#nemesis.recovery.violations);
     if (faults.length === 0) this.#violations.push(...this.#cluster.moves.map((move) => `without a fault: ${move}`));
     if (faults.length === 0)
       this.#violations.push(...needlessFallbacks(cluster).map((line) => `without a fault: ${line}`));

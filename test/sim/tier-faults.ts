@@ -72,6 +72,11 @@ export class TierFaults {
     }
   }
 
+  /** What waits for a write strikes no more. */
+  stop(): void {
+    this.#onWrite = [];
+  }
+
   #wrote(process: SimProcess): void {
     if (this.#onWrite.length === 0) return;
     const seat = this.#cluster.workers.find((one) => one.process === process);

@@ -1,5 +1,6 @@
-import type { Clock } from "../../src/std/index.ts";
+import type { Clock, TimerHandle } from "../../src/std/index.ts";
 import { MemoryNetwork, type AgentContext, type MemoryCrossing, type MemoryLink } from "../../src/transfer/index.ts";
+import type { Fabric } from "./fabric.ts";
 import { SimNetwork } from "./network.ts";
 import type { SimProcess, World } from "./world.ts";
 
@@ -24,12 +25,14 @@ interface Crossing extends MemoryCrossing {
   readonly fromProcess: SimProcess;
   readonly toProcess: SimProcess;
   isOver: boolean;
+  /** Of its bytes, over the links. */
+  move: TimerHandle | undefined;
 }
 
 export class SimTransfers implements MemoryLink {
   readonly #world: World;
   readonly #network: SimNetwork;
-  readonly #bytesPerMs: number;
+  readonly #fabric: Fabric;
   readonly #agents = new Map<bigint, AgentContext>();
   /** Each process has a clock of its own. */
   readonly #processes = new Map<Clock, SimProcess>();
@@ -38,12 +41,13 @@ export class SimTransfers implements MemoryLink {
   #isStalled = false;
   #waiting: (() => void)[] = [];
   watch: TransferWatch | undefined = undefined;
+  /** Of those that arrived: how long they would have taken alone, and took. */
+  readonly arrived = { count: 0, aloneMs: 0, tookMs: 0 };
 
-  /** `bytesPerMs` of a mock block's 64 bytes, which stand for the megabytes of a real one. */
-  constructor(world: World, network: SimNetwork, bytesPerMs: number) {
+  constructor(world: World, network: SimNetwork, fabric: Fabric) {
     this.#world = world;
     this.#network = network;
-    this.#bytesPerMs = bytesPerMs;
+    this.#fabric = fabric;
   }
 
   /** For a worker's transfer agent. */
@@ -92,14 +96,29 @@ export class SimTransfers implements MemoryLink {
   carry(crossing: MemoryCrossing): { cancel(): void } {
     const fromProcess = this.#processOf(crossing.from);
     const toProcess = this.#processOf(crossing.to);
-    const under: Crossing = { ...crossing, fromProcess, toProcess, isOver: false };
+    const under: Crossing = { ...crossing, fromProcess, toProcess, isOver: false, move: undefined };
     this.#crossings.add(under);
-    const bytesMs = crossing.byteCount / this.#bytesPerMs;
     const [from, to] = [SimNetwork.hostOf(fromProcess), SimNetwork.hostOf(toProcess)];
     const { bytesPerMs } = this.#network.fault(from, to);
-    const takesMs = this.#network.latency(from, to) + bytesMs + (bytesPerMs === Infinity ? 0 : bytesMs);
-    if (isBlocks(under)) this.watch?.onBegin(toProcess, fromProcess, takesMs);
-    this.#world.timer(takesMs, () => this.#arrive(under, from, to));
+    const latencyMs = this.#network.latency(from, to);
+    const arrive = (): void => this.#arrive(under, from, to);
+    if (isBlocks(under)) {
+      const links = [this.#fabric.out(from), this.#fabric.into(to)];
+      const aloneMs = latencyMs + under.byteCount / Math.min(...links.map((link) => link.bytesPerMs));
+      const startMs = this.#world.nowMs;
+      // A slow link is slow for these, too: they take twice their time.
+      const crossedTwice = bytesPerMs === Infinity ? 1 : 2;
+      this.watch?.onBegin(toProcess, fromProcess, aloneMs * crossedTwice);
+      this.#world.timer(latencyMs, () => {
+        if (under.isOver) return;
+        under.move = this.#fabric.links.move(under.byteCount * crossedTwice, links, () => {
+          this.arrived.count++;
+          this.arrived.aloneMs += aloneMs;
+          this.arrived.tookMs += this.#world.nowMs - startMs;
+          arrive();
+        });
+      });
+    } else this.#world.timer(latencyMs, arrive);
     return { cancel: () => this.#over(under) };
   }
 
@@ -149,6 +168,7 @@ export class SimTransfers implements MemoryLink {
 
   #over(crossing: Crossing): void {
     crossing.isOver = true;
+    crossing.move?.cancel();
     this.#crossings.delete(crossing);
   }
 

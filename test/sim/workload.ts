@@ -34,11 +34,14 @@ export interface WorkloadShape {
   readonly contextLength: number;
   readonly maxTokens: number;
   readonly oddShare: number;
+  /** That prompts begin with, so many letters long. @default 3 of 32 to 200 */
+  readonly prefixes?: { readonly count: number; readonly least: number; readonly most: number };
 }
 
 export function planWorkload(shape: WorkloadShape, random: Random): PlannedCall[] {
   const draw = new Draw(random);
-  const prefixes = Array.from({ length: 3 }, () => draw.text(32, 200));
+  const { count, least, most } = shape.prefixes ?? { count: 3, least: 32, most: 200 };
+  const prefixes = Array.from({ length: count }, () => draw.text(least, most));
   const calls: PlannedCall[] = [];
   // Some arrive in bursts, the others evenly.
   const burstAt = draw.real(0, shape.spanMs);
