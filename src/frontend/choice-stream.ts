@@ -177,7 +177,7 @@ export class ChoiceStream implements AttemptOwner {
 
   /** Routes and sends, at once or when the router's queue has its turn; on failure tells the run. */
   dispatch(): void {
-    const { model, planes, stages } = this.#run;
+    const { planes, stages } = this.#run;
     const startMs = planes.clock.monotonicMs();
     this.#sinceMs = startMs;
     stages.enter("route");

@@ -44,7 +44,7 @@ class Life {
       threads: 1,
     });
     const services = { metrics: this.#metrics, clock: systemClock, logger: silentLogger };
-    const engine = withTiers({ engine: inner, modelPath: MODEL!, config: tiers, ...services });
+    const { engine } = withTiers({ engine: inner, modelPath: MODEL!, config: tiers, ...services });
     this.recorder = new EngineRecorder(engine);
   }
 
