@@ -26,7 +26,7 @@ const isWhole = PROMPTS >= PROMPT_SET_SIZE;
 const SET = partOf(promptSet(PROMPTS, isWhole ? Infinity : 200), process.env["DYN_TEST_PROMPT_PART"]);
 const MAX_TOKENS = 24;
 /** Room for the longest prompt and little more. */
-const CACHE_TOKENS = isWhole ? 3_200 : 320;
+const CACHE_TOKENS = Math.max(320, ...SET.map(({ length }) => length + 64));
 
 class Life {
   readonly #metrics = new Metrics();
