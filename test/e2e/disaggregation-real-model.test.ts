@@ -16,7 +16,7 @@ import { startProcessCluster, type ProcessCluster } from "../helpers/process-clu
  * nothing is reused).
  */
 const MODEL = process.env["DYN_TEST_MODEL"];
-const PROMPTS = Number(process.env["DYN_TEST_DISAGG_PROMPTS"] ?? 6);
+const PROMPTS = Number(process.env["DYN_TEST_DISAGG_PROMPTS"] ?? 5);
 const SET = partOf(promptSet(PROMPTS, PROMPTS < PROMPT_SET_SIZE ? 200 : Infinity), process.env["DYN_TEST_PROMPT_PART"]);
 const MAX_TOKENS = 24;
 

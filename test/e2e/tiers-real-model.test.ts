@@ -21,12 +21,12 @@ import { until } from "../helpers/in-process-cluster.ts";
  * `npm test -- test/e2e/tiers-real-model.test.ts --test-timeout=3600000`, or a part of it with `DYN_TEST_PROMPT_PART=1/3`.
  */
 const MODEL = process.env["DYN_TEST_MODEL"];
-const PROMPTS = Number(process.env["DYN_TEST_TIER_PROMPTS"] ?? 6);
+const PROMPTS = Number(process.env["DYN_TEST_TIER_PROMPTS"] ?? 5);
 const isWhole = PROMPTS >= PROMPT_SET_SIZE;
 const SET = partOf(promptSet(PROMPTS, isWhole ? Infinity : 200), process.env["DYN_TEST_PROMPT_PART"]);
 const MAX_TOKENS = 24;
 /** Room for the longest prompt and little more. */
-const CACHE_TOKENS = isWhole ? 3_200 : 320;
+const CACHE_TOKENS = Math.max(320, ...SET.map(({ length }) => length + 64));
 
 class Life {
   readonly #metrics = new Metrics();
