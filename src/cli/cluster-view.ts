@@ -1,4 +1,13 @@
-import { LOAD_TOPIC, isModelCard, parseLoadReport, type LoadSnapshot, type ModelCard } from "../protocol/index.ts";
+import {
+  LOAD_TOPIC,
+  TRANSFERS_TOPIC,
+  isModelCard,
+  parseLoadReport,
+  parseTransferReport,
+  type LoadSnapshot,
+  type ModelCard,
+  type TransferPairReport,
+} from "../protocol/index.ts";
 import { watchCards, watchInstances, type Instance } from "../runtime/component/index.ts";
 import type { Discovery } from "../runtime/discovery/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
@@ -14,6 +23,8 @@ export interface InstanceView {
   readonly startedMs: number;
   readonly card: ModelCard | undefined;
   readonly load: LoadSnapshot | undefined;
+  /** What it has fetched from, or written to, other workers; undefined: it has no part in handoffs, or has not told. */
+  readonly transfers: readonly TransferPairReport[] | undefined;
 }
 
 export class ClusterView {
@@ -23,6 +34,7 @@ export class ClusterView {
   readonly #instances = new Map<string, Instance>();
   readonly #cards = new Map<string, ModelCard>();
   readonly #loads = new Map<string, LoadSnapshot>();
+  readonly #transfers = new Map<string, readonly TransferPairReport[]>();
   readonly #closes: (() => Promise<void>)[] = [];
 
   /** Resolves when the present state is known; loads come within about two seconds. */
@@ -39,6 +51,7 @@ export class ClusterView {
       else if (change.type === "delete") {
         this.#cards.delete(change.instanceId);
         this.#loads.delete(change.instanceId);
+        this.#transfers.delete(change.instanceId);
       }
       changed();
     });
@@ -57,16 +70,32 @@ export class ClusterView {
       },
       { replay: true },
     );
+    const transfers = await events.subscribe(
+      TRANSFERS_TOPIC,
+      {
+        onEvent: (_publisher, _sequence, payload) => {
+          const report = parseTransferReport(payload);
+          if (report === undefined || !this.#cards.has(report.instanceId)) return;
+          this.#transfers.set(report.instanceId, report.pairs);
+          changed();
+        },
+        onGap: () => undefined,
+      },
+      { replay: true },
+    );
     this.#closes.push(
+      () => transfers.close(),
       () => instances.close(),
       () => cards.close(),
       () => loads.close(),
     );
   }
 
-  /** True when every worker with a model has told its load. */
+  /** True when every worker with a model has told its load, and those with a part in handoffs their transfers. */
   get isComplete(): boolean {
-    return [...this.#cards.keys()].every((instanceId) => this.#loads.has(instanceId));
+    return [...this.#cards].every(
+      ([instanceId, { role }]) => this.#loads.has(instanceId) && (role === "agg" || this.#transfers.has(instanceId)),
+    );
   }
 
   /** By component, then id. */
@@ -79,6 +108,7 @@ export class ClusterView {
       else {
         const card = this.#cards.get(instanceId);
         const load = this.#loads.get(instanceId);
+        const transfers = this.#transfers.get(instanceId);
         views.set(instanceId, {
           instanceId,
           component,
@@ -89,6 +119,7 @@ export class ClusterView {
           startedMs,
           card,
           load,
+          transfers,
         });
       }
     }
