@@ -177,7 +177,7 @@ export class ChoiceStream implements AttemptOwner {
 
   /** Routes and sends, at once or when the router's queue has its turn; on failure tells the run. */
   dispatch(): void {
-    const { model, planes, stages } = this.#run;
+    const { planes, stages } = this.#run;
     const startMs = planes.clock.monotonicMs();
     this.#sinceMs = startMs;
     stages.enter("route");
@@ -562,7 +562,7 @@ export class ChoiceStream implements AttemptOwner {
     const split = this.#split;
     if (this.#count === 0) {
       const pool = this.#isWithPrefillWorker ? "prefill" : "decode";
-      advisor.sawPrefill(pool, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
+      advisor.sawPrefill(pool, this.instanceId, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
     } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
       split.gapMs = this.#run.planes.clock.monotonicMs() - split.firstTokenMs;
       advisor.sawHandoff(split.pull.pulledBlocks - split.pull.earlyBlocks, split.gapMs, split.pull.pulledBlocks);

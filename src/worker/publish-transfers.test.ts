@@ -21,7 +21,11 @@ const PAIR: PairTelemetry = {
   meanGigabytesPerSecond: 3,
 };
 
-function published(telemetry: () => PairTelemetry[]): { reports: TransferReport[]; clock: ManualClock; stop(): void } {
+function published(telemetry: () => PairTelemetry[]): {
+  reports: TransferReport[];
+  clock: ManualClock;
+  stop: () => void;
+} {
   const clock = new ManualClock();
   const reports: TransferReport[] = [];
   const publisher = {

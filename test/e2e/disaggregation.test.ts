@@ -359,10 +359,10 @@ interface LoopCluster {
   readonly cluster: InProcessCluster;
   readonly prefill: { worker: RunningWorker; engine: LoopEngine };
   readonly decode: { worker: RunningWorker; engine: LoopEngine }[];
-  ask(prompt: string, id?: string, signal?: AbortSignal): Promise<{ text: string; split: Split }>;
+  readonly ask: (prompt: string, id?: string, signal?: AbortSignal) => Promise<{ text: string; split: Split }>;
   explain(id?: string): Promise<Split>;
   /** Of one worker that does all of it. */
-  expected(prompt: string): Promise<string>;
+  readonly expected: (prompt: string) => Promise<string>;
 }
 
 /** Workers on the real engine loop. */
