@@ -1,11 +1,14 @@
 import {
   LOAD_TOPIC,
+  TRANSFERS_TOPIC,
   isModelCard,
   parseLoadReport,
+  parseTransferReport,
   type KvTierUse,
   type LoadReport,
   type LoadSnapshot,
   type ModelCard,
+  type TransferPairReport,
 } from "../protocol/index.ts";
 import { watchCards, watchInstances, type Instance } from "../runtime/component/index.ts";
 import type { Discovery } from "../runtime/discovery/index.ts";
@@ -24,6 +27,8 @@ export interface InstanceView {
   readonly load: LoadSnapshot | undefined;
   /** Below the engine's cache. */
   readonly kvTiers?: readonly KvTierUse[] | undefined;
+  /** What it has fetched from, or written to, other workers; undefined: it has no part in handoffs, or has not told. */
+  readonly transfers: readonly TransferPairReport[] | undefined;
 }
 
 export class ClusterView {
@@ -33,6 +38,7 @@ export class ClusterView {
   readonly #instances = new Map<string, Instance>();
   readonly #cards = new Map<string, ModelCard>();
   readonly #loads = new Map<string, LoadReport>();
+  readonly #transfers = new Map<string, readonly TransferPairReport[]>();
   readonly #closes: (() => Promise<void>)[] = [];
 
   /** Resolves when the present state is known; loads come within about two seconds. */
@@ -49,6 +55,7 @@ export class ClusterView {
       else if (change.type === "delete") {
         this.#cards.delete(change.instanceId);
         this.#loads.delete(change.instanceId);
+        this.#transfers.delete(change.instanceId);
       }
       changed();
     });
@@ -67,16 +74,32 @@ export class ClusterView {
       },
       { replay: true },
     );
+    const transfers = await events.subscribe(
+      TRANSFERS_TOPIC,
+      {
+        onEvent: (_publisher, _sequence, payload) => {
+          const report = parseTransferReport(payload);
+          if (report === undefined || !this.#cards.has(report.instanceId)) return;
+          this.#transfers.set(report.instanceId, report.pairs);
+          changed();
+        },
+        onGap: () => undefined,
+      },
+      { replay: true },
+    );
     this.#closes.push(
+      () => transfers.close(),
       () => instances.close(),
       () => cards.close(),
       () => loads.close(),
     );
   }
 
-  /** True when every worker with a model has told its load. */
+  /** True when every worker with a model has told its load, and those with a part in handoffs their transfers. */
   get isComplete(): boolean {
-    return [...this.#cards.keys()].every((instanceId) => this.#loads.has(instanceId));
+    return [...this.#cards].every(
+      ([instanceId, { role }]) => this.#loads.has(instanceId) && (role === "agg" || this.#transfers.has(instanceId)),
+    );
   }
 
   /** By component, then id. */
@@ -89,6 +112,7 @@ export class ClusterView {
       else {
         const card = this.#cards.get(instanceId);
         const { load, kvTiers } = this.#loads.get(instanceId) ?? {};
+        const transfers = this.#transfers.get(instanceId);
         views.set(instanceId, {
           instanceId,
           component,
@@ -100,6 +124,7 @@ export class ClusterView {
           card,
           load,
           kvTiers,
+          transfers,
         });
       }
     }

@@ -174,8 +174,8 @@ test("status: a table per model and instance; what is not known yet is a dash", 
   const card = { name: "m", engine: "echo", engineVersion: "1", role: "prefill" } as never;
   const text = statusText(
     [
-      { ...base, instanceId: "a".repeat(16), pid: 1, card, load },
-      { ...base, instanceId: "b".repeat(16), pid: 22, card: undefined, load: undefined },
+      { ...base, instanceId: "a".repeat(16), pid: 1, card, load, transfers: undefined },
+      { ...base, instanceId: "b".repeat(16), pid: 22, card: undefined, load: undefined, transfers: [] },
     ],
     "here",
     8_000,
@@ -198,7 +198,34 @@ test("status: a table per model and instance; what is not known yet is a dash", 
     "8s",
   ]);
   assert.deepEqual(lines[7]!.split(/\s{2,}/).slice(2), ["-", "-", "-", "-", "-", "-", "-", "-", "22", "8s"]);
+  assert.doesNotMatch(text, /TRANSFERS/);
   assert.equal(statusText([], "here", 0), "No instances in here.\n");
+  const pair = {
+    peer: "dynamo.backend.0123456789abcdef",
+    backend: "tcp",
+    operation: "read",
+    reason: "shm: not available here, the peer has it",
+    isSlowPath: true,
+    isSlow: false,
+    transferCount: 3,
+    byteCount: 12_340_000,
+    errorCount: 1,
+    lastGigabytesPerSecond: 0.456,
+    meanGigabytesPerSecond: 0.5,
+  };
+  const fast = { ...pair, backend: "shm", isSlowPath: false, isSlow: true, lastGigabytesPerSecond: 0, reason: "why" };
+  const transfers = [pair, fast];
+  const view = { ...base, instanceId: "b".repeat(16), pid: 22, card: undefined, load: undefined, transfers };
+  const rows = statusText([view], "here", 8_000).trimEnd().split("\n").slice(-3);
+  assert.deepEqual(
+    rows.map((row) => row.split(/\s{2,}/)),
+    [
+      ["KV TRANSFERS", "WITH", "OVER", "COUNT", "MB", "GB/S", "LAST", "ERRORS", "WHY"],
+      // prettier-ignore
+      ["bbbbbbbbbbbbbbbb reads", "0123456789abcdef", "tcp", "3", "12.3", "0.50", "0.46", "1", `SLOW PATH: ${pair.reason}`],
+      ["bbbbbbbbbbbbbbbb reads", "0123456789abcdef", "shm", "3", "12.3", "0.50", "-", "1", "SLOW: why"],
+    ],
+  );
   assert.equal(
     table([
       ["A", "B"],

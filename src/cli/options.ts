@@ -532,6 +532,26 @@ export const OPTIONS = {
     commands: [...WORKERS, "mocker"],
     help: "What moves KV blocks between workers: auto = shared memory between processes of one host, TCP otherwise.",
   },
+  "transfer-slow-path": {
+    type: "choice",
+    choices: ["allow", "warn", "refuse"],
+    default: "warn",
+    env: "DYN_TRANSFER_SLOW_PATH",
+    group: "Planes",
+    commands: [...WORKERS, "mocker"],
+    help: "What to do when KV blocks can only take a slower way than both workers have: warn = a log line per pair, and in dynamo status; refuse = they are computed.",
+  },
+  "transfer-slow-gbps": {
+    type: "number",
+    // Between a busy host's shared memory and a path that costs more than computing.
+    default: 0.1,
+    min: 0,
+    max: 10_000,
+    env: "DYN_TRANSFER_SLOW_GBPS",
+    group: "Planes",
+    commands: [...WORKERS, "mocker"],
+    help: "KV transfers of a megabyte or more below so many GB/s are told in the log, once per pair, and in dynamo status; 0 = never.",
+  },
   "handoff-lease-secs": {
     type: "number",
     default: 30,

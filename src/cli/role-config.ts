@@ -149,6 +149,8 @@ export function handoffConfig(values: OptionValues): HandoffConfig {
       ...(values["transfer-backend"] === "shm" ? { shm: {} } : {}),
       tcp: { host: values["tcp-rpc-host"], ...(advertiseHost === undefined ? {} : { advertiseHost }) },
       ...(clusterSecret === undefined ? {} : { clusterSecret }),
+      slowPath: values["transfer-slow-path"],
+      slowGigabytesPerSecond: values["transfer-slow-gbps"],
     },
   };
 }

@@ -1,7 +1,7 @@
-import type { KvTierUse } from "../protocol/index.ts";
+import type { KvTierUse, TransferPairReport } from "../protocol/index.ts";
 import type { InstanceView } from "./cluster-view.ts";
 
-/** The text of `dynamo status`: a line per model, a line per instance. Pure. */
+/** The text of `dynamo status`: a line per model, per instance, and per pair of workers that moved KV blocks. Pure. */
 export function statusText(instances: readonly InstanceView[], where: string, nowMs: number): string {
   if (instances.length === 0) return `No instances in ${where}.\n`;
   const models = new Map<string, number>();
@@ -30,6 +30,7 @@ export function statusText(instances: readonly InstanceView[], where: string, no
       ...rows,
     ]),
     ...tierTable(instances),
+    ...transferTable(instances),
   ].join("\n");
 }
 
@@ -59,6 +60,30 @@ function size(bytes: number): string {
   const units = ["B", "kB", "MB", "GB", "TB"];
   const step = Math.min(units.length - 1, bytes < 1 ? 0 : Math.floor(Math.log10(bytes) / 3));
   return `${(bytes / 1_000 ** step).toFixed(step === 0 ? 0 : 1)} ${units[step]}`;
+}
+
+function transferTable(instances: readonly InstanceView[]): string[] {
+  const rows = instances.flatMap(({ instanceId, transfers = [] }) =>
+    transfers.map((pair) => pairRow(instanceId, pair)),
+  );
+  const titles = ["KV TRANSFERS", "WITH", "OVER", "COUNT", "MB", "GB/S", "LAST", "ERRORS", "WHY"];
+  return rows.length === 0 ? [] : [table([titles, ...rows])];
+}
+
+function pairRow(instanceId: string, pair: TransferPairReport): string[] {
+  const { lastGigabytesPerSecond: last, meanGigabytesPerSecond: mean } = pair;
+  const warning = pair.isSlowPath ? "SLOW PATH: " : pair.isSlow ? "SLOW: " : "";
+  return [
+    `${instanceId} ${pair.operation === "read" ? "reads" : "writes"}`,
+    pair.peer.slice(pair.peer.lastIndexOf(".") + 1),
+    pair.backend,
+    String(pair.transferCount),
+    (pair.byteCount / 1e6).toFixed(1),
+    mean.toFixed(2),
+    last === 0 ? "-" : last.toFixed(2),
+    String(pair.errorCount),
+    `${warning}${pair.reason}`,
+  ];
 }
 
 function instanceRow({ instanceId, component, card, load, pid, startedMs }: InstanceView, nowMs: number): string[] {

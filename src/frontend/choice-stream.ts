@@ -569,7 +569,7 @@ export class ChoiceStream implements AttemptOwner {
     const split = this.#split;
     if (this.#count === 0) {
       const pool = this.#isWithPrefillWorker ? "prefill" : "decode";
-      advisor.sawPrefill(pool, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
+      advisor.sawPrefill(pool, this.instanceId, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
     } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
       split.gapMs = this.#run.planes.clock.monotonicMs() - split.firstTokenMs;
       advisor.sawHandoff(split.pull.pulledBlocks - split.pull.earlyBlocks, split.gapMs, split.pull.pulledBlocks);

@@ -14,3 +14,5 @@ export const ROLE_ENDPOINT = "role";
 /** Event-plane topics. A publisher's id is the instance id of the worker. */
 export const KV_EVENTS_TOPIC = "kv-events";
 export const LOAD_TOPIC = "load";
+/** Of workers with a role in handoffs. */
+export const TRANSFERS_TOPIC = "transfers";

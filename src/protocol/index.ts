@@ -9,3 +9,4 @@ export * from "./load.ts";
 export * from "./model-card.ts";
 export * from "./request.ts";
 export * from "./handoff.ts";
+export * from "./transfer-report.ts";

@@ -2,9 +2,13 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Metrics, createLogger } from "../observability/index.ts";
 import { DescriptorList, MemoryNetwork, TransferAgent, type Region, type TransferAgentOptions } from "./index.ts";
+import type { PairQuestion, TransferBackend } from "./backend.ts";
+import type { BackendChoice, BackendName } from "./base.ts";
+import { chooseBackend } from "./choose-backend.ts";
 import { assertReason } from "./transfer.battery.ts";
 
 const BLOCK = 4_096;
+const EMPTY = new Uint8Array(0);
 const FIRST = Uint32Array.of(0);
 
 const blocks = (region: { id: number; byteLength: number }): DescriptorList =>
@@ -79,6 +83,13 @@ test("transfer agent: a slow path is warned about and counted, refused, or allow
       assert.equal(lines.length, slowPath === "warn" ? 1 : 0);
       if (slowPath === "warn") assert.match(lines[0]!, /slow path/);
       assert.match(await metrics.render(), /dynamo_transfer_slow_paths_total\{backend="tcp"\} 1/);
+      // Each table is counted, and a pair is told of once, or anew when the peer came back.
+      prepare(agent, owner, local, "plain");
+      assert.match(await metrics.render(), /dynamo_transfer_slow_paths_total\{backend="tcp"\} 2/);
+      assert.equal(lines.length, slowPath === "warn" ? 1 : 0);
+      agent.removePeer(agent.addPeer(owner.metadata()));
+      prepare(agent, owner, local, "plain");
+      assert.equal(lines.length, slowPath === "warn" ? 2 : 0);
     });
   }
 });
@@ -165,6 +176,24 @@ test("transfer agent: messages nobody takes are bounded, and their sender is tol
     assert.equal(owner.takeNotifications().length, 4_096);
     await agent.notify(peer, message);
   });
+});
+
+test("transfer agent: a back end that was wanted here and is not there makes what is taken in its place a slow path", () => {
+  const tcp = { name: "tcp", obstacle: () => undefined } as unknown as TransferBackend;
+  const choose = (unavailable: ReadonlySet<BackendName>, peerHas: readonly BackendName[]): BackendChoice =>
+    chooseBackend({
+      backends: new Map([["tcp", tcp]]),
+      question: {
+        peer: { name: "peer", isSelf: false, metadata: { backends: new Map(peerHas.map((name) => [name, EMPTY])) } },
+      } as unknown as PairQuestion,
+      isSameHost: true,
+      wanted: undefined,
+      unavailable,
+    });
+  assert.equal(choose(new Set(), ["shm", "tcp"]).isSlowPath, false);
+  assert.equal(choose(new Set(["shm"]), ["tcp"]).isSlowPath, false);
+  const { isSlowPath, reason } = choose(new Set(["shm"]), ["shm", "tcp"]);
+  assert.deepEqual([isSlowPath, reason], [true, "shm: not available here, the peer has it"]);
 });
 
 test("transfer agent: a pair that is slower than asked for is told once, and telemetry says why its back end was chosen", async () => {

@@ -54,7 +54,7 @@ export interface TransferAgentOptions {
   readonly logger?: Logger;
   /** With it, peers that do not know it get nothing over `tcp` and `shm`. */
   readonly clusterSecret?: string | undefined;
-  /** @default "warn" */
+  /** Warnings come once per pair. `refuse` also refuses to start without shared memory. @default "warn" */
   readonly slowPath?: SlowPathPolicy;
   /** A transfer of a megabyte or more below this rate is told in the log and counted, once per pair. @default 0 */
   readonly slowGigabytesPerSecond?: number;
@@ -82,6 +82,9 @@ export class TransferAgent implements JobOwner {
   readonly #regions = new RegionTable();
   readonly #mappings = new Map<Region, MappedMemory>();
   readonly #backends = new Map<BackendName, TransferBackend>();
+  readonly #unavailable = new Set<BackendName>();
+  /** Peers and back ends that were warned about. */
+  readonly #toldSlowPaths = new Set<string>();
   readonly #peers = new Map<string, Peer>();
   readonly #active = new Set<TransferJob>();
   readonly #stopping = new Map<TransferJob, TimerHandle>();
@@ -153,8 +156,13 @@ export class TransferAgent implements JobOwner {
       this.#shm = await ShmBackend.open(this.#context, options ?? {});
       this.#backends.set("shm", this.#shm);
     } catch (thrown) {
-      if (options !== undefined) throw thrown;
-      this.#logger.info({ why: (thrown as Error).message }, "transfers: no shared memory between processes here");
+      if (options !== undefined || this.#slowPath === "refuse") throw thrown;
+      this.#unavailable.add("shm");
+      const level = this.#slowPath === "warn" ? "warn" : "info";
+      this.#logger[level](
+        { why: (thrown as Error).message },
+        "transfers: no shared memory between processes here, they take a slower path",
+      );
     }
   }
 
@@ -255,6 +263,7 @@ export class TransferAgent implements JobOwner {
     if (this.#peers.get(peer.name)?.metadata.incarnation !== peer.metadata.incarnation) return;
     this.#drop(peer);
     this.#statistics.forget(peer.name);
+    for (const key of this.#toldSlowPaths) if (key.endsWith(` ${peer.name}`)) this.#toldSlowPaths.delete(key);
   }
 
   #drop(peer: Peer): void {
@@ -313,6 +322,7 @@ export class TransferAgent implements JobOwner {
       question,
       isSameHost: peer.metadata.hostId === this.#hostId,
       wanted: options.backend,
+      unavailable: this.#unavailable,
     });
     if (chosen.isSlowPath && options.backend === undefined) this.#onSlowPath(peer, chosen);
     this.#statistics.onChoice(peer.name, chosen);
@@ -330,8 +340,10 @@ export class TransferAgent implements JobOwner {
       );
     }
     this.#metrics?.counter("dynamo_transfer_slow_paths_total").labels(backend).add();
-    if (this.#slowPath === "warn")
-      this.#logger.warn({ peer: peer.name, backend, reason }, "transfers take a slow path");
+    const key = `${backend} ${peer.name}`;
+    if (this.#slowPath !== "warn" || this.#toldSlowPaths.has(key)) return;
+    this.#toldSlowPaths.add(key);
+    this.#logger.warn({ peer: peer.name, backend, reason }, "transfers take a slow path");
   }
 
   /** Reads from the peer: block `remoteIndices[i]` of the table comes to `localIndices[i]`. See `transfer`. */

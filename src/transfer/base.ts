@@ -134,6 +134,8 @@ export interface PairTelemetry {
   /** Why this back end, as of the last prepared table. */
   readonly reason: string;
   readonly isSlowPath: boolean;
+  /** A transfer of a megabyte or more was below the agent's limit. */
+  readonly isSlow: boolean;
   readonly transferCount: number;
   readonly byteCount: number;
   readonly descriptorCount: number;

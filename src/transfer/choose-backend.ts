@@ -17,12 +17,14 @@ export interface ChooseOptions {
   readonly backends: ReadonlyMap<BackendName, TransferBackend>;
   readonly question: PairQuestion;
   readonly isSameHost: boolean;
+  /** Those that were to be opened here and could not be. */
+  readonly unavailable?: ReadonlySet<BackendName>;
   /** Use this one or fail. */
   readonly wanted: BackendName | undefined;
 }
 
 /** Throws `transfer-no-path` with what kept each back end from being used. */
-export function chooseBackend({ backends, question, isSameHost, wanted }: ChooseOptions): Chosen {
+export function chooseBackend({ backends, question, isSameHost, wanted, unavailable }: ChooseOptions): Chosen {
   const { peer } = question;
   const order = isSameHost ? SAME_HOST : OTHER_HOST;
   const passedOver: string[] = [];
@@ -32,6 +34,10 @@ export function chooseBackend({ backends, question, isSameHost, wanted }: Choose
     const handler = backends.get(name);
     if (handler === undefined) {
       if (wanted !== undefined) passedOver.push(`${name}: not enabled here`);
+      else if (unavailable?.has(name) === true && peer.metadata.backends.has(name)) {
+        passedOver.push(`${name}: not available here, the peer has it`);
+        isSlowPath = true;
+      }
       continue;
     }
     if (!peer.isSelf && !peer.metadata.backends.has(name)) {

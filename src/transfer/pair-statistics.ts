@@ -124,8 +124,9 @@ export class PairStatistics {
   telemetry(): PairTelemetry[] {
     return [...this.#entries.values()]
       .filter((entry) => entry.transferCount + entry.errorCount > 0)
-      .map(({ cost: _cost, isToldSlow: _told, ...entry }) => ({
+      .map(({ cost: _cost, isToldSlow, ...entry }) => ({
         ...entry,
+        isSlow: isToldSlow,
         meanGigabytesPerSecond: entry.seconds > 0 ? entry.byteCount / 1e9 / entry.seconds : 0,
       }));
   }

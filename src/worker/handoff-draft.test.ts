@@ -68,9 +68,9 @@ interface Rig {
   readonly draft: HandoffDraft;
   readonly bytes: Uint8Array;
   begun: number;
-  watch(): FakeStream;
+  readonly watch: () => FakeStream;
   /** What a reader finds in the slots of a part. */
-  read(part: Pick<HandoffPart, "runs">): Uint8Array;
+  readonly read: (part: Pick<HandoffPart, "runs">) => Uint8Array;
 }
 
 function aDraft(blockCount: number, { slots = 64, follows = true } = {}): Rig {

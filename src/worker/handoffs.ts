@@ -28,7 +28,10 @@ export interface HandoffConfig {
   /** For fetching them; then they are computed. */
   readonly pullTimeoutMs: number;
   /** Of the transfer agent. @default tcp on loopback, and shared memory where there is some */
-  readonly transfer?: Pick<TransferAgentOptions, "clusterSecret" | "tcp" | "shm" | "memory" | "slowPath">;
+  readonly transfer?: Pick<
+    TransferAgentOptions,
+    "clusterSecret" | "tcp" | "shm" | "memory" | "slowPath" | "slowGigabytesPerSecond"
+  >;
 }
 
 export const DEFAULT_HANDOFF: HandoffConfig = {

@@ -9,6 +9,7 @@ import {
   HANDOFF_ENDPOINT,
   KV_EVENTS_TOPIC,
   LOAD_TOPIC,
+  TRANSFERS_TOPIC,
   ROLE_ENDPOINT,
   TOKENIZER_ENDPOINT,
   kvFingerprint,
@@ -39,6 +40,7 @@ import { watchEngine } from "./engine-watch.ts";
 import { DEFAULT_HANDOFF, WorkerHandoffs } from "./handoffs.ts";
 import { KvPublisher } from "./kv-publisher/index.ts";
 import { publishLoad } from "./publish-load.ts";
+import { publishTransfers } from "./publish-transfers.ts";
 import { RoleSwitch } from "./role-switch.ts";
 import { serveBytes } from "./serve-bytes.ts";
 import { GenerateService } from "./serve-generate.ts";
@@ -172,7 +174,8 @@ async function start(
   const prepareRole = async (role: WorkerRole): Promise<void> => {
     await checkRole(role, { ...card, role }, info, discovery, config.namespace);
     if (role === "agg") return;
-    service.handoffs ??= await WorkerHandoffs.start({
+    if (service.handoffs !== undefined) return giveRole(role, service.handoffs, info);
+    const handoffs = await WorkerHandoffs.start({
       config: config.handoff ?? DEFAULT_HANDOFF,
       name: `${config.namespace}.${config.component}.${instanceId}`,
       engine,
@@ -188,10 +191,17 @@ async function start(
       metrics: planes.metrics,
       labels,
     });
-    if (role === "prefill") await service.handoffs.canOffer();
+    service.handoffs = handoffs;
+    lifecycle.defer("handoffs", () => handoffs.close());
+    const publisher = await planes.events.publish(TRANSFERS_TOPIC, { publisherId: instanceId, ringSize: 1 });
+    lifecycle.defer("transfer publisher", () => publisher.close());
+    lifecycle.defer("transfer timer", publishTransfers(publisher, handoffs.agent, instanceId, clock));
+    await giveRole(role, handoffs, info);
+  };
+  const giveRole = async (role: WorkerRole, handoffs: WorkerHandoffs, info: EngineInfo): Promise<void> => {
+    if (role === "prefill") await handoffs.canOffer();
     if (role === "decode") logger.info({ sequences: sequencesThatFit(info) }, "whole sequences fit the KV memory");
   };
-  lifecycle.defer("handoffs", () => service.handoffs?.close());
   await prepareRole(card.role);
 
   server.serve(address(GENERATE_ENDPOINT), service.handle);

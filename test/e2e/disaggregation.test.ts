@@ -3,8 +3,9 @@ import { describe, test } from "node:test";
 import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../src/engines/index.ts";
 import { LoopEngine } from "../../src/engines/llama/fixtures/loop-engine.ts";
 import { MockerEngine, mockerConfig } from "../../src/engines/mocker/index.ts";
+import { ClusterView } from "../../src/cli/cluster-view.ts";
 import type { FrontendConfig } from "../../src/frontend/index.ts";
-import type { LoadSnapshot, PreprocessedRequest } from "../../src/protocol/index.ts";
+import type { LoadSnapshot, PreprocessedRequest, TransferPairReport } from "../../src/protocol/index.ts";
 import type { DecisionExplanation } from "../../src/router/index.ts";
 import type { RunningRouter } from "../../src/router-service/index.ts";
 import { MemoryNetwork } from "../../src/transfer/index.ts";
@@ -272,6 +273,28 @@ describe("disaggregation: a request over two workers", () => {
     });
   });
 
+  test("what moved between which workers, over what and how fast, is told to dynamo status", async () => {
+    await withPool({ prefill: 1, decode: 1 }, async (pool) => {
+      const [prefill, decode] = [pool.prefill[0]!, pool.decode[0]!];
+      const { discovery, events } = pool.cluster.planes();
+      const view = new ClusterView();
+      await view.open(discovery, events, "dynamo");
+      try {
+        await until(() => view.isComplete, "both workers to tell of their transfers");
+        await pool.text();
+        const pairsOf = ({ worker }: Node): readonly TransferPairReport[] =>
+          view.instances().find(({ instanceId }) => instanceId === worker.instanceId)!.transfers!;
+        await until(() => pairsOf(decode).length > 0, "the transfer to be told");
+        const [pair] = pairsOf(decode);
+        assert.equal(pair!.peer, `dynamo.backend.${prefill.worker.instanceId}`);
+        assert.deepEqual([pair!.backend, pair!.operation, pair!.byteCount], ["memory", "read", BLOCKS * 64]);
+        assert.deepEqual(pairsOf(prefill), []);
+      } finally {
+        await view.close();
+      }
+    });
+  });
+
   test("only the blocks that the decode worker does not hold travel", async () => {
     await withPool({ prefill: 1, decode: 1 }, async (pool) => {
       await pool.text(PROMPT.slice(0, PROMPT.length / 2));
@@ -336,10 +359,10 @@ interface LoopCluster {
   readonly cluster: InProcessCluster;
   readonly prefill: { worker: RunningWorker; engine: LoopEngine };
   readonly decode: { worker: RunningWorker; engine: LoopEngine }[];
-  ask(prompt: string, id?: string, signal?: AbortSignal): Promise<{ text: string; split: Split }>;
+  readonly ask: (prompt: string, id?: string, signal?: AbortSignal) => Promise<{ text: string; split: Split }>;
   explain(id?: string): Promise<Split>;
   /** Of one worker that does all of it. */
-  expected(prompt: string): Promise<string>;
+  readonly expected: (prompt: string) => Promise<string>;
 }
 
 /** Workers on the real engine loop. */

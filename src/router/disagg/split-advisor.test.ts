@@ -14,8 +14,9 @@ function newAdvisor(mode: SplitMode = "auto"): { advisor: SplitAdvisor; clock: M
   const clock = new ManualClock();
   const advisor = new SplitAdvisor({ mode, clock, blockSizeTokens: 16, blockBytes: 100_000 });
   for (let i = 0; i < 50; i++) {
-    advisor.sawPrefill("prefill", 1_000, 1_000);
-    advisor.sawPrefill("decode", 1_000, 1_000);
+    clock.advance(1_000);
+    advisor.sawPrefill("prefill", "p", 1_000, 1_000);
+    advisor.sawPrefill("decode", "d", 1_000, 1_000);
     advisor.sawStep(1 + (i % 4), 10 + (i % 4) * 2);
     advisor.sawHandoff((i % 5) * 20, 30 + (i % 5) * 20 * 0.5 + advisor.stepMs(1));
     advisor.sawOutput(20);
@@ -89,7 +90,7 @@ test("advisor: while prompts keep the prefill worker busy, answers belong to the
   assert.equal(advisor.decide(long).choice, "prefill");
   for (let i = 0; i < 10; i++) {
     clock.advance(1_000);
-    advisor.sawPrefill("prefill", 1_000, 1_000);
+    advisor.sawPrefill("prefill", "p", 1_000, 1_000);
   }
   assert.equal(advisor.decide(long).choice, "split");
 });
@@ -114,14 +115,17 @@ test("advisor: a way that was not taken for long is tried when it looks a little
 });
 
 test("advisor: it learns the speeds and the handoff it is shown", () => {
-  const { advisor } = newAdvisor();
+  const { advisor, clock } = newAdvisor();
   assert.ok(Math.abs(advisor.prefillMsPerToken - 1) < 1e-9);
   const { handoffSetupMs, handoffMsPerBlock } = advisor.measured();
   assert.ok(Math.abs(handoffSetupMs - 30) < 2, `${handoffSetupMs}`);
   assert.ok(Math.abs(handoffMsPerBlock - 0.5) < 0.05, `${handoffMsPerBlock}`);
-  for (let i = 0; i < 40; i++) advisor.sawPrefill("decode", 1_000, 250);
+  for (let i = 0; i < 40; i++) {
+    clock.advance(250);
+    advisor.sawPrefill("decode", "d", 1_000, 250);
+  }
   assert.ok(Math.abs(advisor.decodeMsPerToken - 0.25) < 0.01);
-  advisor.sawPrefill("decode", 3, 90);
+  advisor.sawPrefill("decode", "d", 3, 90);
   assert.ok(Math.abs(advisor.decodeMsPerToken - 0.25) < 0.01, "a prompt of some tokens says nothing of speed");
 });
 

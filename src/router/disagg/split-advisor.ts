@@ -1,6 +1,7 @@
 import type { Clock } from "../../std/index.ts";
 import { BusyShare } from "./busy-share.ts";
 import { LineFit } from "./line-fit.ts";
+import { PrefillRate } from "./prefill-rate.ts";
 import { Speed } from "./speed.ts";
 
 /**
@@ -100,7 +101,7 @@ export class SplitAdvisor {
   readonly #clock: Clock;
   readonly #blockSizeTokens: number;
   readonly #blockBytes: number;
-  readonly #prefill = { decode: new Speed(), prefill: new Speed() };
+  readonly #prefill = { decode: new PrefillRate(), prefill: new PrefillRate() };
   readonly #busy = { decode: new BusyShare(), prefill: new BusyShare() };
   readonly #output = new Speed();
   readonly #step = new LineFit(ASSUMED_STEP_MS, ASSUMED_STEP_MS_PER_ANSWER);
@@ -178,11 +179,12 @@ export class SplitAdvisor {
 
   // ---- What has been seen ----
 
-  /** An engine's first word on a prompt: it computed so many tokens in so long. */
-  sawPrefill(pool: Pool, computedTokens: number, milliseconds: number): void {
+  /** An engine's first word on a prompt: that worker computed so many tokens in so long. */
+  sawPrefill(pool: Pool, worker: string, computedTokens: number, milliseconds: number): void {
     if (computedTokens < MIN_MEASURED_TOKENS || !(milliseconds > 0)) return;
-    this.#prefill[pool].add(milliseconds / computedTokens);
-    this.#busy[pool].add(milliseconds, this.#clock.monotonicMs());
+    const nowMs = this.#clock.monotonicMs();
+    const ownMs = this.#prefill[pool].add(worker, computedTokens, milliseconds, nowMs);
+    this.#busy[pool].add(ownMs, nowMs);
   }
 
   /**
@@ -211,11 +213,11 @@ export class SplitAdvisor {
   }
 
   get decodeMsPerToken(): number {
-    return this.#prefill.decode.value ?? this.#prefill.prefill.value ?? ASSUMED_MS_PER_TOKEN;
+    return this.#prefill.decode.msPerToken ?? this.#prefill.prefill.msPerToken ?? ASSUMED_MS_PER_TOKEN;
   }
 
   get prefillMsPerToken(): number {
-    return this.#prefill.prefill.value ?? this.#prefill.decode.value ?? ASSUMED_MS_PER_TOKEN;
+    return this.#prefill.prefill.msPerToken ?? this.#prefill.decode.msPerToken ?? ASSUMED_MS_PER_TOKEN;
   }
 
   get outputTokens(): number {
