@@ -154,7 +154,7 @@ class Life {
       );
       return Object.entries(blocks).every(([tier, count]) => (held.get(tier) ?? 0) >= count);
     };
-    await until(isHeld, `the tiers to hold ${JSON.stringify(blocks)}`, 40_000);
+    await until(isHeld, `the tiers to hold ${JSON.stringify(blocks)}`, 90_000);
   }
 
   async untilRouterSees(isSo: (overlap: Overlap) => boolean): Promise<void> {
