@@ -24,6 +24,8 @@ export interface EngineInfo {
   readonly vocabularySize: number;
   /** Bytes of one exported block, 0 when the engine cannot export. */
   readonly blockBytes: number;
+  /** It can hold an answer to `answerForm`. @default false */
+  readonly answerForms?: boolean;
   /**
    * Where its KV events come from: the engine itself, or a guess of the worker's from the requests that went there.
    * @default "exact"
@@ -94,6 +96,16 @@ export interface BlockPort {
   copyIn(blocks: SharedBlocks): Promise<number>;
 }
 
+/** How an engine's server is; for metrics. */
+export interface EngineProcessState {
+  readonly isUp: boolean;
+  readonly restarts: number;
+  readonly metricsAgeSeconds: number;
+  readonly mispredictedRequests: number;
+  /** Its KV events are its own, and none is missing. */
+  readonly isKvWhole: boolean;
+}
+
 export interface Engine {
   /** Loads the model. Throws `model-file-invalid`, `library-unavailable`; after a failure `stop` must still be called. */
   start(sink: EngineSink, signal: AbortSignal): Promise<EngineInfo>;
@@ -121,6 +133,8 @@ export interface Engine {
   importBlocks(blocks: ImportedBlocks): Promise<number>;
   /** Undefined when the engine cannot export blocks. */
   readonly blockPort?: BlockPort | undefined;
+  /** Of an engine that is a process of its own. */
+  processState?(): EngineProcessState;
   /** Of an engine that is a process of its own: what an operator wants to know, for `/health` of the worker. */
   describe?(): Readonly<Record<string, unknown>>;
   /** Its own metrics, Prometheus text, for `/metrics` of the worker. */

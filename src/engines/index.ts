@@ -2,6 +2,7 @@ export type {
   BlockPort,
   Engine,
   EngineInfo,
+  EngineProcessState,
   EngineSink,
   ExportedBlocks,
   ImportedBlocks,

@@ -295,6 +295,15 @@ export class Pipeline {
     hints: RoutingHints,
   ): PreprocessedRequest {
     const { preprocessor } = model;
+    if (options.answerForm !== undefined && model.card.answerForms !== true) {
+      throw new DynamoError(
+        "unsupported-field",
+        `response_format: the engine of ${model.name} serves only {"type": "text"}`,
+        {
+          param: "response_format",
+        },
+      );
+    }
     return {
       requestId,
       model: model.name,
@@ -308,6 +317,7 @@ export class Pipeline {
       },
       output: { topLogprobs: options.topLogprobs, promptLogprobs: false },
       priority: hints.route.priorityJump ?? 0,
+      ...(options.answerForm === undefined ? {} : { answerForm: options.answerForm }),
       cacheNamespace: hints.cacheNamespace,
     };
   }

@@ -436,6 +436,32 @@ export const METRICS = {
     labels: COMPONENT,
     help: "KV blocks and events of the engine that routers are not told of.",
   },
+  // Engines that are processes of their own (`--engine vllm`). Their own metrics follow on the same page, as they are.
+  dynamo_component_engine_up: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "1 while the engine's server answers, 0 while it is away and the worker out of discovery.",
+  },
+  dynamo_component_engine_restarts_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "Starts of the engine's server after it had served: it crashed or hung.",
+  },
+  dynamo_component_engine_metrics_age_seconds: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "Age of the newest scrape of the engine's metrics; what is too old counts for nothing and is not passed on.",
+  },
+  dynamo_component_engine_mispredicted_requests_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "Requests of which another part came from the engine's cache than its KV events let expect.",
+  },
+  dynamo_component_engine_kv_events_whole: {
+    type: "gauge",
+    labels: COMPONENT,
+    help: "1 while all that can be known of the engine's KV cache is known; 0 while events are missing, or guessed.",
+  },
   // KV tiers. Names as in KVBM: blocks from device to host, host to disk, host to object store, and back.
   kvbm_matched_tokens: {
     type: "counter",

@@ -31,6 +31,8 @@ export interface ModelCard {
   readonly role: WorkerRole;
   /** Bytes of one KV block as it is handed over; 0 = the engine cannot export blocks. */
   readonly blockBytes: number;
+  /** It can hold an answer to a form (`response_format`). @default false */
+  readonly answerForms?: boolean;
   /** Where its KV events come from: the engine, or a guess of its worker's. @default "exact" */
   readonly kvEvents?: "exact" | "estimated";
   /** Of the weights; empty for engines without. Blocks of other weights are other blocks. */

@@ -44,6 +44,12 @@ export interface OutputOptions {
   readonly promptLogprobs: boolean;
 }
 
+/** The form that an answer must have. Only engines whose card says `answerForms` can hold an answer to it. */
+export type AnswerForm =
+  | { readonly kind: "json" }
+  /** JSON Schema, as the client wrote it. */
+  | { readonly kind: "json-schema"; readonly schema: Readonly<Record<string, unknown>> };
+
 export interface PreprocessedRequest {
   readonly requestId: string;
   readonly model: string;
@@ -62,6 +68,10 @@ export interface PreprocessedRequest {
   readonly priority: number;
   /** The data-parallel rank to run on, chosen by a router that knows the ranks' caches; undefined = the engine's choice. */
   readonly dpRank?: number;
+  /** @default any */
+  readonly answerForm?: AnswerForm;
+  /** An adapter that the engine has under this name: enters the hash seed. @default the model itself */
+  readonly loraName?: string;
   /** Isolates KV reuse: enters the hash seed. Empty = shared. */
   readonly cacheNamespace: string;
   /**
@@ -88,7 +98,7 @@ export const GREEDY: SamplingOptions = Object.freeze({
   repetitionPenalty: 1,
 });
 
-/** Largest JSON part: bias lists of 1,024 entries and 64 stop ids fit 30 times over. */
+/** Largest JSON part: bias lists of 1,024 entries, 64 stop ids and the longest schema fit 10 times over. */
 const META_MAX_BYTES = 1 << 20;
 const writer = new ByteWriter(16 * 1024);
 
@@ -154,6 +164,8 @@ function checkMeta(meta: Omit<PreprocessedRequest, "tokenIds">): void {
   if (meta.prefillOnly !== undefined && typeof meta.prefillOnly !== "boolean") {
     throw new Error("prefillOnly is not true or false");
   }
+  if (meta.loraName !== undefined && typeof meta.loraName !== "string") throw new Error("loraName is not a text");
+  if (meta.answerForm !== undefined) checkForm(meta.answerForm);
   if (meta.handoff !== undefined && typeof meta.handoff !== "string") throw new Error("handoff is not a text");
   checkWhole("maxTokens", stop.maxTokens, 0);
   checkWhole("minTokens", stop.minTokens, 0);
@@ -168,6 +180,14 @@ function checkMeta(meta: Omit<PreprocessedRequest, "tokenIds">): void {
     checkList("logitBias", pair);
     checkWhole("logitBias", pair[0], 0);
     if (typeof pair[1] !== "number") throw new Error("logitBias has a bias that is no number");
+  }
+}
+
+function checkForm(form: unknown): void {
+  const { kind, schema } = (form ?? {}) as { kind?: unknown; schema?: unknown };
+  if (kind === "json") return;
+  if (kind !== "json-schema" || typeof schema !== "object" || schema === null || Array.isArray(schema)) {
+    throw new Error("answerForm is none that we know");
   }
 }
 

@@ -1,3 +1,4 @@
+import type { EngineProcessState } from "../engines/index.ts";
 import type { CounterChild, GaugeChild, HistogramChild, Metrics } from "../observability/index.ts";
 
 /** The worker's metric children, resolved once: the labels are fixed for a worker's life. */
@@ -34,6 +35,27 @@ export class WorkerMetrics {
       .labels(...labels);
     const errors = metrics.counter("dynamo_component_errors_total");
     this.#errors = (errorType) => errors.labels(...labels, errorType);
+  }
+
+  /** Of an engine that is a process of its own: read when somebody scrapes. */
+  followEngine(
+    metrics: Metrics,
+    labels: readonly [string, string, string, string, string],
+    state: () => EngineProcessState,
+  ): void {
+    const up = metrics.gauge("dynamo_component_engine_up").labels(...labels);
+    const restarts = metrics.counter("dynamo_component_engine_restarts_total").labels(...labels);
+    const age = metrics.gauge("dynamo_component_engine_metrics_age_seconds").labels(...labels);
+    const mispredicted = metrics.counter("dynamo_component_engine_mispredicted_requests_total").labels(...labels);
+    const whole = metrics.gauge("dynamo_component_engine_kv_events_whole").labels(...labels);
+    metrics.onCollect(() => {
+      const now = state();
+      up.set(Number(now.isUp));
+      restarts.value = now.restarts;
+      age.set(now.metricsAgeSeconds);
+      mispredicted.value = now.mispredictedRequests;
+      whole.set(Number(now.isKvWhole));
+    });
   }
 
   failed(errorType: string): void {

@@ -168,6 +168,7 @@ async function start(
     parts.tokenizer ?? loadServedTokenizer(config, logger),
   ]);
   metrics.loadTime.set((clock.monotonicMs() - startMs) / 1_000);
+  if (engine.processState !== undefined) metrics.followEngine(planes.metrics, labels, engine.processState.bind(engine));
   service.maxStreams =
     (config.maxEngineRequests ?? info.maxSequences * info.dataParallelSize) + config.maxQueuedRequests;
   let card = await modelCard(config, info, tokenizer, clock.wallMs());
@@ -365,6 +366,7 @@ async function modelCard(
     created: Math.floor(wallMs / 1_000),
     role: config.role ?? "agg",
     blockBytes: info.blockBytes,
+    ...(info.answerForms === undefined ? {} : { answerForms: info.answerForms }),
     ...(info.kvEvents === undefined ? {} : { kvEvents: info.kvEvents }),
     modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };

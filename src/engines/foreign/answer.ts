@@ -15,6 +15,10 @@ export interface EngineFacts {
   readonly dataParallelSize: number;
   /** It says at the end of an answer how much of the prompt came from its cache. */
   readonly reportsCachedTokens: boolean;
+  /** It can hold an answer to a form. */
+  readonly answerForms: boolean;
+  /** As in `ScrapedLoad`. */
+  readonly life: number | undefined;
   /** One line each, for the log: what it lacks and what that costs. */
   readonly notes: readonly string[];
 }

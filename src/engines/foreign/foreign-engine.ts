@@ -4,7 +4,7 @@ import type { Logger } from "../../observability/index.ts";
 import { StepWriter, type KvEvent, type LoadSnapshot, type PreprocessedRequest } from "../../protocol/index.ts";
 import type { Clock } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
-import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
+import type { Engine, EngineInfo, EngineProcessState, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
 import type { EngineDialect, EngineFacts } from "./answer.ts";
 import type { EngineHttp } from "./engine-http.ts";
 import type { EngineExit } from "./engine-process.ts";
@@ -223,6 +223,16 @@ export class ForeignEngine implements Engine {
     return this.#stopping;
   }
 
+  processState(): EngineProcessState {
+    return {
+      isUp: this.#state === "up",
+      restarts: this.counts.restarts,
+      metricsAgeSeconds: this.#poller.ageMs / 1_000,
+      mispredictedRequests: this.counts.unpredicted,
+      isKvWhole: this.#options.feed?.isWhole ?? false,
+    };
+  }
+
   describe(): Readonly<Record<string, unknown>> {
     const { dialect, http, server, feed } = this.#options;
     const ageMs = this.#poller.ageMs;
@@ -323,6 +333,7 @@ export class ForeignEngine implements Engine {
   #isUp(facts: EngineFacts): EngineInfo {
     const { dialect, feed, logger, clock } = this.#options;
     this.#facts = facts;
+    this.#life = facts.life;
     this.#state = "up";
     this.#downReason = undefined;
     this.#failedRestarts = 0;
@@ -339,6 +350,7 @@ export class ForeignEngine implements Engine {
       dataParallelSize: facts.dataParallelSize,
       vocabularySize: this.#options.vocabularySize,
       blockBytes: 0,
+      answerForms: facts.answerForms,
       kvEvents: feed === undefined ? "estimated" : "exact",
     };
     this.#poller.start();
@@ -354,7 +366,6 @@ export class ForeignEngine implements Engine {
     this.#downReason = why;
     this.counts.downs++;
     this.#poller.stop();
-    this.#life = undefined;
     const error = new DynamoError("engine-stopped", `the engine ${why}`, {
       diagnostic: `${dialect.name} at ${this.#options.http.url}${server === undefined ? "" : `; its last lines: ${server.log.tail(5).join(" | ")}`}`,
     });
@@ -423,7 +434,6 @@ export class ForeignEngine implements Engine {
     if (scraped === undefined) return;
     // Quicker than we look: its port was never seen closed.
     if (this.#life !== undefined && scraped.life !== this.#life) {
-      this.#life = undefined;
       return this.#goDown("was restarted by somebody");
     }
     this.#life = scraped.life;
@@ -460,6 +470,10 @@ export class ForeignEngine implements Engine {
         `the model's context is ${facts.contextLength} tokens, the prompt has ${tokenIds.length}`,
       );
     }
+    if (request.answerForm !== undefined && (request.resumedTokens ?? 0) > 0) {
+      // Its grammar would begin anew in the middle of the answer.
+      return new DynamoError("unsupported-operation", "an answer that must have a form cannot be carried on elsewhere");
+    }
     // Some engines do not look: one such id ends vLLM's worker process, and the server with it.
     const { vocabularySize } = this.#options;
     const strange = tokenIds.find((id) => id >= vocabularySize);
@@ -488,30 +502,35 @@ export class ForeignEngine implements Engine {
         stream.fail(malformed(dialect.name, thrown));
       }
     };
-    stream.call = http.open(call, {
-      onStatus: (code) => (status = code),
-      onBytes: (bytes) => {
-        this.#lastAnswerMs = this.#options.clock.monotonicMs();
-        if (status === 200 && call.isStream) guarded(() => events.push(bytes));
-        else if (body.length < MAX_BODY_CHARS) body += bytes.toString("utf8");
-      },
-      onEnd: () =>
-        guarded(() => {
-          if (status !== 200) return stream.fail(dialect.errorOf(status, body));
-          if (call.isStream) events.end();
-          else reader.whole(body);
-          stream.over();
-        }),
-      onError: (error) => {
-        stream.fail(
-          new DynamoError("engine-stopped", "the connection to the engine broke", {
-            diagnostic: error.message,
-            cause: error,
+    const send = (isRetry: boolean): void => {
+      stream.call = http.open(call, {
+        onStatus: (code) => (status = code),
+        onBytes: (bytes) => {
+          this.#lastAnswerMs = this.#options.clock.monotonicMs();
+          if (status === 200 && call.isStream) guarded(() => events.push(bytes));
+          else if (body.length < MAX_BODY_CHARS) body += bytes.toString("utf8");
+        },
+        onEnd: () =>
+          guarded(() => {
+            if (status !== 200) return stream.fail(dialect.errorOf(status, body));
+            if (call.isStream) events.end();
+            else reader.whole(body);
+            stream.over();
           }),
-        );
-        this.#poller.hurry();
-      },
-    });
+        onError: (error) => {
+          // A kept connection that the server closed just then: the request has not been seen, or not been answered.
+          if (status === 0 && !isRetry && this.#state === "up") return send(true);
+          stream.fail(
+            new DynamoError("engine-stopped", "the connection to the engine broke", {
+              diagnostic: error.message,
+              cause: error,
+            }),
+          );
+          this.#poller.hurry();
+        },
+      });
+    };
+    send(false);
   }
 
   #onDirty(stream: ForeignStream): void {
@@ -627,7 +646,7 @@ export class ForeignEngine implements Engine {
     const blockSize = facts.blockSizeTokens;
     const maxBlocks = Math.floor((tokenIds.length - 1) / blockSize);
     if (maxBlocks <= 0) return 0;
-    const seed = blockHashSeed({ cacheNamespace });
+    const seed = blockHashSeed({ cacheNamespace, loraName: request.loraName ?? "" });
     const { sequenceHashes } = hashBlocks(tokenIds.subarray(0, maxBlocks * blockSize), blockSize, seed);
     return mirror.countLeading(sequenceHashes) * blockSize;
   }

@@ -245,6 +245,28 @@ describe("vLLM that runs already: requests", () => {
     }),
   );
 
+  test("a form for the answer and an adapter's name reach the engine; a formed answer is not resumed", LIMIT, () =>
+    withServer({}, async ({ fake, watcher, info }) => {
+      assert.equal(info.answerForms, true);
+      const schema = { type: "object", properties: { a: { type: "integer" } } };
+      const answerForm = { kind: "json-schema" as const, schema };
+      await watcher.run({ ...aRequest(promptOf(6), { stop: { maxTokens: 1 } }), answerForm });
+      assert.deepEqual((fake.requests.at(-1)!.body as unknown as { sampling_params: object }).sampling_params, {
+        max_tokens: 1,
+        temperature: 0,
+        top_p: 1,
+        ignore_eos: true,
+        structured_outputs: { json: schema },
+      });
+      const resumed = await watcher.run({ ...aRequest(promptOf(6), { resumedTokens: 2 }), answerForm });
+      assert.equal(resumed.error?.reason, "unsupported-operation");
+      const adapted = await watcher.run({ ...aRequest(promptOf(6)), loraName: "sql" });
+      assert.equal(fake.requests.at(-1)!.body.model, "sql");
+      // This server has none of that name.
+      assert.equal(adapted.error?.reason, "engine-failed");
+    }),
+  );
+
   test("an abort closes the connection, and the engine has nothing of the request a step later", LIMIT, () =>
     withServer({ fake: { stepMs: 5 } }, async ({ fake, watcher }) => {
       const id = watcher.submit(aRequest(promptOf(100), { stop: { maxTokens: 400 } }));
@@ -360,7 +382,7 @@ describe("vLLM that runs already: faults", () => {
     "hung: nothing answers while the port is open; its requests end, and it is back when it answers again",
     LIMIT,
     () =>
-      withServer({ fake: { stepMs: 5 }, config: { hangTimeoutMs: 200 } }, async ({ fake, watcher }) => {
+      withServer({ fake: { stepMs: 5 }, config: { hangTimeoutMs: 1_000 } }, async ({ fake, watcher }) => {
         const id = watcher.submit(aRequest(promptOf(9), { stop: { maxTokens: 400 } }));
         await watcher.until(() => watcher.record(id).tokens.length > 0, "a token");
         fake.isHung = true;

@@ -1,5 +1,5 @@
 import { DynamoError } from "../../errors/index.ts";
-import { parsePrometheus, type EngineFacts, type EngineHttp, type TokenizerSample } from "../foreign/index.ts";
+import { parsePrometheus, sumOf, type EngineFacts, type EngineHttp, type TokenizerSample } from "../foreign/index.ts";
 import type { VllmRoute } from "./vllm-request.ts";
 import { checkVllmVersion, generateStreams } from "./vllm-versions.ts";
 
@@ -33,7 +33,7 @@ const FIRST_ANSWER_MS = 300_000;
 /** vLLM's own default on most devices. */
 const DEFAULT_MAX_SEQUENCES = 256;
 const DEFAULT_MAX_BATCHED_TOKENS = 8_192;
-const METRICS = new Set(["vllm:cache_config_info", "vllm:num_requests_running"]);
+const METRICS = new Set(["vllm:cache_config_info", "vllm:num_requests_running", "process_start_time_seconds"]);
 
 export async function probeVllm(options: VllmProbeOptions): Promise<VllmFacts> {
   const { http, signal } = options;
@@ -67,7 +67,9 @@ export async function probeVllm(options: VllmProbeOptions): Promise<VllmFacts> {
       options.maxBatchedTokens || server.maxBatchedTokens || DEFAULT_MAX_BATCHED_TOKENS,
     ),
     dataParallelSize: cache.ranks,
+    life: cache.life,
     reportsCachedTokens: first.reportsCached,
+    answerForms: true,
     notes,
     route,
     takesPriority: first.takesPriority,
@@ -102,6 +104,7 @@ async function cacheConfig({ http, signal, blockSizeTokens: wanted, wantsKvEvent
   readonly blockSizeTokens: number;
   readonly totalBlocks: number;
   readonly ranks: number;
+  readonly life: number | undefined;
 }> {
   const { text } = await ask(http, "GET", "/metrics", signal);
   const samples = parsePrometheus(text, METRICS);
@@ -127,7 +130,12 @@ async function cacheConfig({ http, signal, blockSizeTokens: wanted, wantsKvEvent
     );
   }
   const ranks = new Set(samples.filter(({ name }) => name === "vllm:num_requests_running").map(({ labels }) => labels["engine"])); // prettier-ignore
-  return { blockSizeTokens, totalBlocks, ranks: Math.max(1, ranks.size) };
+  return {
+    blockSizeTokens,
+    totalBlocks,
+    ranks: Math.max(1, ranks.size),
+    life: sumOf(samples, "process_start_time_seconds"),
+  };
 }
 
 /** Undefined where the document is switched off. */

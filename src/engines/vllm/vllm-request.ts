@@ -28,7 +28,8 @@ export function vllmCall(
   const sampling = samplingOf(request, facts);
   const common = {
     request_id: request.requestId,
-    model: facts.servedModel,
+    // Adapters are models of their own to it.
+    model: request.loraName ?? facts.servedModel,
     ...(request.cacheNamespace === "" ? {} : { cache_salt: SALT_PREFIX + request.cacheNamespace }),
     // Ours: higher is sooner; vLLM's: lower.
     ...(takesPriority && request.priority !== 0 ? { priority: -Math.round(request.priority) } : {}),
@@ -74,6 +75,12 @@ function samplingOf(request: PreprocessedRequest, facts: EngineFacts): Record<st
     ignore_eos: true,
     ...(stop.stopTokenIds.length === 0 ? {} : { stop_token_ids: stop.stopTokenIds }),
     ...(logprobs === undefined ? {} : { logprobs }),
+    ...(request.answerForm === undefined
+      ? {}
+      : {
+          structured_outputs:
+            request.answerForm.kind === "json" ? { json_object: true } : { json: request.answerForm.schema },
+        }),
     ...(output.promptLogprobs ? { prompt_logprobs: Math.max(0, output.topLogprobs) } : {}),
   }; // prettier-ignore
 }

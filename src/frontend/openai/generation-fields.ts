@@ -1,7 +1,7 @@
 import type { FrontendLimits } from "../config.ts";
 import type { GenerationOptions } from "../../protocol/openai/index.ts";
 import { DynamoError } from "../../errors/index.ts";
-import type { SamplingOptions } from "../../protocol/index.ts";
+import type { AnswerForm, SamplingOptions } from "../../protocol/index.ts";
 import {
   MAX_INT,
   invalidField,
@@ -48,6 +48,7 @@ export class GenerationDraft {
   includeUsage = false;
   /** -1 none. */
   topLogprobs = -1;
+  answerForm: AnswerForm | undefined = undefined;
   nvext: Nvext | undefined = undefined;
   readonly limits: FrontendLimits;
 
@@ -168,6 +169,7 @@ export function finishOptions(draft: GenerationDraft, defaultMaxTokens: number |
     ignoreEos: draft.ignoreEos,
     n: draft.n,
     topLogprobs: draft.topLogprobs,
+    ...(draft.answerForm === undefined ? {} : { answerForm: draft.answerForm }),
     stream: draft.stream,
     includeUsage: draft.includeUsage,
   };

@@ -128,6 +128,19 @@ const templateArgs = Type.Object(
   },
 );
 
+const responseFormat = Type.Union([
+  strictObject({ type: Type.Union([Type.Literal("text"), Type.Literal("json_object")]) }),
+  strictObject({
+    type: Type.Literal("json_schema"),
+    json_schema: strictObject({
+      name: Type.String({ minLength: 1, maxLength: 64 }),
+      description: Type.Optional(Type.Unknown()),
+      schema: Type.Object({}, { additionalProperties: true }),
+      strict: Type.Optional(Type.Unknown()),
+    }),
+  }),
+]);
+
 export function chatRequestSchema(limits: FrontendLimits): TSchema {
   return strictObject({
     ...generationFields(limits),
@@ -138,7 +151,7 @@ export function chatRequestSchema(limits: FrontendLimits): TSchema {
     chat_template_kwargs: optional(templateArgs, "at most 16384 characters of JSON and 8 levels"),
     chat_template_args: optional(templateArgs, "another name for chat_template_kwargs"),
     reasoning_effort: optional(words("none", "minimal", "low", "medium", "high", "xhigh", "max")),
-    response_format: optional(strictObject({ type: Type.Literal("text") })),
+    response_format: optional(responseFormat, "json forms only with an engine that can hold an answer to them"),
     modalities: optional(Type.Array(Type.Literal("text"), { minItems: 1, maxItems: 1 })),
     parallel_tool_calls: optional(Type.Boolean()),
     prompt_cache_options: optional(Type.Object({}, { additionalProperties: true })),

@@ -205,14 +205,41 @@ function readToolChoice(_draft: unknown, value: unknown, name: string): void {
   throw unsupportedField(name, 'tool calls are not served; only "none" and "auto" are accepted');
 }
 
-function readResponseFormat(_draft: unknown, value: unknown, name: string): void {
+/** Whether the model's engine can hold its answer to it is found out with the model. */
+function readResponseFormat(draft: GenerationDraft, value: unknown, name: string): void {
   const format = readObject(value, name);
-  if (typeof format.type !== "string") throw invalidField(`${name}.type`, '"text"', format.type);
-  if (format.type !== "text") throw unsupportedField(name, 'only {"type": "text"} is served');
-  refuseUnknown(format, TYPE_ONLY, `${name}.`);
+  switch (format.type) {
+    case "text":
+      return refuseUnknown(format, TYPE_ONLY, `${name}.`);
+    case "json_object":
+      refuseUnknown(format, TYPE_ONLY, `${name}.`);
+      draft.answerForm = { kind: "json" };
+      return;
+    case "json_schema":
+      refuseUnknown(format, SCHEMA_FORMAT, `${name}.`);
+      draft.answerForm = { kind: "json-schema", schema: readSchema(format.json_schema, `${name}.json_schema`) };
+      return;
+    default:
+      throw invalidField(`${name}.type`, '"text", "json_object" or "json_schema"', format.type);
+  }
 }
 
 const TYPE_ONLY = new Set(["type"]);
+const SCHEMA_FORMAT = new Set(["type", "json_schema"]);
+const SCHEMA_FIELDS = new Set(["name", "description", "schema", "strict"]);
+/** Of a schema as JSON. OpenAI allows 120,000 characters of names and values. */
+const MAX_SCHEMA_CHARS = 128 * 1024;
+
+function readSchema(value: unknown, name: string): Readonly<Record<string, unknown>> {
+  const described = readObject(value, name);
+  refuseUnknown(described, SCHEMA_FIELDS, `${name}.`);
+  readString(described.name, `${name}.name`, 1, 64);
+  const schema = readObject(described.schema, `${name}.schema`);
+  const length = JSON.stringify(schema).length;
+  if (length > MAX_SCHEMA_CHARS)
+    throw invalidField(`${name}.schema`, `at most ${MAX_SCHEMA_CHARS} characters of JSON`, length);
+  return schema;
+}
 
 // Template arguments.
 

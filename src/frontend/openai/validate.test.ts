@@ -278,14 +278,32 @@ test("chat body: __proto__ and constructor are unknown fields like others, and a
   assert.equal(({} as Record<string, unknown>).n, undefined);
 });
 
+test("chat body: forms of the answer are read, and checked", () => {
+  assert.equal(chat({ response_format: { type: "text" } }).options.answerForm, undefined);
+  assert.deepEqual(chat({ response_format: { type: "json_object" } }).options.answerForm, { kind: "json" });
+  const schema = { type: "object" };
+  const described = { name: "n", strict: true, schema };
+  assert.deepEqual(chat({ response_format: { type: "json_schema", json_schema: described } }).options.answerForm, {
+    kind: "json-schema",
+    schema,
+  });
+  for (const format of [
+    { type: "xml" },
+    { type: "json_object", extra: 1 },
+    { type: "json_schema" },
+    { type: "json_schema", json_schema: { name: "n" } },
+    { type: "json_schema", json_schema: { schema } },
+  ]) {
+    assert.equal(refusal(() => chat({ response_format: format })).class, "invalid-request", JSON.stringify(format));
+  }
+});
+
 test("chat body: known fields that are not served say so with 501's class", () => {
   const cases: readonly object[] = [
     { tools: [{ type: "function", function: { name: "f" } }] },
     { functions: [{ name: "f" }] },
     { tool_choice: "required" },
     { function_call: { name: "f" } },
-    { response_format: { type: "json_object" } },
-    { response_format: { type: "json_schema", json_schema: {} } },
     { audio: { voice: "a" } },
     { modalities: ["text", "audio"] },
     { web_search_options: {} },

@@ -1,4 +1,4 @@
-import type { SamplingOptions } from "../request.ts";
+import type { AnswerForm, SamplingOptions } from "../request.ts";
 
 /**
  * OpenAI requests after validation, in our own terms: every default filled in, nothing left to check but what needs the
@@ -15,6 +15,8 @@ export interface GenerationOptions {
   readonly n: number;
   /** -1 none, 0 to 20 alternatives. */
   readonly topLogprobs: number;
+  /** @default any */
+  readonly answerForm?: AnswerForm;
   readonly stream: boolean;
   readonly includeUsage: boolean;
 }
