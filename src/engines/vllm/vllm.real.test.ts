@@ -56,7 +56,7 @@ async function startServer(): Promise<Server> {
     replay_endpoint: `tcp://127.0.0.1:${ports.port + 1}`,
     topic: "kv@real",
   });
-  const args = [...REAL_VLLM_ARGS, "--dtype=float32", "--kv-cache-memory-bytes=8M", "--max-num-batched-tokens=2048", "--prefix-caching-hash-algo=sha256_cbor", "--kv-events-config", kvEventsConfig]; // prettier-ignore
+  const args = [...REAL_VLLM_ARGS, "--dtype=float32", "--kv-cache-memory-bytes=32M", "--max-num-batched-tokens=2048", "--prefix-caching-hash-algo=sha256_cbor", "--kv-events-config", kvEventsConfig]; // prettier-ignore
   const engine = await createVllmEngine(
     {
       kind: "vllm",
@@ -68,7 +68,7 @@ async function startServer(): Promise<Server> {
       kvEvents: true,
       maxSequences: 0,
       maxBatchedTokens: 0,
-      contextLength: 1_024,
+      contextLength: 4_096,
       blockSizeTokens: BLOCK,
       metricsIntervalMs: 200,
       tokenizerSamples: [{ text: "Zoë\n", tokenIds: [90, 111, 195, 171, 10] }],
@@ -93,7 +93,6 @@ async function startServer(): Promise<Server> {
 
 /** Beside the one that started it, as a worker that was told of it. */
 async function attached({ url, kvEventsConfig }: Server): Promise<ForeignEngine> {
-  await fetch(`${url}/reset_prefix_cache`, { method: "POST" });
   const config: VllmEngineConfig = {
     kind: "vllm",
     url,
@@ -107,7 +106,21 @@ async function attached({ url, kvEventsConfig }: Server): Promise<ForeignEngine>
     blockSizeTokens: 0,
     metricsIntervalMs: 50,
   };
-  return createVllmEngine(config, { clock: systemClock, logger: silentLogger });
+  const engine = await createVllmEngine(config, { clock: systemClock, logger: silentLogger });
+  // What earlier tests left in the cache is replayed to it first, and then cleared: each test begins with nothing.
+  const start = engine.start.bind(engine);
+  return Object.assign(engine, {
+    start: async (...args: Parameters<typeof start>) => {
+      const info = await start(...args);
+      const deadline = Date.now() + 10_000;
+      while (!engine.processState().isKvWhole) {
+        assert.ok(Date.now() < deadline, "its past was not told");
+        await new Promise((resolve) => setTimeout(resolve, 5));
+      }
+      await engine.clearBlocks();
+      return info;
+    },
+  });
 }
 
 describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
@@ -121,7 +134,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
     const { info, engine } = server;
     assert.deepEqual(
       [info.contextLength, info.blockSizeTokens, info.maxSequences, info.kvEvents],
-      [1_024, BLOCK, 8, "exact"],
+      [4_096, BLOCK, 8, "exact"],
     );
     const facts = engine.describe()["server"] as { pid: number; memory_bytes: number; log_path: string };
     const { pid, memory_bytes: memory, log_path: path } = facts;
@@ -138,7 +151,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
 
   test("an abort frees the engine: nothing runs there a moment later", async () => {
     const { recorder, url } = server;
-    const id = recorder.submit(aRequest(promptOf(200), { stop: { maxTokens: 800 } }));
+    const id = recorder.submit(aRequest(promptOf(200), { stop: { maxTokens: 3_000 } }));
     await recorder.until(() => recorder.record(id).tokens.length >= 2, "two tokens");
     recorder.abort(id);
     const startMs = performance.now();
@@ -197,7 +210,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
   test("killed: its requests end, it is started again and answers the same", async () => {
     const { recorder, engine } = server;
     const before = await recorder.run(aRequest(promptOf(70), { stop: { maxTokens: 6 } }));
-    const id = recorder.submit(aRequest(promptOf(50), { stop: { maxTokens: 900 } }));
+    const id = recorder.submit(aRequest(promptOf(50), { stop: { maxTokens: 3_000 } }));
     await recorder.until(() => recorder.record(id).tokens.length > 0, "a token");
     process.kill((engine.describe()["server"] as { pid: number }).pid, "SIGKILL");
     await recorder.ended([id]);
