@@ -21,7 +21,10 @@ export function splitVllmArgs(argv: readonly string[]): { readonly ours: string[
     const word = words[i]!;
     const isFlag = /^--?[a-zA-Z]/.test(word);
     const name = word.replace(/^--/, "").split("=", 1)[0]!;
-    const target = isFlag && !(word.startsWith("--") && isKnownFlag(name, "worker")) ? theirs : ours;
+    const value = word.includes("=") ? word.slice(word.indexOf("=") + 1) : (words[i + 1] ?? "");
+    // Sizes as vLLM writes them, 4k, are for vLLM to read.
+    const isOurs = word.startsWith("--") && isKnownFlag(name, "worker") && !/^\d+[kKmMgG]$/.test(value);
+    const target = isFlag && !isOurs ? theirs : ours;
     target.push(word);
     if (isFlag && !word.includes("=")) while (i + 1 < words.length && !/^--?[a-zA-Z]/.test(words[i + 1]!)) target.push(words[++i]!);
   }

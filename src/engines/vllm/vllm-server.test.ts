@@ -5,7 +5,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, test } from "node:test";
-import { DynamoError } from "../../errors/index.ts";
+import type { DynamoError } from "../../errors/index.ts";
 import { silentLogger } from "../../observability/index.ts";
 import { systemClock } from "../../std/index.ts";
 import type { EngineInfo } from "../base.ts";
