@@ -4,13 +4,14 @@ import { BYTE_TOKENS, byteArtifact } from "../../src/model/index.ts";
 import { SeededRandom } from "../../src/std/index.ts";
 
 /**
- * A Llama of 0.4 million parameters with random weights that spread wide enough for every answer to depend on all of its
+ * A Llama of a few million parameters with random weights that spread wide enough for every answer to depend on all of its
  * prompt, as a folder that stock engines load: config, safetensors, and the tokenizer whose tokens are bytes. The same seed
- * gives the same files.
+ * gives the same files. Many thin layers: a step takes some milliseconds, as a real model's does. One that takes none lets a
+ * server's frontend fall behind on a busy machine, which then sends its answers in pieces of 64 KB.
  */
 const HIDDEN = 128;
 const INTERMEDIATE = 256;
-const LAYERS = 2;
+const LAYERS = 40;
 const HEADS = 4;
 const KV_HEADS = 2;
 const HEAD = 32;
@@ -61,6 +62,7 @@ interface Tensor {
 
 function tensors(seed: number): Map<string, Tensor> {
   const random = new SeededRandom(seed);
+  const scale = Math.sqrt(2 / LAYERS);
   const normal = (): number =>
     Math.sqrt(-2 * Math.log(1 - random.nextFloat())) * Math.cos(2 * Math.PI * random.nextFloat());
   const matrix = (rows: number, columns: number, scale: number): Tensor => ({
@@ -78,10 +80,10 @@ function tensors(seed: number): Map<string, Tensor> {
     all.set(name("self_attn.q_proj"), matrix(HEADS * HEAD, HIDDEN, 0.15));
     all.set(name("self_attn.k_proj"), matrix(KV_HEADS * HEAD, HIDDEN, 0.15));
     all.set(name("self_attn.v_proj"), matrix(KV_HEADS * HEAD, HIDDEN, 0.3));
-    all.set(name("self_attn.o_proj"), matrix(HIDDEN, HEADS * HEAD, 0.3));
+    all.set(name("self_attn.o_proj"), matrix(HIDDEN, HEADS * HEAD, 0.3 * scale));
     all.set(name("mlp.gate_proj"), matrix(INTERMEDIATE, HIDDEN, 0.1));
     all.set(name("mlp.up_proj"), matrix(INTERMEDIATE, HIDDEN, 0.1));
-    all.set(name("mlp.down_proj"), matrix(HIDDEN, INTERMEDIATE, 0.1));
+    all.set(name("mlp.down_proj"), matrix(HIDDEN, INTERMEDIATE, 0.1 * scale));
     all.set(name("input_layernorm"), ones());
     all.set(name("post_attention_layernorm"), ones());
   }

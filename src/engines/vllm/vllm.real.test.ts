@@ -56,7 +56,7 @@ async function startServer(): Promise<Server> {
     replay_endpoint: `tcp://127.0.0.1:${ports.port + 1}`,
     topic: "kv@real",
   });
-  const args = [...REAL_VLLM_ARGS, "--dtype=float32", "--kv-cache-memory-bytes=32M", "--max-num-batched-tokens=2048", "--prefix-caching-hash-algo=sha256_cbor", "--kv-events-config", kvEventsConfig]; // prettier-ignore
+  const args = [...REAL_VLLM_ARGS, "--dtype=float32", "--kv-cache-memory-bytes=96M", "--max-num-batched-tokens=2048", "--prefix-caching-hash-algo=sha256_cbor", "--kv-events-config", kvEventsConfig]; // prettier-ignore
   const engine = await createVllmEngine(
     {
       kind: "vllm",
@@ -68,7 +68,7 @@ async function startServer(): Promise<Server> {
       kvEvents: true,
       maxSequences: 0,
       maxBatchedTokens: 0,
-      contextLength: 4_096,
+      contextLength: 1_024,
       blockSizeTokens: BLOCK,
       metricsIntervalMs: 200,
       tokenizerSamples: [{ text: "Zoë\n", tokenIds: [90, 111, 195, 171, 10] }],
@@ -134,7 +134,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
     const { info, engine } = server;
     assert.deepEqual(
       [info.contextLength, info.blockSizeTokens, info.maxSequences, info.kvEvents],
-      [4_096, BLOCK, 8, "exact"],
+      [1_024, BLOCK, 8, "exact"],
     );
     const facts = engine.describe()["server"] as { pid: number; memory_bytes: number; log_path: string };
     const { pid, memory_bytes: memory, log_path: path } = facts;
@@ -151,7 +151,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
 
   test("an abort frees the engine: nothing runs there a moment later", async () => {
     const { recorder, url } = server;
-    const id = recorder.submit(aRequest(promptOf(200), { stop: { maxTokens: 3_000 } }));
+    const id = recorder.submit(aRequest(promptOf(200), { stop: { maxTokens: 800 } }));
     await recorder.until(() => recorder.record(id).tokens.length >= 2, "two tokens");
     recorder.abort(id);
     const startMs = performance.now();
@@ -210,7 +210,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
   test("killed: its requests end, it is started again and answers the same", async () => {
     const { recorder, engine } = server;
     const before = await recorder.run(aRequest(promptOf(70), { stop: { maxTokens: 6 } }));
-    const id = recorder.submit(aRequest(promptOf(50), { stop: { maxTokens: 3_000 } }));
+    const id = recorder.submit(aRequest(promptOf(50), { stop: { maxTokens: 800 } }));
     await recorder.until(() => recorder.record(id).tokens.length > 0, "a token");
     process.kill((engine.describe()["server"] as { pid: number }).pid, "SIGKILL");
     await recorder.ended([id]);
