@@ -128,6 +128,8 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     engine,
     maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
+    // Of seeds that are no known scene.
+    eventHoldShare: seed % 4 === 0 ? 0.05 : 0,
     fabric: PLENTY_OF_BANDWIDTH,
     eventRepeatShare: draw.chance(0.2) ? 0.2 : 0,
     frontend: {
