@@ -263,17 +263,18 @@ test("memory event plane: an abandoned plane hears, says and answers nothing; lo
 
 test("memory event plane: a publisher that is held back is overtaken by another, and its own order stays", async () => {
   let isHeld = true;
-  const bus = new MemoryEventBus({ hold: (_topic, publisherId) => publisherId === "slow" && isHeld });
+  const [slowId, quickId] = ["0".repeat(15) + "a", "0".repeat(15) + "b"];
+  const bus = new MemoryEventBus({ hold: (_topic, publisherId) => publisherId === slowId && isHeld });
   const pending: (() => void)[] = [];
   const plane = new MemoryEventPlane({ bus, clock: new ManualClock(), schedule: (run) => pending.push(run) });
   const got: string[] = [];
   await plane.subscribe("load", {
-    onEvent: (publisherId, sequence) => void got.push(`${publisherId} ${sequence}`),
+    onEvent: (publisherId, sequence) => void got.push(`${publisherId === slowId ? "slow" : "quick"} ${sequence}`),
     onGap: () => assert.fail("nothing was lost"),
   });
   const [slow, quick] = [
-    await plane.publish("load", { publisherId: "slow" }),
-    await plane.publish("load", { publisherId: "quick" }),
+    await plane.publish("load", { publisherId: slowId }),
+    await plane.publish("load", { publisherId: quickId }),
   ];
   for (let i = 0; i < 2; i++) for (const publisher of [slow, quick]) publisher.publish(text("x"));
   pending.shift()!();
