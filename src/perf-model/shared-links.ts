@@ -82,7 +82,7 @@ export class SharedLinks {
       let fullest: { bytesPerMs: number; flows: Set<Flow> } | undefined;
       for (const link of left.values()) if (fullest === undefined || part(link) < part(fullest)) fullest = link;
       const bytesPerMs = part(fullest!);
-      for (const flow of [...fullest!.flows]) {
+      for (const flow of fullest!.flows) {
         flow.bytesPerMs = bytesPerMs;
         for (const link of flow.links) {
           const shared = left.get(link)!;

@@ -11,7 +11,7 @@ import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } f
 import { Marks } from "./marks.ts";
 import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
 import { CLAIMS_END_MS, withRoles } from "./roles.ts";
-import { withTiers } from "./tiers.ts";
+import { withTiers } from "./draw-tiers.ts";
 import { Draw, planWorkload, probeCall, type PlannedCall, type WorkloadShape } from "./workload.ts";
 import { World } from "./world.ts";
 
