@@ -56,6 +56,12 @@ export class SharedLinks {
     };
   }
 
+  /** A link has another bandwidth from now on. */
+  changed(): void {
+    this.#passTime();
+    this.#share();
+  }
+
   /** Bytes a millisecond of each transfer under way, oldest first; for tests. */
   rates(): readonly { readonly links: readonly SharedLink[]; readonly bytesPerMs: number }[] {
     return Array.from(this.#flows, ({ links, bytesPerMs }) => ({ links, bytesPerMs }));

@@ -5,6 +5,8 @@ import type { TiersShape } from "./tiers.ts";
 import { Draw, planWorkload } from "./workload.ts";
 
 const ENTRY_BYTES = 128;
+/** Some meet a request only when they last, or when it has blocks there. */
+const OFTEN: readonly FaultKind[] = [...TIER_FAULT_KINDS, "disk hangs", "disk hangs", "store hangs", "store corrupts"];
 
 /** Each tenth seed, and half of those with roles. */
 export function withTiers(plan: RunPlan, seed: number, kinds: readonly FaultKind[] | undefined): RunPlan {
@@ -13,15 +15,15 @@ export function withTiers(plan: RunPlan, seed: number, kinds: readonly FaultKind
   const draw = new Draw(random);
   const tiers: TiersShape = {
     hostBlocks: draw.pick([16, 32, 128]),
-    diskBlocks: draw.pick([0, 64, 256, 256]),
+    diskBlocks: draw.pick([0, 64, 256]),
     diskBytesPerMs: ENTRY_BYTES / draw.pick([0.02, 0.2, 2]),
-    hasStore: draw.chance(0.5),
+    hasStore: draw.chance(0.6),
     minSights: draw.pick([1, 1, 2]),
   };
   const count = plan.faults.length === 0 ? 0 : draw.int(1, 4);
   // More prompts than the caches hold, that begin alike: blocks fall out and are asked for again.
   const workload = { ...plan.workload, prefixes: { count: 6, least: 100, most: 300 } };
-  const struck = planFaults(count, plan.workload.spanMs, kinds ?? TIER_FAULT_KINDS, random);
+  const struck = planFaults(count, plan.workload.spanMs, kinds ?? OFTEN, random);
   return {
     ...plan,
     workload,
