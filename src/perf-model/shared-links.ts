@@ -56,6 +56,12 @@ export class SharedLinks {
     };
   }
 
+  /** A link has another bandwidth from now on. */
+  changed(): void {
+    this.#passTime();
+    this.#share();
+  }
+
   /** Bytes a millisecond of each transfer under way, oldest first; for tests. */
   rates(): readonly { readonly links: readonly SharedLink[]; readonly bytesPerMs: number }[] {
     return Array.from(this.#flows, ({ links, bytesPerMs }) => ({ links, bytesPerMs }));
@@ -82,7 +88,7 @@ export class SharedLinks {
       let fullest: { bytesPerMs: number; flows: Set<Flow> } | undefined;
       for (const link of left.values()) if (fullest === undefined || part(link) < part(fullest)) fullest = link;
       const bytesPerMs = part(fullest!);
-      for (const flow of [...fullest!.flows]) {
+      for (const flow of fullest!.flows) {
         flow.bytesPerMs = bytesPerMs;
         for (const link of flow.links) {
           const shared = left.get(link)!;

@@ -47,7 +47,8 @@ export class BoundsWatch {
 
   #look(): void {
     const { frontends, workers } = this.#cluster;
-    for (const seat of frontends) if (seat.process.state !== "dead" && seat.frontend !== undefined) this.#frontend(seat);
+    for (const seat of frontends)
+      if (seat.process.state !== "dead" && seat.frontend !== undefined) this.#frontend(seat);
     for (const seat of workers) if (seat.process.state !== "dead" && seat.worker !== undefined) this.#worker(seat);
   }
 
@@ -123,7 +124,9 @@ export class BoundsWatch {
     const name = `${kind}: ${what}`;
     if (most > 0) this.peaks.set(name, Math.max(this.peaks.get(name) ?? 0, count / most));
     if (count > most && this.violations.length < 10) {
-      this.violations.push(`${process.name} at ${this.#cluster.world.nowMs.toFixed(0)} ms: ${count} ${what}, at most ${most}`);
+      this.violations.push(
+        `${process.name} at ${this.#cluster.world.nowMs.toFixed(0)} ms: ${count} ${what}, at most ${most}`,
+      );
     }
   }
 }

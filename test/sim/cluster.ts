@@ -40,6 +40,8 @@ export interface ClusterShape {
   readonly eventRepeatShare: number;
   /** Prefill apart from decode. @default every worker does all */
   readonly roles?: RolesShape | undefined;
+  /** Chance that what a publisher sent waits a while for one reader, so that others overtake it; each time something comes. */
+  readonly eventHoldShare: number;
   readonly fabric: FabricShape;
   /** @default engines have their own cache alone */
   readonly tiers?: TiersShape | undefined;
@@ -47,6 +49,7 @@ export interface ClusterShape {
 
 export const MODEL = "mock";
 export const HTTP_PORT = 80;
+const MAX_HOLD_MS = 30;
 const PUSHED_BACK = /"reason":"(worker-full|stream-limit)"/;
 const RESTART_MS = 1_000;
 /** Shorter than the product's default, so that a run need not wait so long for the dead to be forgotten. */
@@ -156,6 +159,7 @@ export class Cluster {
     this.bus = new MemoryEventBus({
       drop: (kind, _topic, publisherId, _sequence, to) => this.#dropsEvent(kind, publisherId, to),
       repeat: () => this.#repeatsEvent(),
+      ...(shape.eventHoldShare > 0 ? { hold: (_topic, publisherId, to) => this.#holdsEvents(publisherId, to) } : {}),
     });
     this.#logger = pino(
       { level: "info", base: null, timestamp: false, messageKey: "message" },
@@ -445,6 +449,21 @@ export class Cluster {
     const { eventRepeatShare } = this.shape;
     if (eventRepeatShare === 0 || !this.eventsAreLost || this.#random.nextFloat() >= eventRepeatShare) return false;
     this.world.marks.mark("event repeated");
+    return true;
+  }
+
+  /** Until when, by publisher and reader. */
+  readonly #held = new Map<string, number>();
+
+  #holdsEvents(publisherId: string, to: string): boolean {
+    const { nowMs, marks } = this.world;
+    const key = `${publisherId}>${to}`;
+    const untilMs = this.#held.get(key);
+    if (untilMs !== undefined && nowMs < untilMs) return true;
+    this.#held.delete(key);
+    if (untilMs !== undefined || this.#random.nextFloat() >= this.shape.eventHoldShare) return false;
+    marks.mark("events overtaken by another publisher's");
+    this.#held.set(key, nowMs + this.#random.nextFloat() * MAX_HOLD_MS);
     return true;
   }
 

@@ -11,7 +11,7 @@ import type { SimProcess, World } from "./world.ts";
  * calls under way share, and goes wrong as disks do:
  *
  *     full        ENOSPC, or fewer bytes written than asked for
- *     slow        a hundredth of its speed        hangs   nothing comes back until it is over
+ *     slow        a thousandth of its speed        hangs   nothing comes back until it is over
  *     fails       EIO                             flip    bits change where they lie
  *     lost file   the names are gone, open files go on
  *     killed      of a write under way a part is there, nobody knows which     power   of those just done, too
@@ -33,7 +33,7 @@ interface Write {
 export type DiskState = "well" | "full" | "hangs" | "fails";
 
 const CALL_MS = 0.05;
-const SLOW = 100;
+const SLOW = 1_000;
 /** Not synced by then: what a host without power may not have on its disk. */
 const UNSYNCED_MS = 2_000;
 
@@ -69,6 +69,7 @@ export class SimDisk {
   slowDown(isSlow: boolean): void {
     const { bytesPerMs } = this.#link;
     this.#link.bytesPerMs = isSlow ? bytesPerMs / SLOW : bytesPerMs * SLOW;
+    this.#links.changed();
   }
 
   loseNames(): boolean {

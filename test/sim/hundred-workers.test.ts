@@ -41,6 +41,7 @@ function aHundredWorkers(seed: number, calls: number, cardMsPerBlock: number): R
           maxQueuedRequests: 64,
           eventLossShare: 0,
           eventRepeatShare: 0,
+          eventHoldShare: 0,
           frontend: {
             ...plan.cluster.frontend,
             routerMode: "kv",

@@ -29,6 +29,7 @@ export const MARKS = [
   "lease lost",
   "event lost",
   "event repeated",
+  "events overtaken by another publisher's",
   "replay lost",
   "clock jumped back",
   "clock jumped forward",

@@ -11,7 +11,7 @@ import { FAULT_KINDS, Nemesis, planFaults, type FaultKind, type PlannedFault } f
 import { Marks } from "./marks.ts";
 import { needlessFallbacks, routedWorkers } from "./role-checks.ts";
 import { CLAIMS_END_MS, withRoles } from "./roles.ts";
-import { withTiers } from "./tiers.ts";
+import { withTiers } from "./draw-tiers.ts";
 import { Draw, planWorkload, probeCall, type PlannedCall, type WorkloadShape } from "./workload.ts";
 import { World } from "./world.ts";
 
@@ -128,6 +128,8 @@ export function planRun(seed: number, kinds?: readonly FaultKind[]): RunPlan {
     engine,
     maxQueuedRequests: draw.chance(0.2) ? draw.int(0, 4) : PLENTY_QUEUED,
     eventLossShare: draw.chance(0.5) ? draw.pick([0.01, 0.1]) : 0,
+    // Of seeds that are no known scene.
+    eventHoldShare: seed % 4 === 0 ? 0.05 : 0,
     fabric: PLENTY_OF_BANDWIDTH,
     eventRepeatShare: draw.chance(0.2) ? 0.2 : 0,
     frontend: {

@@ -64,7 +64,7 @@ export class TierFaults {
         objects.setState(kind === "store down" ? "down" : "hangs");
         return undo(() => objects.setState("well"));
       case "store corrupts":
-        if (objects.corrupt(0.5) === 0) return;
+        if (objects.corrupt(0.9) === 0) return;
         took();
         marks.mark("objects damaged");
         return;

@@ -10,14 +10,11 @@ import {
   type TierName,
   type TieredCacheOptions,
 } from "../../src/kvbm/index.ts";
-import { SeededRandom, type Clock } from "../../src/std/index.ts";
+import type { Clock } from "../../src/std/index.ts";
 import type { Logger } from "../../src/observability/index.ts";
 import { TieredEngine } from "../../src/worker/tiers/tiered-engine.ts";
-import { TIER_FAULT_KINDS, planFaults, type FaultKind } from "./faults.ts";
 import type { SimDisk, SimStore } from "./disk.ts";
 import type { Marks } from "./marks.ts";
-import type { RunPlan } from "./simulation.ts";
-import { Draw, planWorkload } from "./workload.ts";
 import type { SimProcess } from "./world.ts";
 
 /**
@@ -36,37 +33,6 @@ export interface TiersShape {
 
 const BLOCK_BYTES = 64;
 const PAGE_BYTES = 4_096;
-const ENTRY_BYTES = 128;
-
-export function withTiers(plan: RunPlan, seed: number, kinds: readonly FaultKind[] | undefined): RunPlan {
-  if (seed % 10 !== 6 && seed % 10 !== 3) return plan;
-  const random = new SeededRandom(seed ^ 0x71e25);
-  const draw = new Draw(random);
-  const tiers: TiersShape = {
-    hostBlocks: draw.pick([16, 32, 128]),
-    diskBlocks: draw.pick([0, 64, 256, 256]),
-    diskBytesPerMs: ENTRY_BYTES / draw.pick([0.02, 0.2, 2]),
-    hasStore: draw.chance(0.5),
-    minSights: draw.pick([1, 1, 2]),
-  };
-  const count = plan.faults.length === 0 ? 0 : draw.int(1, 4);
-  // More prompts than the caches hold, that begin alike: blocks fall out and are asked for again.
-  const workload = { ...plan.workload, prefixes: { count: 6, least: 100, most: 300 } };
-  const struck = planFaults(count, plan.workload.spanMs, kinds ?? TIER_FAULT_KINDS, random);
-  return {
-    ...plan,
-    workload,
-    calls: planWorkload(workload, random),
-    cluster: {
-      ...plan.cluster,
-      tiers,
-      fabric: { ...plan.cluster.fabric, storeBytesPerMs: ENTRY_BYTES / draw.pick([0.2, 2]) },
-      // Small caches, so that blocks fall out of them.
-      engine: { ...plan.cluster.engine, dataParallelSize: 1, totalBlocks: draw.pick([40, 48, 64]) },
-    },
-    faults: [...plan.faults.slice(0, 4), ...struck].toSorted((a, b) => a.atMs - b.atMs),
-  };
-}
 
 /** The tiers of one life of a worker, for the checkers. */
 export interface SeatTiers {

@@ -10,7 +10,7 @@ import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { MockerEngineConfig } from "../config.ts";
 import { engineBattery } from "../engine.battery.ts";
 import { EngineRecorder, aRequest, replayKvEvents } from "../engine.recorder.ts";
-import { MockerEngine, mockerConfig } from "./index.ts";
+import { MOCK_BLOCK_BYTES, MockerEngine, mockerConfig, type BlockLink } from "./index.ts";
 
 const SMALL: Partial<MockerEngineConfig> = {
   contextLength: 256,
@@ -159,6 +159,48 @@ test("mocker engine: an imported block that holds another one's bytes is refused
     await assert.rejects(recorder.engine.importBlocks({ ...exported, data: swapped, tokenIds: prompt }), /block 0/);
     const truncated = exported.data.subarray(0, 100);
     await assert.rejects(recorder.engine.importBlocks({ ...exported, data: truncated, tokenIds: prompt }), /block 1/);
+  });
+});
+
+test("mocker engine: blocks go to host memory and come back, and who comes after them finds them", async () => {
+  const prompt = aPrompt(30);
+  const { sequenceHashes } = hashBlocks(prompt.subarray(0, 28), 4, blockHashSeed({ cacheNamespace: "" }));
+  const slots = Int32Array.from({ length: 7 }, (_, i) => 6 - i);
+  const moves: { readonly bytes: number; readonly arrive: () => void }[] = [];
+  const host: BlockLink = {
+    move: (bytes) => new Promise((arrive) => moves.push({ bytes, arrive })),
+    stop: () => undefined,
+  };
+  const imports: BlockLink = { move: () => Promise.resolve(), stop: () => undefined };
+  const engine = new MockerEngine(mockerConfig(SMALL), { links: { host, imports } });
+  await withEngine(engine, async (recorder) => {
+    const memory = new SharedArrayBuffer(7 * MOCK_BLOCK_BYTES);
+    const { blockPort } = engine;
+    blockPort.attach(memory);
+    await recorder.run(aRequest(prompt));
+    const copied = blockPort.copyOut(sequenceHashes, slots);
+    moves.shift()!.arrive();
+    assert.deepEqual([...(await copied)], [1, 1, 1, 1, 1, 1, 1]);
+    await engine.clearBlocks();
+    const blocks = { tokenIds: prompt.slice(0, 28), cacheNamespace: "", firstBlock: 0, slots };
+    const taken = blockPort.copyIn(blocks);
+    const { bytes, arrive } = moves.shift()!;
+    assert.equal(bytes, 28 * mockerConfig(SMALL).kvBytesPerToken, "the time of the real bytes");
+    const streamId = recorder.submit(aRequest(prompt));
+    const left = recorder.submit(aRequest(prompt));
+    assert.equal(engine.load().waitingRequests, 2, "they wait for the blocks");
+    engine.abort(left);
+    await turnsUntil(() => recorder.record(left).finish === "cancelled");
+    assert.equal(recorder.record(streamId).tokens.length, 0);
+    arrive();
+    assert.equal(await taken, 7);
+    await turnsUntil(() => recorder.record(streamId).finish !== undefined);
+    assert.equal(recorder.record(streamId).first!.cachedTokens, 28);
+    new Uint8Array(memory)[3 * MOCK_BLOCK_BYTES]! ^= 1;
+    await engine.clearBlocks();
+    const wrong = blockPort.copyIn(blocks);
+    moves.shift()!.arrive();
+    await assert.rejects(wrong, (thrown) => thrown instanceof DynamoError && thrown.reason === "malformed-frame");
   });
 });
 

@@ -77,6 +77,8 @@ const IDLE_BATCH = 16;
 /** Some 4 MB of waiting references. */
 const QUEUE_BLOCKS = 32_768;
 const CLOSE_TIMEOUT_MS = 5_000;
+/** 200,000 slots of a disk that does not hang. */
+const OPEN_TIMEOUT_MS = 5_000;
 /** Writes of one tier at a time. */
 const WRITES_AT_A_TIME = 4;
 
@@ -108,11 +110,23 @@ export class TieredCache {
     this.#lower = options.lower.map((one) => ({ ...one, queue: new OffloadQueue(QUEUE_BLOCKS), writing: 0 }));
   }
 
-  /** Opens the tiers below the host and tells what they still have. */
+  /** Opens the tiers below the host and tells what they still have; of one that takes long, later. */
   async open(): Promise<void> {
     for (const { tier } of this.#lower) tier.onChange = () => this.#tell();
-    await Promise.all(this.#lower.map(({ tier }) => tier.open()));
-    this.#tell();
+    const { clock, logger } = this.#options;
+    const opened = Promise.all(this.#lower.map(({ tier }) => tier.open())).then(() => this.#tell());
+    this.#track(opened);
+    // A disk that hangs, or is very slow, must not keep its worker from serving: it joins when it is there.
+    const late = Promise.withResolvers<void>();
+    const timer = clock.setTimer(OPEN_TIMEOUT_MS, () => {
+      logger.warn(
+        { ms: OPEN_TIMEOUT_MS },
+        "KV tiers are still being opened: requests compute what they would have had",
+      );
+      late.resolve();
+    });
+    await Promise.race([opened, late.promise]);
+    timer.cancel();
   }
 
   /** Events of the engine, in order, before or after they were passed on. */

@@ -260,3 +260,27 @@ test("memory event plane: an abandoned plane hears, says and answers nothing; lo
   await Promise.all([speaker.close(), hearer.close(), deaf.close()]);
   assert.equal(bus.topicCount, 0);
 });
+
+test("memory event plane: a publisher that is held back is overtaken by another, and its own order stays", async () => {
+  let isHeld = true;
+  const [slowId, quickId] = ["0".repeat(15) + "a", "0".repeat(15) + "b"];
+  const bus = new MemoryEventBus({ hold: (_topic, publisherId) => publisherId === slowId && isHeld });
+  const pending: (() => void)[] = [];
+  const plane = new MemoryEventPlane({ bus, clock: new ManualClock(), schedule: (run) => pending.push(run) });
+  const got: string[] = [];
+  await plane.subscribe("load", {
+    onEvent: (publisherId, sequence) => void got.push(`${publisherId === slowId ? "slow" : "quick"} ${sequence}`),
+    onGap: () => assert.fail("nothing was lost"),
+  });
+  const [slow, quick] = [
+    await plane.publish("load", { publisherId: slowId }),
+    await plane.publish("load", { publisherId: quickId }),
+  ];
+  for (let i = 0; i < 2; i++) for (const publisher of [slow, quick]) publisher.publish(text("x"));
+  pending.shift()!();
+  assert.deepEqual(got, ["quick 1", "quick 2"]);
+  isHeld = false;
+  for (let run = pending.shift(); run !== undefined; run = pending.shift()) run();
+  assert.deepEqual(got, ["quick 1", "quick 2", "slow 1", "slow 2"]);
+  await plane.close();
+});

@@ -37,6 +37,11 @@ export interface MemoryEventBusOptions {
   ) => boolean;
   /** An event for which it returns true comes once more, behind the next one: twice, and out of order. */
   readonly repeat?: (topic: string, publisherId: string, sequence: number, to: string) => boolean;
+  /**
+   * While it returns true, what this publisher sent waits, and what others sent meanwhile overtakes it: a publisher's own
+   * order is all that the plane keeps.
+   */
+  readonly hold?: (topic: string, publisherId: string, to: string) => boolean;
 }
 
 /** A beacon that was lost is sent again after this long, as over the network. */
@@ -51,12 +56,14 @@ export class MemoryEventBus {
   readonly queueEvents: number;
   readonly drop: NonNullable<MemoryEventBusOptions["drop"]>;
   readonly repeat: NonNullable<MemoryEventBusOptions["repeat"]>;
+  readonly hold: MemoryEventBusOptions["hold"];
   readonly #topics = new Map<string, Topic>();
 
   constructor(options: MemoryEventBusOptions = {}) {
     this.queueEvents = options.queueEvents ?? DEFAULT_QUEUE_EVENTS;
     this.drop = options.drop ?? (() => false);
     this.repeat = options.repeat ?? (() => false);
+    this.hold = options.hold;
   }
 
   /** Number of topics anybody uses: 0 after everything was closed. */
@@ -399,16 +406,34 @@ class MemorySubscription implements EventSubscription, SourceLink {
 
   #drain(): void {
     this.#isScheduled = false;
-    const queue = this.#queue;
-    this.#queue = [];
-    this.#queuedEvents = 0;
+    const queue = this.#withoutHeld();
     for (const { publisher, sequence, payload, run } of queue) {
       if (this.#isClosed) return;
       if (run !== undefined) run();
       else this.#sources.get(publisher)?.live(sequence, payload);
     }
     for (const publisher of this.#missed) if (this.#beacon(publisher)) this.#missed.delete(publisher);
+    if (this.#queue.length > 0) this.#wake();
     if (this.#missed.size > 0) this.#beaconTimer ??= this.#context.clock.setTimer(BEACON_MS, () => this.#beaconAgain());
+  }
+
+  /** What is to be handed over now, in order; what is held back stays in the queue. */
+  #withoutHeld(): Waiting[] {
+    const queue = this.#queue;
+    this.#queue = [];
+    this.#queuedEvents = 0;
+    const { hold } = this.#bus;
+    if (hold === undefined) return queue;
+    const held = new Map<MemoryPublisher, boolean>();
+    return queue.filter((waiting) => {
+      const { publisher, run } = waiting;
+      let isHeld = held.get(publisher);
+      if (isHeld === undefined) held.set(publisher, (isHeld = hold(this.#topicName, publisher.publisherId, this.name)));
+      if (!isHeld) return true;
+      this.#queue.push(waiting);
+      if (run === undefined) this.#queuedEvents++;
+      return false;
+    });
   }
 
   #beaconAgain(): void {

@@ -6,10 +6,11 @@ import { FakeModel } from "../../engines/llama/fake-model.ts";
 import { engineBattery } from "../../engines/engine.battery.ts";
 import { EngineRecorder, aRequest } from "../../engines/engine.recorder.ts";
 import { HostTier, TieredCache, offloadFilter, type LowerTier } from "../../kvbm/index.ts";
+import { FORMAT, aBlock, itsBytes } from "../../kvbm/tiers/fixtures/blocks.ts";
 import { MemoryTier, RecordingMeters } from "../../kvbm/tiers/fixtures/memory-tier.ts";
 import { silentLogger } from "../../observability/index.ts";
 import type { KvEvent } from "../../protocol/index.ts";
-import { systemClock } from "../../std/index.ts";
+import { ManualClock, systemClock } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { ImportedBlocks } from "../../engines/index.ts";
 import { TieredEngine } from "./tiered-engine.ts";
@@ -163,6 +164,40 @@ test("tiers: an engine that cannot export blocks, and a host without room for on
   await assert.rejects(recorder.start(), /the echo engine has no KV blocks/);
   await recorder.stop();
   assert.throws(() => new HostTier({ bytes: 10, blockBytes: 32 }), /expected at least 32 bytes/);
+});
+
+test("tiers: one that hangs when it is opened keeps no worker from starting, and tells what it has later", async () => {
+  const clock = new ManualClock();
+  const { promise: disk, resolve: recover } = Promise.withResolvers<void>();
+  class HangingTier extends MemoryTier {
+    override open(): Promise<void> {
+      return disk;
+    }
+  }
+  const below = new HangingTier("disk");
+  const block = aBlock(0);
+  await below.write([block], [itsBytes(block)]);
+  const events: KvEvent[] = [];
+  const cache = new TieredCache({
+    blockSizeTokens: 16,
+    totalBlocks: 4,
+    port: { copyOut: () => Promise.reject(new Error()), copyIn: () => Promise.resolve(0) },
+    host: new HostTier({ bytes: 4 * FORMAT.blockBytes, blockBytes: FORMAT.blockBytes }),
+    lower: [{ tier: below, filter: offloadFilter({ minSights: 1 }) }],
+    clock,
+    logger: silentLogger,
+    meters: new RecordingMeters(),
+    onEvents: (told) => void events.push(...told),
+    isBusy: () => false,
+  });
+  const opening = cache.open();
+  clock.advance(5_000);
+  await opening;
+  assert.equal(events.length, 0);
+  recover();
+  await cache.settled();
+  assert.equal(told(events, "disk").size, 1);
+  await cache.close();
 });
 
 test("tiers: while requests run at most four blocks are copied between two steps", () =>
