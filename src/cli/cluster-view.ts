@@ -28,7 +28,7 @@ export interface InstanceView {
   /** Below the engine's cache. */
   readonly kvTiers?: readonly KvTierUse[] | undefined;
   /** What it has fetched from, or written to, other workers; undefined: it has no part in handoffs, or has not told. */
-  readonly transfers: readonly TransferPairReport[] | undefined;
+  readonly transfers?: readonly TransferPairReport[] | undefined;
 }
 
 export class ClusterView {
