@@ -350,6 +350,7 @@ export function transferBattery(world: World): void {
         operation: "read",
         reason: table.reason,
         isSlowPath: table.isSlowPath,
+        isSlow: false,
         transferCount: 4,
         byteCount: 4 * BLOCK_COUNT * BLOCK_BYTES,
         descriptorCount: 4 * BLOCK_COUNT,

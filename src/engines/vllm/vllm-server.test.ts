@@ -123,7 +123,8 @@ describe("vLLM server of ours", () => {
       assert.match(engine.ownMetrics(), /^vllm:num_requests_running\{/m);
       assert.doesNotMatch(engine.ownMetrics(), /^python_/m);
     });
-    assert.deepEqual(pids.map(isAlive), [false, false]);
+    // A helper of its own is no child of ours: whoever reaps it does so in its own time.
+    await until(() => !pids.some(isAlive), "the end of both");
   });
 
   test("killed while answers run: they end with engine-stopped, it comes back, and answers", LIMIT, () =>
