@@ -261,6 +261,14 @@ describe("two frontend threads without KV events, with sessions", { timeout: 120
     const others = new Set<string>();
     for (let i = 0; i < 8; i++) others.add((await ask(`other-${i}`, `another talk ${i}`, `other-${i}`)).worker);
     assert.ok(others.size > 1, "sessions share one worker");
+    // The threads tell each other in their own time.
+    const knowing = new Set<number | undefined>();
+    for (let i = 0; knowing.size < 2; i++) {
+      const id = `told-${i}`;
+      const { reason } = await ask(id, `${id} asks who knows`, "talk");
+      await until(() => threads(cluster).has(id), "the log line");
+      if (reason === "the session's worker") knowing.add(threads(cluster).get(id));
+    }
     await onBothThreads("session", 16, async (id) => {
       const { worker, reason } = await ask(id, `${id} is a turn that shares nothing`, "talk");
       assert.equal(worker, first.worker);
