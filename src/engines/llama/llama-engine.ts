@@ -44,6 +44,9 @@ interface Call {
   readonly reject: (error: DynamoError) => void;
 }
 
+/** The library warns of memory for more tokens than the model's context: all sequences share it, none gets that long. */
+const CELLS_NOTE = /n_ctx_seq \(\d+\) > n_ctx_train/;
+
 export class LlamaEngine implements Engine {
   readonly #config: LlamaEngineConfig;
   readonly #logger: Logger;
@@ -244,7 +247,8 @@ export class LlamaEngine implements Engine {
   #onReport(report: Report): void {
     switch (report.type) {
       case "started":
-        for (const line of report.log) this.#logger.warn({ level: line.level }, `libllama: ${line.text}`);
+        for (const { level, text } of report.log)
+          if (!CELLS_NOTE.test(text)) this.#logger.warn({ level }, `libllama: ${text}`);
         if (this.#state === "starting") this.#state = "running";
         this.#started?.resolve(report.info);
         this.#started = undefined;
