@@ -23,7 +23,7 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
   #stream: ClientStream | undefined;
   /** Bytes taken from the worker and not granted again. */
   #ungranted = 0;
-  #hasItem = false;
+  #hasBegun = false;
   /** Booking and place in the watch are given back. */
   #isReleased = false;
   /** Nothing is listened to any more. */
@@ -36,9 +36,14 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
     this.#progress = watch.enter(decision.instanceId, this);
   }
 
-  /** Its worker began with it, and may send: the client takes what comes. */
+  /** Its worker began to answer, and may send: the client takes what comes. */
   get isExpecting(): boolean {
-    return this.#hasItem && this.#ungranted === 0;
+    return this.#hasBegun && this.#ungranted === 0;
+  }
+
+  /** The first word of the answer came. Blocks that are offered before it prove no pace: the prompt may be long. */
+  began(): void {
+   
   }
 
   /** `open` gets this attempt as the stream's handler. */
@@ -85,7 +90,6 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
 
   onItem(bytes: Uint8Array, start: number, end: number): void {
     if (this.#isLeft) return;
-    this.#hasItem = true;
     this.#progress.items++;
     this.#ungranted += end - start;
     this.#owner.onItem(bytes, start, end);

@@ -523,7 +523,9 @@ export class ChoiceStream implements AttemptOwner {
 
   /** The worker's first word, of each attempt. What is told of the request is what the first one said. */
   #onFirst(): void {
-    const { decision } = this.#attempt!;
+    const attempt = this.#attempt!;
+    const { decision } = attempt;
+    attempt.began();
     const promptTokens = this.#request.tokenIds.length;
     if (OUTPUT.promptTokens !== promptTokens) {
       this.#end(

@@ -368,9 +368,11 @@ interface LoopCluster {
 /** Workers on the real engine loop. */
 async function withLoopCluster(
   use: (loop: LoopCluster) => Promise<void>,
-  options: { decode?: number; tiers?: boolean; handoff?: Partial<HandoffConfig> } = {},
+  options: { decode?: number; tiers?: boolean; handoff?: Partial<HandoffConfig>; stallLimitMs?: number } = {},
 ): Promise<void> {
-  const cluster = await startInProcessCluster({ workers: 0, frontend: { disagg: "always" } });
+  const { stallLimitMs } = options;
+  const frontend = { disagg: "always", ...(stallLimitMs === undefined ? {} : { stallLimitMs }) } as const;
+  const cluster = await startInProcessCluster({ workers: 0, frontend });
   const whole = await startInProcessCluster({ workers: 0 });
   const memory = new MemoryNetwork();
   const add = async (role: "prefill" | "decode"): Promise<LoopCluster["prefill"]> => {
@@ -493,6 +495,24 @@ describe("disaggregation: finished chunks of a prompt travel while the next ones
       const { split: again } = await loop.ask(`${PROMPT} and something new at its end, of a few blocks`, "again");
       assert.equal(again.handoff!.pull!.held_blocks, BLOCKS);
     }));
+
+  test("a worker that is long at the rest of a prompt, of which it has handed chunks over, is not taken for stuck", () => {
+    const stallLimitMs = 150;
+    return withLoopCluster(
+      async (loop) => {
+        const answer = loop.ask(PROMPT);
+        await halfWay(loop);
+        const sinceMs = performance.now();
+        await until(() => performance.now() - sinceMs > 2 * stallLimitMs, "more than the limit to go by");
+        loop.prefill.engine.resume();
+        const { text, split } = await answer;
+        assert.equal(text, await loop.expected(PROMPT));
+        assert.equal(split.fallback, null);
+        assert.equal(split.handoff!.pull!.outcome, "pulled");
+      },
+      { stallLimitMs },
+    );
+  });
 
   test("a prompt that is larger than the memory for handoffs flows through it", () =>
     withLoopCluster(

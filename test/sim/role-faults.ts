@@ -26,6 +26,9 @@ export class RoleFaults implements TransferWatch {
   readonly #begun = new Map<SimProcess, number>();
   readonly #arrived = new Map<SimProcess, number>();
 
+  /** They decode until they have another role, and cannot be counted on. */
+  readonly #turning = new Set<SimProcess>();
+
   constructor(cluster: Cluster, draw: Draw) {
     this.#cluster = cluster;
     this.#draw = draw;
@@ -152,7 +155,9 @@ export class RoleFaults implements TransferWatch {
       (seat, index) =>
         seat.isServing &&
         (wanted ?? index) === index &&
-        workers.some((other) => other !== seat && other.isServing && decodes(other)),
+        workers.some(
+          (other) => other !== seat && other.isServing && decodes(other) && !this.#turning.has(other.process),
+        ),
     );
     if (frontend === undefined || may.length === 0) return;
     const seat = this.#draw.pick(may);
@@ -163,12 +168,14 @@ export class RoleFaults implements TransferWatch {
     if (address === undefined) return;
     took();
     world.record(`${process.name} is to be a ${role} worker`);
+    this.#turning.add(process);
     this.#cluster.trouble(seat, Infinity, "draining");
     const endpoint = formatEndpoint({ namespace: "dynamo", component: "backend", endpoint: ROLE_ENDPOINT });
     let isOver = false;
     const over = (how: string): void => {
       if (isOver) return;
       isOver = true;
+      this.#turning.delete(process);
       world.record(`${process.name}: change of role: ${how}`);
       if (seat.process === process && seat.isServing) this.#cluster.recovered(seat);
     };
