@@ -30,7 +30,8 @@ const ALL_SETUPS = Object.keys(SETUPS) as Setup[];
 
 /** Of one round. Words are about a token each. */
 const LOADS = {
-  short: { prompts: repeat(10, [40]), outputTokens: 32 },
+  /** Many, or the tail of a round decides: with 10 for four clients the last two were often on one worker. */
+  short: { prompts: repeat(30, [40]), outputTokens: 32 },
   long: { prompts: repeat(5, [300]), outputTokens: 24 },
   /** Some that write, some that read longer texts in. */
   mixed: { prompts: repeat(2, [40, 40, 300, 40, 40]), outputTokens: 32 },
