@@ -41,9 +41,9 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
     return this.#hasBegun && this.#ungranted === 0;
   }
 
-  /** The first word of the answer came. Blocks that are offered before it prove no pace: the prompt may be long. */
+  /** A token came. Blocks that are offered before it prove no pace: the prompt may be long. */
   began(): void {
-   
+    this.#hasBegun = true;
   }
 
   /** `open` gets this attempt as the stream's handler. */

@@ -523,9 +523,7 @@ export class ChoiceStream implements AttemptOwner {
 
   /** The worker's first word, of each attempt. What is told of the request is what the first one said. */
   #onFirst(): void {
-    const attempt = this.#attempt!;
-    const { decision } = attempt;
-    attempt.began();
+    const { decision } = this.#attempt!;
     const promptTokens = this.#request.tokenIds.length;
     if (OUTPUT.promptTokens !== promptTokens) {
       this.#end(
@@ -670,6 +668,7 @@ export class ChoiceStream implements AttemptOwner {
   }
 
   #collect(tokenIds: Uint32Array, count: number): void {
+    this.#attempt?.began();
     const needed = this.#count + count;
     // An engine that did not go on where it was told to would begin its budget anew.
     if (needed > this.#request.stop.maxTokens) {
