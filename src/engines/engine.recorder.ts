@@ -166,7 +166,10 @@ export class EngineRecorder implements EngineSink {
     const output = this.#output;
     decodeEngineOutput(step, start, end, output);
     assert.ok(
-      output.tokenCount > 0 || output.finish !== undefined || output.promptLogprobs !== undefined,
+      output.tokenCount > 0 ||
+        output.finish !== undefined ||
+        output.promptLogprobs !== undefined ||
+        output.restored !== undefined,
       "an entry says something",
     );
     if (output.hasFirst) {

@@ -487,6 +487,7 @@ export class ChoiceStream implements AttemptOwner {
       return;
     }
     if (OUTPUT.pull !== undefined) this.#onPull(OUTPUT.pull);
+    if (OUTPUT.restored !== undefined) this.#attempt?.decision.restored(OUTPUT.restored);
     if (OUTPUT.hasFirst) this.#onFirst();
     if (OUTPUT.reportedCachedTokens !== undefined) this.#onReportedCached(OUTPUT.reportedCachedTokens);
     if (OUTPUT.tokenCount > 0) this.#collect(OUTPUT.tokenIds, OUTPUT.tokenCount);

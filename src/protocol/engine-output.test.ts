@@ -8,6 +8,7 @@ import {
   decodeEngineOutput,
   forEachStepEntry,
   type FinishReason,
+  type RestoredBlocks,
   type TokenLogprob,
 } from "./engine-output.ts";
 
@@ -30,6 +31,7 @@ interface Payload {
   first: { promptTokens: number; cachedTokens: number; queueMs: number; prefillMs: number } | undefined;
   logprobs: TokenLogprob[] | undefined;
   promptLogprobs: TokenLogprob[] | undefined;
+  restored: RestoredBlocks | undefined;
   finish: Exclude<FinishReason, "error"> | undefined;
   decodeMs: number;
   error: DynamoError | undefined;
@@ -42,6 +44,9 @@ const aPayload: fc.Arbitrary<Payload> = aRecord({
   }),
   logprobs: fc.option(fc.array(aLogprob, { maxLength: 4 }), { nil: undefined }),
   promptLogprobs: fc.option(fc.array(aLogprob, { maxLength: 4 }), { nil: undefined }),
+  restored: fc.option(aRecord({ hostBlocks: aU32, diskBlocks: aU32, objectBlocks: aU32, milliseconds: anF32 }), {
+    nil: undefined,
+  }),
   finish: fc.option(fc.constantFrom("stop" as const, "length" as const, "cancelled" as const), { nil: undefined }),
   decodeMs: anF32,
   error: fc.option(anError, { nil: undefined }),
@@ -54,6 +59,7 @@ function write(writer: StepWriter, streamId: number, payload: Payload): void {
   else if (payload.tokens.length > 0) writer.tokens(payload.tokens);
   if (payload.logprobs !== undefined) writer.logprobs(payload.logprobs);
   if (payload.promptLogprobs !== undefined) writer.promptLogprobs(payload.promptLogprobs);
+  if (payload.restored !== undefined) writer.restored(payload.restored);
   if (payload.finish !== undefined) writer.finish(payload.finish, payload.decodeMs);
   if (payload.error !== undefined) writer.error(payload.error);
   writer.endEntry();
@@ -68,6 +74,7 @@ function assertDecoded(output: EngineOutput, payload: Payload): void {
   }
   assert.deepEqual(output.logprobs, payload.logprobs);
   assert.deepEqual(output.promptLogprobs, payload.promptLogprobs);
+  assert.deepEqual(output.restored, payload.restored);
   assert.equal(output.finish, payload.error === undefined ? payload.finish : "error");
   if (payload.finish !== undefined) assert.equal(output.decodeMs, payload.decodeMs);
   assert.equal(output.error?.reason, payload.error?.reason);
@@ -131,6 +138,7 @@ void test("engine output: a payload cut anywhere is refused, or is the sections 
     first: undefined,
     logprobs: undefined,
     promptLogprobs: undefined,
+    restored: undefined,
     finish: undefined,
     decodeMs: 0,
     error: undefined,

@@ -17,6 +17,7 @@ import { MAX_HANDOFF_BYTES, type PullResult } from "./handoff.ts";
  *   HANDOFF   u8 whether a draft, u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills
  *             for others
  *   CACHED    u32 prompt tokens from the cache, from engines that tell only at the end: replaces the guess in FIRST
+ *   RESTORED  u32 blocks from host memory, u32 from disk, u32 from the object store, f32 ms until they were in the cache
  *   PULL      outcome and back end as texts, u32 blocks held, u32 pulled, u32 of them early, f64 bytes, f32 ms, of one that was
  *             handed blocks
  *
@@ -35,6 +36,7 @@ const ERROR = 6;
 const HANDOFF = 7;
 const PULL = 8;
 const CACHED = 9;
+const RESTORED = 10;
 const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
 const FINAL_BIT = 0x80000000;
 const MAX_TEXT_BYTES = 64 * 1024;
@@ -46,6 +48,15 @@ export interface TokenLogprob {
   readonly logprob: number;
   readonly topIds: readonly number[];
   readonly topLogprobs: readonly number[];
+}
+
+/** KV blocks of the prompt that came back into the engine's cache from a tier below it. */
+export interface RestoredBlocks {
+  readonly hostBlocks: number;
+  readonly diskBlocks: number;
+  readonly objectBlocks: number;
+  /** Reading them and copying them into the engine; the request waited for that. */
+  readonly milliseconds: number;
 }
 
 /** Builds a step. Reused for every step: `reset`, entries, `view`. */
@@ -123,6 +134,15 @@ export class StepWriter {
     this.#writer.u32(cachedTokens);
   }
 
+  /** Before the first token, by what keeps tiers below the engine's cache. */
+  restored(blocks: RestoredBlocks): void {
+    this.#writer.u8(RESTORED);
+    this.#writer.u32(blocks.hostBlocks);
+    this.#writer.u32(blocks.diskBlocks);
+    this.#writer.u32(blocks.objectBlocks);
+    this.#writer.f32(blocks.milliseconds);
+  }
+
   finish(reason: Exclude<FinishReason, "error">, decodeMs: number): void {
     this.#final = FINAL_BIT;
     this.#writer.u8(FINISH);
@@ -189,6 +209,7 @@ export class EngineOutput {
   error: DynamoError | undefined = undefined;
   handoff: OfferedHandoff | undefined = undefined;
   pull: PullResult | undefined = undefined;
+  restored: RestoredBlocks | undefined = undefined;
 }
 
 /** A handoff as the frontend sees it. */
@@ -239,6 +260,7 @@ export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number
   target.error = undefined;
   target.handoff = undefined;
   target.pull = undefined;
+  target.restored = undefined;
   // The usual payload, one token and nothing else, needs no reader object.
   if (end - start === 7 && bytes[start] === TOKENS && bytes[start + 1] === 1 && bytes[start + 2] === 0) {
     target.tokenIds[0] =
@@ -307,6 +329,13 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       const byteCount = reader.u32();
       if (byteCount > MAX_HANDOFF_BYTES) throw new Error(`a handoff of ${byteCount} bytes`);
       target.handoff = { isDraft, blockCount, blockBytes, bytes: Buffer.from(reader.bytes(byteCount)) };
+      return;
+    }
+    case RESTORED: {
+      const hostBlocks = reader.u32();
+      const diskBlocks = reader.u32();
+      const objectBlocks = reader.u32();
+      target.restored = { hostBlocks, diskBlocks, objectBlocks, milliseconds: reader.f32() };
       return;
     }
     case PULL: {

@@ -1,4 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
+import type { RestoredBlocks } from "../protocol/index.ts";
 import type { DecisionExplanation, PoolOutlook } from "../router/index.ts";
 import { readFields, type Fields } from "./route-query.ts";
 
@@ -10,7 +11,7 @@ import { readFields, type Fields } from "./route-query.ts";
  * | endpoint | asked | answers |
  * | --- | --- | --- |
  * | `route` | route query | `queued`?, decision; stays open |
- * | `prefill_done` | booking, cached tokens | `known` |
+ * | `prefill_done` | booking, cached tokens, what was restored | `known` |
  * | `add_output` | booking, tokens | `known` |
  * | `free` | booking, outcome | `known` |
  * | `outlook` | route query | how either pool would take it; nothing is booked |
@@ -60,6 +61,7 @@ export interface BookingUpdate {
   readonly cachedTokens: number;
   readonly tokens: number;
   readonly outcome: string;
+  readonly restored: RestoredBlocks | undefined;
 }
 
 /** A whole answer, of any endpoint: half of what a stream may keep without credit. */
@@ -120,6 +122,17 @@ function outlook(fields: Fields | undefined): PoolOutlook {
   };
 }
 
+function restoredBlocks(fields: Fields | undefined): RestoredBlocks | undefined {
+  if (fields === undefined) return undefined;
+  const blocks = (name: string): number => fields.integer(name, 0, MAX_COUNT);
+  return {
+    hostBlocks: blocks("hostBlocks"),
+    diskBlocks: blocks("diskBlocks"),
+    objectBlocks: blocks("objectBlocks"),
+    milliseconds: fields.number("milliseconds"),
+  };
+}
+
 /** Throws `malformed-frame`. */
 export function decodeBookingUpdate(bytes: Uint8Array): BookingUpdate {
   return decode(bytes, MAX_UPDATE_BYTES, (fields) => ({
@@ -127,6 +140,7 @@ export function decodeBookingUpdate(bytes: Uint8Array): BookingUpdate {
     cachedTokens: count(fields, "cachedTokens"),
     tokens: count(fields, "tokens"),
     outcome: fields.optionalText("outcome") ?? "finished",
+    restored: restoredBlocks(fields.optionalFields("restored")),
   }));
 }
 

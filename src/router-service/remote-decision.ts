@@ -1,4 +1,5 @@
-import type { DecisionExplanation, RequestEnd, RoutingDecision } from "../router/index.ts";
+import type { RestoredBlocks } from "../protocol/index.ts";
+import { renderRestored, type DecisionExplanation, type RequestEnd, type RoutingDecision } from "../router/index.ts";
 import type { ClientStream } from "../runtime/request-plane/index.ts";
 import {
   ADD_OUTPUT_ENDPOINT,
@@ -32,6 +33,7 @@ export class RemoteDecision implements RoutingDecision {
   #isServiceGone = false;
   #firstTokenMs = -1;
   #cachedTokens = 0;
+  #restored: RestoredBlocks | undefined = undefined;
   #outputTokens = 0;
   /** Of those, not told yet. */
   #untoldTokens = 0;
@@ -59,7 +61,14 @@ export class RemoteDecision implements RoutingDecision {
     if (!this.#isHeld) return;
     if (this.#firstTokenMs < 0) this.#firstTokenMs = this.#sinceStartMs();
     this.#cachedTokens = cachedTokens;
-    this.#tell(PREFILL_DONE_ENDPOINT, { cachedTokens });
+    this.#tell(PREFILL_DONE_ENDPOINT, {
+      cachedTokens,
+      ...(this.#restored === undefined ? {} : { restored: this.#restored }),
+    });
+  }
+
+  restored(blocks: RestoredBlocks): void {
+    if (this.#isHeld) this.#restored = blocks;
   }
 
   addTokens(count: number): void {
@@ -95,6 +104,7 @@ export class RemoteDecision implements RoutingDecision {
       actual: {
         cached_blocks: Math.floor(this.#cachedTokens / explanation.prompt.block_size),
         cached_tokens: this.#cachedTokens,
+        restored: renderRestored(this.#restored),
         first_token_ms: rounded(this.#firstTokenMs),
         output_tokens: this.#outputTokens,
         duration_ms: this.#durationMs < 0 ? null : rounded(this.#durationMs),

@@ -74,7 +74,7 @@ export class RouteService {
   endpoints(): { readonly name: string; readonly handler: EndpointHandler }[] {
     return [
       { name: ROUTE_ENDPOINT, handler: (stream, payload) => this.#route(stream, payload) },
-      { name: PREFILL_DONE_ENDPOINT, handler: this.#update((held, { cachedTokens }) => held.firstToken(cachedTokens)) },
+      { name: PREFILL_DONE_ENDPOINT, handler: this.#update((held, update) => held.firstToken(update)) },
       { name: ADD_OUTPUT_ENDPOINT, handler: this.#update((held, { tokens }) => held.addTokens(tokens)) },
       { name: FREE_ENDPOINT, handler: this.#update((held, { outcome, tokens }) => held.free(outcome, tokens)) },
       { name: OUTLOOK_ENDPOINT, handler: unary((payload) => this.#outlook(payload)) },
@@ -267,7 +267,8 @@ class HeldRoute implements ServerStreamHandler {
     this.#stream.write(encodeJson(this.#service.decisionMessage(this, decision)));
   }
 
-  firstToken(cachedTokens: number): void {
+  firstToken({ cachedTokens, restored }: BookingUpdate): void {
+    if (restored !== undefined) this.#decision?.restored(restored);
     this.#decision?.firstToken(cachedTokens);
   }
 

@@ -1,3 +1,4 @@
+import type { RestoredBlocks } from "../protocol/index.ts";
 import type { Clock } from "../std/index.ts";
 import type { DecisionRecord } from "./explain/decision-log.ts";
 import type { DecisionExplanation } from "./explain/render.ts";
@@ -96,6 +97,10 @@ export class BookedDecision implements RoutingDecision {
     this.record.firstTokenMs = nowMs - this.#startMs;
     this.#owner.metrics.timeToFirstToken.observe((nowMs - this.#startMs) / 1_000);
     this.#owner.prefillDone(this);
+  }
+
+  restored(blocks: RestoredBlocks): void {
+    if (this.#held) this.record.restored = blocks;
   }
 
   addTokens(count: number): void {

@@ -1,4 +1,4 @@
-import type { ActiveSequenceEvent } from "../protocol/index.ts";
+import type { ActiveSequenceEvent, RestoredBlocks } from "../protocol/index.ts";
 import type { BlockHashes } from "../tokens/index.ts";
 import type { RouterConfig } from "./config.ts";
 import type { DecisionExplanation } from "./explain/render.ts";
@@ -102,6 +102,8 @@ export interface RoutingDecision {
    * the engine counted otherwise in the end: then only that number is taken over.
    */
   firstToken(cachedTokens: number): void;
+  /** Before it: prompt blocks that the worker brought back from the tiers below its engine's cache. */
+  restored(blocks: RestoredBlocks): void;
   /** Generated tokens, as they come. */
   addTokens(count: number): void;
   /** As for operators, with what is known of the request by now; undefined when a remote router was not asked for it. */

@@ -68,7 +68,7 @@ export interface IndexHealth {
 /** A request that could not be placed at once. */
 export type WaitingRoute = Waiting<RoutingDecision>;
 
-export type { DecisionExplanation } from "./explain/render.ts";
+export { renderRestored, type DecisionExplanation } from "./explain/render.ts";
 
 interface QueuedRoute extends QueueItem {
   readonly request: RouteRequest;

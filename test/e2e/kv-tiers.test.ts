@@ -14,6 +14,7 @@ import { startInProcessCluster, until, type InProcessCluster } from "../helpers/
 class TiersRig {
   readonly cluster: InProcessCluster;
   readonly engines: LoopEngine[] = [];
+  #requestId = "";
 
   constructor(cluster: InProcessCluster) {
     this.cluster = cluster;
@@ -33,8 +34,16 @@ class TiersRig {
     return answer.decisions[0]!;
   }
 
+  /** Of the newest answer. */
+  async restored(): Promise<NonNullable<DecisionExplanation["actual"]>["restored"]> {
+    const answer = await fetch(`${this.cluster.baseUrl}/v1/route/explain/${this.#requestId}`);
+    const { decisions } = (await answer.json()) as { decisions: DecisionExplanation[] };
+    return decisions.at(-1)!.actual!.restored;
+  }
+
   async complete(prompt: string): Promise<{ text: string; cachedTokens: number }> {
     const answer = await this.#post("/v1/completions", { prompt, max_tokens: 4, temperature: 0 });
+    this.#requestId = answer.headers.get("x-request-id") ?? "";
     assert.equal(answer.status, 200, await answer.clone().text());
     const { usage, choices } = (await answer.json()) as OpenAI.Completion;
     return { text: choices[0]!.text, cachedTokens: usage!.prompt_tokens_details?.cached_tokens ?? 0 };
@@ -67,6 +76,7 @@ test("KV tiers: the router credits blocks in a worker's host memory, explains it
     await rig.cluster.settled(2);
     const cold = await rig.complete(PROMPT);
     assert.equal(cold.cachedTokens, 0);
+    assert.equal(await rig.restored(), null);
     const { engines } = rig;
     await until(() => engines.some((engine) => engine.copiedOutBlocks >= BLOCKS), "the blocks to be in host memory");
     for (const engine of engines) await engine.clearBlocks();
@@ -84,6 +94,9 @@ test("KV tiers: the router credits blocks in a worker's host memory, explains it
     const restored = await rig.complete(PROMPT);
     assert.equal(restored.cachedTokens, BLOCKS * 16);
     assert.equal(restored.text, cold.text);
+    const { ms, ...blocks } = (await rig.restored())!;
+    assert.deepEqual(blocks, { host_blocks: BLOCKS, disk_blocks: 0, object_blocks: 0 });
+    assert.ok(ms > 0, `${ms} ms`);
   }));
 
 test("KV tiers: a worker that comes later is credited with what it finds in the store, and restores it", async (t) => {
@@ -111,5 +124,6 @@ test("KV tiers: a worker that comes later is credited with what it finds in the 
     assert.equal(candidates[0]!.cost.credit, Math.round(0.1 * (await shared()) * 1_000) / 1_000);
     const restored = await rig.complete(PROMPT);
     assert.deepEqual(restored, { text: cold.text, cachedTokens: BLOCKS * 16 });
+    assert.equal((await rig.restored())?.object_blocks, BLOCKS);
   });
 });

@@ -6,5 +6,11 @@ export { BucketStore, FolderStore, type ObjectStore } from "./object-store.ts";
 export { MAX_MIN_FREQUENCY, offloadFilter } from "./offload-filter.ts";
 export { ObjectTier, type ObjectTierOptions } from "./object-tier.ts";
 export { SightFilter, type OffloadFilter } from "./sight-filter.ts";
-export { TieredCache, type CachePort, type TieredCacheOptions, type TierMatch } from "./tiered-cache.ts";
+export {
+  TieredCache,
+  type CachePort,
+  type RestoredFrom,
+  type TieredCacheOptions,
+  type TierMatch,
+} from "./tiered-cache.ts";
 export type { LowerTier, ReadOptions, TierFailure, TierMeters, TierName } from "./tier.ts";

@@ -1,3 +1,4 @@
+import type { RestoredBlocks } from "../../protocol/index.ts";
 import type { LeftOut } from "../eligibility.ts";
 import type { RouteStage } from "../route-request.ts";
 import type { WorkerCandidate } from "../policies/index.ts";
@@ -36,6 +37,7 @@ export class DecisionRecord {
   // What became of it.
   firstTokenMs = -1;
   cachedTokens = -1;
+  restored: RestoredBlocks | undefined = undefined;
   outputTokens = 0;
   durationMs = -1;
   outcome = "";

@@ -1,3 +1,4 @@
+import type { RestoredBlocks } from "../../protocol/index.ts";
 import { costTerms, type CandidateColumns } from "../scheduling/cost.ts";
 import type { DecisionRecord } from "./decision-log.ts";
 
@@ -34,6 +35,8 @@ export interface DecisionExplanation {
   readonly actual: {
     readonly cached_blocks: number;
     readonly cached_tokens: number;
+    /** Of the cached blocks, those that came from a tier below the engine's cache, and how long that took; null when none did. */
+    readonly restored: RestoredExplanation | null;
     readonly first_token_ms: number;
     readonly output_tokens: number;
     /** null while the request runs. */
@@ -42,6 +45,19 @@ export interface DecisionExplanation {
   } | null;
   /** `finished`, or the reason of the error that ended it there; null while it runs. */
   readonly outcome: string | null;
+}
+
+export interface RestoredExplanation {
+  readonly host_blocks: number;
+  readonly disk_blocks: number;
+  readonly object_blocks: number;
+  readonly ms: number;
+}
+
+export function renderRestored(blocks: RestoredBlocks | undefined): RestoredExplanation | null {
+  if (blocks === undefined) return null;
+  const { hostBlocks, diskBlocks, objectBlocks, milliseconds } = blocks;
+  return { host_blocks: hostBlocks, disk_blocks: diskBlocks, object_blocks: objectBlocks, ms: round(milliseconds) };
 }
 
 /** Leading blocks of the prompt: on the device, then those that continue them tier by tier. */
@@ -105,6 +121,7 @@ export function renderDecision(record: DecisionRecord, columns: CandidateColumns
         : {
             cached_blocks: Math.floor(record.cachedTokens / prompt.blockSizeTokens),
             cached_tokens: record.cachedTokens,
+            restored: renderRestored(record.restored),
             first_token_ms: round(record.firstTokenMs),
             output_tokens: record.outputTokens,
             duration_ms: record.durationMs < 0 ? null : round(record.durationMs),

@@ -339,7 +339,8 @@ test("tiers: held blocks that are gone, or cannot be read, when an import needs 
 
 test("tiers: a prompt's blocks go down and come back in runs that end at the same depths, whatever the batches were", async () => {
   const below = new MemoryTier("object", Infinity, 3);
-  await withRig({ lower: [below] }, async (rig) => {
+  // The prompt is one chunk, of three offload batches: a chunk's end would end a run too.
+  await withRig({ lower: [below], maxBatchedTokens: 64 }, async (rig) => {
     const told = (): number[] =>
       rig.recorder.kvEvents.flatMap((event) =>
         event.type === "stored" && event.tier === "external" ? [event.startBlock] : [],

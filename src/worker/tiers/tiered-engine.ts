@@ -1,6 +1,6 @@
 import type { Engine, EngineInfo, EngineSink, ExportedBlocks, ImportedBlocks } from "../../engines/index.ts";
 import { DynamoError, toDynamoError } from "../../errors/index.ts";
-import type { TieredCache, TierMatch } from "../../kvbm/index.ts";
+import type { RestoredFrom, TieredCache, TierMatch } from "../../kvbm/index.ts";
 import {
   EngineOutput,
   StepWriter,
@@ -49,12 +49,19 @@ interface Parked {
   readonly sinceMs: number;
 }
 
+interface Restoring {
+  readonly from: RestoredFrom;
+  /** For what lay below the host. */
+  readonly parkedMs: number;
+}
+
 export class TieredEngine implements Engine {
   readonly #options: TieredEngineOptions;
   readonly #engine: Engine;
   readonly #parked = new Map<number, Parked>();
-  /** Streams whose first entry, which tells the prefill's time, is still to come. */
-  readonly #unbegun = new Set<number>();
+  /** Streams whose first entry, which tells the prefill's time, is still to come, with what was restored for them. */
+  readonly #unbegun = new Map<number, Restoring | undefined>();
+  readonly #told = new StepWriter();
   readonly #output = new EngineOutput();
   #cache: TieredCache | undefined = undefined;
   #info: EngineInfo | undefined = undefined;
@@ -229,10 +236,10 @@ export class TieredEngine implements Engine {
   }
 
   /** With the blocks of the match that are in the host by now. */
-  #submit(streamId: number, request: PreprocessedRequest, match: TierMatch | undefined): void {
-    if (match !== undefined) this.#cache?.copyIn(match, request.tokenIds, request.cacheNamespace);
+  #submit(streamId: number, request: PreprocessedRequest, match: TierMatch | undefined, parkedMs = 0): void {
+    const from = match === undefined ? undefined : this.#cache?.copyIn(match, request.tokenIds, request.cacheNamespace);
     this.#engine.submit(streamId, request);
-    this.#unbegun.add(streamId);
+    this.#unbegun.set(streamId, from === undefined ? undefined : { from, parkedMs });
   }
 
   #park(streamId: number, request: PreprocessedRequest, match: TierMatch): void {
@@ -243,7 +250,7 @@ export class TieredEngine implements Engine {
     void this.#cache!.fetch(match, { deadlineMs, signal: parked.abort.signal }).then(() => {
       if (this.#parked.get(streamId) !== parked) return;
       try {
-        this.#submit(streamId, request, match);
+        this.#submit(streamId, request, match, this.#options.clock.monotonicMs() - sinceMs);
       } catch (thrown) {
         this.#endLater((step) => step.errorEntry(streamId, toDynamoError(thrown, "engine-stopped")));
       }
@@ -281,11 +288,26 @@ export class TieredEngine implements Engine {
 
   #onStep(step: Uint8Array): void {
     if (this.#unbegun.size > 0) {
+      this.#told.reset();
       forEachStepEntry(step, (streamId, start, end) => {
-        if (this.#unbegun.delete(streamId)) this.#notePrefill(step, start, end);
+        if (!this.#unbegun.has(streamId)) return;
+        const restoring = this.#unbegun.get(streamId);
+        this.#unbegun.delete(streamId);
+        this.#notePrefill(step, start, end);
+        if (restoring !== undefined) this.#tellRestored(streamId, restoring);
       });
+      if (this.#told.entryCount > 0) this.#sink?.onStep(this.#told.view());
     }
     this.#sink?.onStep(step);
+  }
+
+  /** In front of the engine's first word. */
+  #tellRestored(streamId: number, { from, parkedMs }: Restoring): void {
+    const { copyMs, ...blocks } = from;
+    if (blocks.hostBlocks + blocks.diskBlocks + blocks.objectBlocks === 0) return;
+    this.#told.beginEntry(streamId);
+    this.#told.restored({ ...blocks, milliseconds: parkedMs + copyMs });
+    this.#told.endEntry();
   }
 
   #notePrefill(step: Uint8Array, start: number, end: number): void {
