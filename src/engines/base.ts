@@ -16,7 +16,7 @@ export interface EngineInfo {
   readonly engineVersion: string;
   readonly contextLength: number;
   readonly blockSizeTokens: number;
-  /** KV blocks of the device cache. */
+  /** KV blocks of the device cache; this and the next two are of one data-parallel rank. */
   readonly totalBlocks: number;
   readonly maxSequences: number;
   readonly maxBatchedTokens: number;

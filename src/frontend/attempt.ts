@@ -41,7 +41,7 @@ export class Attempt implements ClientStreamHandler, WatchedStream {
     return this.#hasBegun && this.#ungranted === 0;
   }
 
-  /** A token came. Blocks that are offered before it prove no pace: the prompt may be long. */
+  /** A token came, or the blocks of its prompt. Blocks that are offered before it prove no pace: the prompt may be long. */
   began(): void {
     this.#hasBegun = true;
   }

@@ -17,7 +17,7 @@ import {
   type RoutingDecision,
   type WaitingRoute,
 } from "../router/index.ts";
-import type { StreamEnd } from "../runtime/request-plane/index.ts";
+import { FIRST_BACK_OFF_MS, type StreamEnd } from "../runtime/request-plane/index.ts";
 import { Attempt, type AttemptOwner } from "./attempt.ts";
 import { ChoiceTrace } from "./choice-trace.ts";
 import type { GenerationRun } from "./generation-run.ts";
@@ -85,7 +85,7 @@ export class ChoiceStream implements AttemptOwner {
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
   /** Excluded over a broken connection, oldest first. Each comes back once, when nobody untried is left. */
-  readonly #secondChances: string[] = [];
+  readonly #secondChances: { readonly instanceId: string; readonly fromMs: number }[] = [];
   readonly #triedAgain = new Set<string>();
   /** Of the prompt; it remembers the prompt's hashes. */
   readonly #promptRoute: RouteRequest;
@@ -404,8 +404,10 @@ export class ChoiceStream implements AttemptOwner {
       this.#fallBack(error);
       return;
     }
-    if (NOBODY_UNTRIED.has(error.reason) && this.#giveSecondChance()) {
-      this.dispatch();
+    const pauseMs = NOBODY_UNTRIED.has(error.reason) ? this.#giveSecondChance() : undefined;
+    if (pauseMs !== undefined) {
+      if (pauseMs <= 0) this.dispatch();
+      else this.#run.planes.clock.setTimer(pauseMs, () => this.#dispatchAgain());
       return;
     }
     // Nobody is left to go on with it: what is told is why it had to go.
@@ -413,19 +415,25 @@ export class ChoiceStream implements AttemptOwner {
   }
 
   /**
-   * Whether a worker whose connection broke may be asked again. One that is dead refuses the connection at once, one that
-   * is frozen costs one more connect timeout: the whole pool gone is still an error soon.
+   * In how many ms a worker whose connection broke may be asked again; undefined when there is none. One that is dead
+   * refuses the connection at once, one that is frozen costs one more connect timeout: the whole pool gone is still an error
+   * soon.
    */
-  #giveSecondChance(): boolean {
+  #giveSecondChance(): number | undefined {
     const known = this.#run.model.router.workers;
     for (;;) {
-      const instanceId = this.#secondChances.shift();
-      if (instanceId === undefined) return false;
+      const chance = this.#secondChances.shift();
+      if (chance === undefined) return undefined;
+      const { instanceId, fromMs } = chance;
       if (!known.some((worker) => worker.instanceId === instanceId)) continue;
       this.#triedAgain.add(instanceId);
       this.#excluded.delete(instanceId);
-      return true;
+      return fromMs - this.#run.planes.clock.monotonicMs();
     }
+  }
+
+  #dispatchAgain(): void {
+    if (!this.#ended) this.dispatch();
   }
 
   #send(request: PreprocessedRequest, decision: RoutingDecision, startMs: number): void {
@@ -636,6 +644,8 @@ export class ChoiceStream implements AttemptOwner {
 
   /** The decode worker has the blocks, or computes what is missing. */
   #onPull(pull: PullResult): void {
+    // The prompt is there: what is missing is a step.
+    if (pull.outcome === "pulled") this.#attempt?.began();
     const split = this.#split;
     if (split === undefined) return;
     split.settled(pull);
@@ -795,14 +805,15 @@ export class ChoiceStream implements AttemptOwner {
     );
     // A turn later: whatever cut this connection may have cut others too (this process was frozen, a switch went), and by
     // then the sockets have said so. Else one break after the other would use up all workers within a millisecond.
-    this.#run.planes.clock.nextTurn(() => {
-      if (!this.#ended) this.dispatch();
-    });
+    this.#run.planes.clock.nextTurn(() => this.#dispatchAgain());
   }
 
   #leaveOut(instanceId: string, reason: Reason): void {
     this.#excluded.add(instanceId);
-    if (CONNECTION_FAULTS.has(reason) && !this.#triedAgain.has(instanceId)) this.#secondChances.push(instanceId);
+    if (!CONNECTION_FAULTS.has(reason) || this.#triedAgain.has(instanceId)) return;
+    // Until then the plane does not try to connect again.
+    const waitMs = reason === "worker-unreachable" ? FIRST_BACK_OFF_MS : 0;
+    this.#secondChances.push({ instanceId, fromMs: this.#run.planes.clock.monotonicMs() + waitMs });
   }
 
   /** Counts it when it may. */

@@ -16,6 +16,7 @@ export interface ModelCard {
   readonly engineVersion: string;
   readonly contextLength: number;
   readonly blockSizeTokens: number;
+  /** This and the next two are of one data-parallel rank. */
   readonly totalBlocks: number;
   readonly maxSequences: number;
   readonly maxBatchedTokens: number;

@@ -135,6 +135,8 @@ function checkSurvival(
   const own = frontend.troubles.filter(isHit);
   // A frontend that was stopped has lost time, and must not take its own pause for the workers' fault.
   if (own.some(({ kind }) => kind !== "frozen") || (own.length > 0 && call.code === "request_deadline")) return;
+  // What joined while it was stopped it hears of when it is through with the requests that waited.
+  if (own.length > 0 && call.code === "model_not_found") return;
   const steady = workers.filter((seat) => {
     const hit = seat.troubles.filter(isHit);
     if (!decodedAllThe(seat, call.startedMs, call.endedMs)) return false;
@@ -151,7 +153,7 @@ function checkSurvival(
 
 /** About what one worker needs for all of a run's answers, when its blocks or places are what it lacks: they run in shifts. */
 function neededMs({ cluster: { engine }, calls }: RunPlan): number {
-  const { blockSizeTokens = 16, totalBlocks = 1, maxSequences = 1, speedupRatio = 1 } = engine;
+  const { blockSizeTokens = 16, totalBlocks = 1, maxSequences = 1, speedupRatio = 1, engineType } = engine;
   let blockMs = 0;
   let placeMs = 0;
   for (const { asked } of calls) {
@@ -160,7 +162,9 @@ function neededMs({ cluster: { engine }, calls }: RunPlan): number {
       blockMs += Math.ceil((prompt.length + maxTokens) / blockSizeTokens) * maxTokens * (STEP_MS / speedupRatio);
     }
   }
-  return Math.max(blockMs / totalBlocks, placeMs / maxSequences);
+  // It sets blocks aside for tokens that may still come: about half of them stand empty.
+  const share = engineType === "sglang" ? 0.5 : 1;
+  return Math.max(blockMs / (share * totalBlocks), placeMs / maxSequences);
 }
 
 /** Of the mock engine's model, about. */

@@ -155,8 +155,14 @@ export class RoleFaults implements TransferWatch {
       (seat, index) =>
         seat.isServing &&
         (wanted ?? index) === index &&
+        // One that is to decode after a restart too.
         workers.some(
-          (other) => other !== seat && other.isServing && decodes(other) && !this.#turning.has(other.process),
+          (other) =>
+            other !== seat &&
+            other.isServing &&
+            other.workerRole !== "prefill" &&
+            decodes(other) &&
+            !this.#turning.has(other.process),
         ),
     );
     if (frontend === undefined || may.length === 0) return;

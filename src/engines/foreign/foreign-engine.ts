@@ -162,9 +162,8 @@ export class ForeignEngine implements Engine {
   }
 
   load(): LoadSnapshot {
-    const facts = this.#facts;
     const scraped = this.#poller.load;
-    const totalBlocks = facts?.totalBlocks ?? 0;
+    const totalBlocks = this.#totalBlocks();
     const own = this.#streams.size;
     const others = scraped === undefined ? 0 : this.#othersStreams;
     const waitingRequests = Math.min(own + others, scraped?.waitingRequests ?? 0);
@@ -427,6 +426,11 @@ export class ForeignEngine implements Engine {
     }
   }
 
+  /** Of all ranks. */
+  #totalBlocks(): number {
+    return this.#facts === undefined ? 0 : this.#facts.totalBlocks * this.#facts.dataParallelSize;
+  }
+
   #onScrape(): void {
     const { clock } = this.#options;
     const scraped = this.#poller.load;
@@ -439,7 +443,7 @@ export class ForeignEngine implements Engine {
     this.#life = scraped.life;
     const all = scraped.runningRequests + scraped.waitingRequests;
     this.#othersStreams = Math.max(0, all - this.#peakStreams);
-    const usedBlocks = Math.round((scraped.kvUsage ?? 0) * (this.#facts?.totalBlocks ?? 0));
+    const usedBlocks = Math.round((scraped.kvUsage ?? 0) * this.#totalBlocks());
     this.#othersBlocks = Math.max(0, usedBlocks - this.#ownBlocks());
     this.#peakStreams = this.#streams.size;
   }

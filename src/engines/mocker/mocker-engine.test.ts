@@ -133,6 +133,21 @@ test("mocker engine: a request that moves to another engine with its tokens goes
   });
 });
 
+test("mocker engine: it tells the sizes of one rank, and the load of all", async () => {
+  const engine = new MockerEngine(mockerConfig({ ...SMALL, dataParallelSize: 3 }));
+  const recorder = new EngineRecorder(engine);
+  try {
+    const { totalBlocks, maxSequences, dataParallelSize } = await recorder.start();
+    assert.deepEqual(
+      { totalBlocks, maxSequences, dataParallelSize },
+      { totalBlocks: 200, maxSequences: 8, dataParallelSize: 3 },
+    );
+    assert.equal(engine.load().totalBlocks, 600);
+  } finally {
+    await recorder.stop();
+  }
+});
+
 test("mocker engine: data-parallel ranks share the work, and events say which rank they are of", async () => {
   const config = mockerConfig({ ...SMALL, dataParallelSize: 3 });
   const engine = new MockerEngine(config);

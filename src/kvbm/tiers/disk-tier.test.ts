@@ -197,6 +197,21 @@ test("disk tier: the file is as long as what was written, also in the next life"
   }
 });
 
+test("disk tier: what is evicted before it was told is told as gone only", async (t) => {
+  const rig = await aRig(t);
+  await rig.start();
+  for (let depth = 0; depth < 8; depth++) assert(await rig.write(depth));
+  await rig.tier.close();
+  // The next life finds eight blocks, and has to make room before anybody asked what it has.
+  const tier = await rig.start();
+  assert(await rig.write(0, 1));
+  const gone = tier.takeRemoved();
+  assert.equal(gone.length, 2, "one block made room");
+  const came = tier.takeStored().map(({ lo, hi }) => `${lo}:${hi}`);
+  assert.equal(came.length, 8);
+  assert(!came.includes(`${gone[0]}:${gone[1]}`));
+});
+
 test("disk tier: full or read-only it is degraded, reads on, and recovers by itself", async (t) => {
   const rig = await aRig(t);
   let code = "";

@@ -172,8 +172,9 @@ export class DiskTier implements LowerTier {
     return false;
   }
 
+  /** What was evicted before it could be told is left out: removals are told first. */
   takeStored(): BlockIdentity[] {
-    return this.#stored.splice(0);
+    return this.#stored.splice(0).filter((block) => this.#index.has(block));
   }
 
   takeRemoved(): Uint32Array {

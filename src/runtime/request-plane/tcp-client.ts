@@ -32,7 +32,7 @@ import type { TcpContext } from "./tcp-context.ts";
  * with `worker-unreachable` at once: nothing piles up in front of a dead server. Those that have nobody else to ask only
  * wait for the first back-off: the server may be well again, and they are at most twenty attempts a second.
  */
-const FIRST_BACK_OFF_MS = 50;
+export const FIRST_BACK_OFF_MS = 50;
 const MAX_BACK_OFF_MS = 2_000;
 /** A failure is forgotten when nobody asked for its address for this long. */
 const FAILURE_MEMORY_MS = 10_000;
