@@ -113,6 +113,7 @@ async function checkModelFolder(values: OptionValues): Promise<Finding> {
 
 async function checkModel(values: OptionValues, store: ModelStore): Promise<Finding> {
   if (values.engine === "vllm") return checkModelFolder(values);
+  if (values.engine === "openai") return ok("model", "the openai engine has its own");
   const wanted = wantedModel(values);
   if (wanted === undefined) return ok("model", "the echo engine needs none");
   const stored = store.resolve(wanted);

@@ -1,5 +1,5 @@
 /**
- * Options of workers beside an engine that is a process of its own (`--engine vllm`). Names are Dynamo's or vLLM's where
+ * Options of workers beside an engine that is a process of its own (`--engine vllm`, `llama-server`, `openai`). Names are Dynamo's or vLLM's where
  * they have the thing. Part of the table in `options.ts`.
  */
 const WORKERS = ["local", "worker"] as const;
@@ -37,7 +37,7 @@ export const ENGINE_OPTIONS = {
   "engine-command": {
     type: "text",
     default: undefined,
-    defaultText: "vllm",
+    defaultText: "vllm, or llama-server with that engine",
     env: "DYN_ENGINE_COMMAND",
     group: GROUP,
     commands: WORKERS,
@@ -101,6 +101,34 @@ export const ENGINE_OPTIONS = {
     group: GROUP,
     commands: ["worker"],
     help: "Where the lines of an engine that is started go.",
+  },
+  "engine-tokenizer": {
+    type: "choice",
+    choices: ["model", "bytes"],
+    default: "model",
+    env: "DYN_ENGINE_TOKENIZER",
+    group: GROUP,
+    commands: WORKERS,
+    help: "With --engine openai: the tokenizer of --model, or bytes where there is no such file. Then a token is a byte, for limits and usage too.",
+  },
+  "engine-headers": {
+    type: "text",
+    default: undefined,
+    defaultText: "none",
+    secret: true,
+    env: "DYN_ENGINE_HEADERS",
+    group: GROUP,
+    commands: WORKERS,
+    help: 'With --engine openai: headers for every request, as a JSON object: {"api-key": "..."}; from the environment or a file only.',
+  },
+  "engine-metrics-map": {
+    type: "text",
+    default: undefined,
+    defaultText: "none: the load is what this worker sent",
+    env: "DYN_ENGINE_METRICS_MAP",
+    group: GROUP,
+    commands: WORKERS,
+    help: 'With --engine openai: where its load is on a Prometheus page, as a JSON object: {"path": "/metrics", "running": "NAME", "waiting": "NAME", "kvUsage": "NAME", "prefix": "PREFIX"}.',
   },
   "engine-kv-events": {
     type: "switch",

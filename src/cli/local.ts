@@ -13,7 +13,7 @@ import { checkOnePolicy } from "./policy-module.ts";
 import { checkPortFree } from "./port-check.ts";
 import { pullWithProgress } from "./pull-with-progress.ts";
 import { describeOptions, forwardedFlags, resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
-import { foreignName, milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
+import { foreignName, isForeignEngine, milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
 import { SupervisedProcess, stopAll, type Facts } from "./supervisor.ts";
 import { waitUntilListed } from "./wait-until-listed.ts";
 
@@ -43,7 +43,7 @@ export async function run({ argv, env, err }: CommandContext): Promise<number> {
 function checkEngineShare(resolved: ResolvedOptions): void {
   const { values } = resolved;
   const count = workerRoles({ ...values, workers: workerCount(resolved) }).length;
-  if (values.engine !== "vllm" || count === 1) return;
+  if (!isForeignEngine(values.engine) || count === 1) return;
   for (const name of ["engine-url", "engine-port"] as const) {
     if (values[name] === undefined || values[name] === 0) continue;
     throw new DynamoError("invalid-config", `--${name}: names one engine, and there are ${count} workers`);
@@ -55,6 +55,10 @@ async function presentModel(values: OptionValues, env: NodeJS.ProcessEnv): Promi
     const { modelFolder } = await import("./vllm-config.ts");
     const path = await modelFolder(values, env);
     return { name: foreignName(values, { modelPath: path }), path, bytes: 0 };
+  }
+  if (values.engine === "openai" || (values.engine === "llama-server" && values["engine-url"] !== undefined)) {
+    const { modelOfServer } = await import("./text-engine-config.ts");
+    return modelOfServer(values, env);
   }
   const wanted = wantedModel(values);
   if (wanted === undefined) return undefined;
@@ -159,6 +163,7 @@ class LocalCluster {
       env: childEnvironment(env, {
         DYN_CLUSTER_SECRET: this.#values["cluster-secret"] ?? this.#secret,
         ...(this.#values["engine-api-key"] === undefined ? {} : { DYN_ENGINE_API_KEY: this.#values["engine-api-key"] }),
+        ...(this.#values["engine-headers"] === undefined ? {} : { DYN_ENGINE_HEADERS: this.#values["engine-headers"] }),
       }),
       clock: systemClock,
       // A prefix would break a JSON line; it names its role itself.
@@ -235,7 +240,7 @@ Stop it:     Ctrl-C
 /** An engine that is started has a limit of its own, which is the longer one. */
 function startTimeoutSeconds({ values, sources }: ResolvedOptions): number {
   const own = values["start-timeout-secs"];
-  if (values.engine !== "vllm" || sources["start-timeout-secs"] !== "default") return own;
+  if (!isForeignEngine(values.engine) || sources["start-timeout-secs"] !== "default") return own;
   return Math.max(own, values["engine-start-timeout-secs"] + 60);
 }
 
@@ -247,7 +252,7 @@ const DUTIES: Readonly<Record<string, string>> = {
 
 /** A server that starts its own processes for each device is one on a machine, unless more are asked for. */
 function workerCount({ values, sources }: ResolvedOptions): number {
-  return values.engine === "vllm" && sources.workers === "default" ? 1 : values.workers;
+  return isForeignEngine(values.engine) && sources.workers === "default" ? 1 : values.workers;
 }
 
 /** Two pools with `--prefill`, else workers that each do all of it. */

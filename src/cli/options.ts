@@ -125,12 +125,12 @@ export const OPTIONS = {
   },
   engine: {
     type: "choice",
-    choices: ["llama", "vllm", "echo"],
+    choices: ["llama", "vllm", "llama-server", "openai", "echo"],
     default: "llama",
     env: "DYN_ENGINE",
     group: "Model and engine",
     commands: ["local", "worker", "doctor"],
-    help: "llama runs the model on this machine's CPU; vllm is a vLLM server, started by the worker or running already (--engine-url); echo answers with the prompt at once, for measuring and testing.",
+    help: "llama runs the model on this machine's CPU; vllm is a vLLM server and llama-server is llama.cpp's, started by the worker or running already (--engine-url); openai is any server with the OpenAI API that runs already; echo answers with the prompt at once, for measuring and testing.",
   },
   workers: {
     type: "integer",

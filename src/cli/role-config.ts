@@ -191,9 +191,17 @@ const ECHO_CONTEXT_LENGTH = 8_192;
 /** libllama's own bound on sequences of one context; some are kept for cached prefixes. */
 const MAX_LLAMA_SEQUENCES = 256;
 
-/** The name clients use, of a model that is a folder. */
-export function foreignName(values: OptionValues, { modelPath }: Pick<EngineConfig, "modelPath">): string {
-  return values["model-name"] ?? values["engine-model"] ?? basename(modelPath ?? "model");
+/** One that is a process of its own. */
+export function isForeignEngine(engine: OptionValues["engine"]): boolean {
+  return engine !== "llama" && engine !== "echo";
+}
+
+/** The name clients use, of the model of an engine that is a process of its own. */
+export function foreignName(
+  values: OptionValues,
+  { modelPath, modelName }: { readonly modelPath?: string; readonly modelName?: string },
+): string {
+  return values["model-name"] ?? values["engine-model"] ?? modelName ?? basename(modelPath ?? "model");
 }
 
 /** The name of `--model`, or of the model that is served when none is named; undefined for echo without a model. */

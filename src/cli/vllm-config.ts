@@ -3,7 +3,7 @@ import { homedir, tmpdir, userInfo } from "node:os";
 import { join, resolve } from "node:path";
 import type { TokenizerSample, VllmEngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
-import { loadTokenizer } from "../frontend/preprocess/index.ts";
+import { loadTokenizer, type Tokenizer } from "../frontend/preprocess/index.ts";
 import { artifactFromPath, vocabularySizeOf, type TokenizerArtifact } from "../model/index.ts";
 import type { OptionValues } from "./options.ts";
 import type { ResolvedOptions } from "./resolve-options.ts";
@@ -29,7 +29,7 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
     vocabularySize: Math.max(vocabularySizeOf(artifact), rowsOf(modelPath)),
     ...(engineModel === undefined ? {} : { engineModel }),
     ...(apiKey === undefined ? {} : { apiKey }),
-    ...(url === undefined ? { launch: launchOf(resolved) } : { url }),
+    ...(url === undefined ? { launch: launchOf(resolved, "vllm") } : { url }),
     kvEvents: values["engine-kv-events"],
     ...(kvEventsConfig === undefined ? {} : { kvEventsConfig }),
     startTimeoutMs: milliseconds(values["engine-start-timeout-secs"]),
@@ -43,8 +43,12 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
   };
 } // prettier-ignore
 
-function launchOf({ values, engineArgs }: ResolvedOptions): NonNullable<VllmEngineConfig["launch"]> {
-  const command = splitWords(values["engine-command"] ?? "vllm", "--engine-command");
+/** Of an engine that is started; `program` is what it is called where nobody says otherwise. */
+export function launchOf(
+  { values, engineArgs }: ResolvedOptions,
+  program: string,
+): NonNullable<VllmEngineConfig["launch"]> {
+  const command = splitWords(values["engine-command"] ?? program, "--engine-command");
   if (command.length === 0)
     throw new DynamoError("invalid-config", "--engine-command: expected a program, got nothing");
   return {
@@ -52,12 +56,12 @@ function launchOf({ values, engineArgs }: ResolvedOptions): NonNullable<VllmEngi
     args: [...splitWords(values["engine-args"] ?? "", "--engine-args"), ...engineArgs],
     env: {},
     port: values["engine-port"],
-    logPath: resolve(values["engine-log-file"] ?? defaultLogPath()),
+    logPath: resolve(values["engine-log-file"] ?? defaultLogPath(program)),
   };
 }
 
-function defaultLogPath(): string {
-  return join(tmpdir(), `dynamo-ts-engines-${userInfo().uid}`, "logs", `vllm-${process.pid}.log`);
+function defaultLogPath(program: string): string {
+  return join(tmpdir(), `dynamo-ts-engines-${userInfo().uid}`, "logs", `${program}-${process.pid}.log`);
 }
 
 /** A folder with a tokenizer: named, in the cache of the Hugging Face hub, or where an engine on this machine has it. */
@@ -88,7 +92,7 @@ export async function modelFolder(values: OptionValues, env: NodeJS.ProcessEnv):
 } // prettier-ignore
 
 /** `owner/name` as the hub's own tools keep it. */
-function hubSnapshot(model: string, env: NodeJS.ProcessEnv): string | undefined {
+export function hubSnapshot(model: string, env: NodeJS.ProcessEnv): string | undefined {
   if (!/^[\w.-]+\/[\w.-]+$/.test(model)) return undefined;
   const cache = env.HF_HUB_CACHE ?? join(env.HF_HOME ?? join(env.HOME ?? homedir(), ".cache", "huggingface"), "hub");
   const folder = join(cache, `models--${model.replace("/", "--")}`);
@@ -142,6 +146,9 @@ const SAMPLES: readonly string[] = [
 ];
 
 async function tokenizerSamples(artifact: TokenizerArtifact): Promise<TokenizerSample[]> {
-  const tokenizer = await loadTokenizer(artifact);
+  return samplesOf(await loadTokenizer(artifact));
+}
+
+export function samplesOf(tokenizer: Tokenizer): TokenizerSample[] {
   return SAMPLES.map((text) => ({ text, tokenIds: [...tokenizer.encode(text, { addSpecialTokens: false })] }));
 }

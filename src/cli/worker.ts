@@ -14,6 +14,10 @@ export async function foreignEngine(
     const { vllmConfig } = await import("./vllm-config.ts");
     return vllmConfig(resolved, env);
   }
+  if (resolved.values.engine === "llama-server" || resolved.values.engine === "openai") {
+    const { llamaServerConfig, openAiConfig } = await import("./text-engine-config.ts");
+    return resolved.values.engine === "openai" ? openAiConfig(resolved, env) : llamaServerConfig(resolved, env);
+  }
   if (resolved.engineArgs.length === 0) return undefined;
   throw new DynamoError(
     "invalid-config",

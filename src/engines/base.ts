@@ -31,6 +31,8 @@ export interface EngineInfo {
    * @default "exact"
    */
   readonly kvEvents?: "exact" | "estimated";
+  /** It answers in text, which its worker puts into tokens: the text is exact, the tokens are a guess. @default "exact" */
+  readonly tokens?: "exact" | "estimated";
 }
 
 export interface EngineSink {

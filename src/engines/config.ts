@@ -1,7 +1,41 @@
-import type { ForeignEngineConfig } from "./foreign/foreign-config.ts";
+import type { EngineTokenizer, ForeignEngineConfig } from "./foreign/foreign-config.ts";
 
 /** Which engine to load and how; `cli/` fills it from flags, environment and file, `loadEngine` takes it. */
-export type EngineConfig = LlamaEngineConfig | EchoEngineConfig | MockerEngineConfig | VllmEngineConfig;
+export type EngineConfig =
+  | LlamaEngineConfig
+  | EchoEngineConfig
+  | MockerEngineConfig
+  | VllmEngineConfig
+  | LlamaServerEngineConfig
+  | OpenAiEngineConfig;
+
+/** llama.cpp's server: `url` of one that runs already, or `launch` for one of this worker's. */
+export interface LlamaServerEngineConfig extends ForeignEngineConfig {
+  readonly kind: "llama-server";
+  readonly tokenizer: EngineTokenizer;
+}
+
+/** Any server with the OpenAI API; `url` is where it runs, with the path its API is under (none = `/v1`). */
+export interface OpenAiEngineConfig extends ForeignEngineConfig {
+  readonly kind: "openai";
+  readonly tokenizer: EngineTokenizer;
+  /** With every request. */
+  readonly headers?: Readonly<Record<string, string>>;
+  /** Where its load is, if it tells it. */
+  readonly metrics?: EngineMetricsMap;
+}
+
+/** Which families of a Prometheus page say what. */
+export interface EngineMetricsMap {
+  /** @default "/metrics" */
+  readonly path?: string;
+  readonly running?: string;
+  readonly waiting?: string;
+  /** 0 to 1. */
+  readonly kvUsage?: string;
+  /** Families that are passed on. @default none */
+  readonly prefix?: string;
+}
 
 /** A vLLM server: `url` of one that runs already, or `launch` for one of this worker's. */
 export interface VllmEngineConfig extends ForeignEngineConfig {

@@ -11,9 +11,12 @@ export type {
 export type {
   EchoEngineConfig,
   EngineConfig,
+  EngineMetricsMap,
   LlamaEngineConfig,
+  LlamaServerEngineConfig,
   MockerEngineConfig,
+  OpenAiEngineConfig,
   VllmEngineConfig,
 } from "./config.ts";
-export type { TokenizerSample } from "./foreign/foreign-config.ts";
+export type { EngineTokenizer, TokenizerSample } from "./foreign/foreign-config.ts";
 export { loadEngine, type EngineOptions } from "./load-engine.ts";

@@ -31,5 +31,13 @@ export async function loadEngine(config: EngineConfig, options: EngineOptions): 
       const { createVllmEngine } = await import("./vllm/index.ts");
       return createVllmEngine(config, options);
     }
+    case "llama-server": {
+      const { createLlamaServerEngine } = await import("./llama-server/index.ts");
+      return createLlamaServerEngine(config, options);
+    }
+    case "openai": {
+      const { createOpenAiEngine } = await import("./openai/index.ts");
+      return createOpenAiEngine(config, options);
+    }
   }
 }

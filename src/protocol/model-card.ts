@@ -36,6 +36,8 @@ export interface ModelCard {
   readonly answerForms?: boolean;
   /** Where its KV events come from: the engine, or a guess of its worker's. @default "exact" */
   readonly kvEvents?: "exact" | "estimated";
+  /** What its engine says in tokens: the engine's own, or made by its worker from text. @default "exact" */
+  readonly tokens?: "exact" | "estimated";
   /** Of the weights; empty for engines without. Blocks of other weights are other blocks. */
   readonly modelFingerprint: string;
 }

@@ -368,6 +368,7 @@ async function modelCard(
     blockBytes: info.blockBytes,
     ...(info.answerForms === undefined ? {} : { answerForms: info.answerForms }),
     ...(info.kvEvents === undefined ? {} : { kvEvents: info.kvEvents }),
+    ...(info.tokens === undefined ? {} : { tokens: info.tokens }),
     modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };
 }

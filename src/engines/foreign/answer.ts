@@ -1,6 +1,6 @@
 import type { DynamoError } from "../../errors/index.ts";
-import type { PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
-import type { EngineHttp, HttpCall } from "./engine-http.ts";
+import type { KvEvent, PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
+import type { AnswerHeaders, EngineHttp, HttpCall } from "./engine-http.ts";
 
 /** What a foreign engine's server is, as far as a worker needs it; found out at each of its starts. */
 export interface EngineFacts {
@@ -17,6 +17,8 @@ export interface EngineFacts {
   readonly reportsCachedTokens: boolean;
   /** It can hold an answer to a form. */
   readonly answerForms: boolean;
+  /** It answers in text, which is put into tokens here: the text is exact, the tokens are a guess. @default "exact" */
+  readonly tokens?: "exact" | "estimated";
   /** As in `ScrapedLoad`. */
   readonly life: number | undefined;
   /** One line each, for the log: what it lacks and what that costs. */
@@ -30,6 +32,8 @@ export interface AnswerSink {
   promptLogprobs(records: readonly TokenLogprob[]): void;
   /** Prompt tokens that came from the engine's cache. */
   cached(tokens: number): void;
+  /** Of an engine with slots for sequences: which one holds this one from now on. */
+  slot(id: number): void;
   finish(reason: "stop" | "length"): void;
   fail(error: DynamoError): void;
 }
@@ -40,6 +44,8 @@ export interface AnswerReader {
   event(data: string): void;
   /** The whole body of an answer that is no stream. */
   whole(text: string): void;
+  /** The end marker of a stream came. */
+  done?(): void;
 }
 
 /** A scrape as far as routing needs it. Of all ranks together. */
@@ -53,6 +59,14 @@ export interface ScrapedLoad {
   readonly preemptions: number;
   /** Another number for another life of the server; undefined = not told. */
   readonly life: number | undefined;
+}
+
+/** What an engine that tells no KV events may have in its cache: a guess, told as if the engine told it. */
+export interface CacheEstimate {
+  /** A sequence was computed: its whole blocks are there now. `slot` undefined = not known, or not yet. */
+  computed(tokenIds: Uint32Array, cacheNamespace: string, slot?: number): KvEvent[];
+  /** The engine's cache is empty. */
+  clear(): void;
 }
 
 /** What differs between engines; everything else is `ForeignEngine`. */
@@ -69,9 +83,13 @@ export interface EngineDialect {
   /** `request` fits the engine: its length and its token ids were checked. */
   call(request: PreprocessedRequest, facts: EngineFacts): HttpCall & { readonly isStream: boolean };
   read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink): AnswerReader;
+  /** Why this one cannot be served; asked before `call`. @default nothing is refused */
+  refusal?(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined;
   /** An answer with another status than 200. */
-  errorOf(status: number, text: string): DynamoError;
+  errorOf(status: number, text: string, headers: AnswerHeaders): DynamoError;
   loadOf(metricsText: string): ScrapedLoad;
+  /** Of a rank, in place of KV events. @default whatever went there, least recently used out first */
+  estimate?(facts: EngineFacts, dpRank: number): CacheEstimate;
   /** Empties its cache; false when it could not, now. Throws `unsupported-operation`. */
   clearCache(http: EngineHttp): Promise<boolean>;
 }

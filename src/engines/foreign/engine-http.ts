@@ -10,7 +10,11 @@ export interface EngineHttpOptions {
   readonly url: string;
   /** Sent as a bearer token. */
   readonly apiKey?: string;
+  /** With every request. */
+  readonly headers?: Readonly<Record<string, string>>;
 }
+
+export type AnswerHeaders = Readonly<Record<string, string | readonly string[] | undefined>>;
 
 export interface HttpAnswer {
   readonly status: number;
@@ -33,7 +37,7 @@ export interface HttpCall {
 
 export interface CallHandler {
   /** Before the first bytes. */
-  onStatus(status: number): void;
+  onStatus(status: number, headers: AnswerHeaders): void;
   onBytes(bytes: Buffer): void;
   /** The whole answer came. */
   onEnd(): void;
@@ -57,12 +61,13 @@ export class EngineHttp {
   readonly #headers: Readonly<Record<string, string>>;
 
   /** Throws `invalid-config` for what is no address. */
-  constructor({ url, apiKey }: EngineHttpOptions) {
+  constructor({ url, apiKey, headers }: EngineHttpOptions) {
     this.url = url;
     const { origin, socketPath } = parseEngineUrl(url);
     this.#headers = {
       "content-type": "application/json",
       ...(apiKey === undefined ? {} : { authorization: `Bearer ${apiKey}` }),
+      ...headers,
     };
     this.#pool = new Pool(origin, {
       pipelining: 1,
@@ -136,8 +141,8 @@ export class EngineHttp {
           controller = started;
           if (isAborted) started.abort(new Error("aborted"));
         },
-        onResponseStart(_controller, status) {
-          if (!isAborted) handler.onStatus(status);
+        onResponseStart(_controller, status, headers) {
+          if (!isAborted) handler.onStatus(status, headers as AnswerHeaders);
         },
         onResponseData(_controller, chunk) {
           if (!isAborted) handler.onBytes(chunk);

@@ -1,4 +1,5 @@
 import type { KvEvent } from "../../protocol/index.ts";
+import type { CacheEstimate } from "./answer.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 
 /**
@@ -6,7 +7,7 @@ import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
  * must be full. A guess, made as if the engine told it: other clients of the engine are not seen, and it may throw away other
  * blocks than these. One object for each rank.
  */
-export class EstimatedCache {
+export class EstimatedCache implements CacheEstimate {
   readonly #blockSizeTokens: number;
   readonly #totalBlocks: number;
   readonly #dpRank: number;

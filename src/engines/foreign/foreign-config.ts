@@ -2,6 +2,8 @@
 export interface ForeignEngineConfig {
   /** The model as this side sees it: where its tokenizer is. */
   readonly modelPath?: string;
+  /** The name that the model's file has, for clients that were given no other. */
+  readonly modelName?: string;
   /** Highest token id and one; a prompt with another id does not reach the engine. */
   readonly vocabularySize: number;
   /** The engine's name for the model. @default the only one it serves */
@@ -34,6 +36,19 @@ export interface ForeignEngineConfig {
   readonly blockSizeTokens: number;
   /** Texts and their tokens by the tokenizer that frontends will use, which the engine's must agree with. */
   readonly tokenizerSamples?: readonly TokenizerSample[];
+}
+
+/** The tokenizer that frontends use, for engines whose answers are text. */
+export interface EngineTokenizer {
+  /** Highest id and one. */
+  readonly vocabularySize: number;
+  /** Without the model's begin and end tokens; special tokens that the text names become those tokens. */
+  encode(text: string): Uint32Array;
+  /** Raw bytes, maybe not whole characters. */
+  tokenBytes(id: number): Uint8Array;
+  isSpecial(id: number): boolean;
+  /** The text of an answer loses one leading space (SentencePiece models). */
+  readonly stripsLeadingSpace: boolean;
 }
 
 export interface TokenizerSample {

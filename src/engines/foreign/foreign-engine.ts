@@ -5,8 +5,8 @@ import { StepWriter, type KvEvent, type LoadSnapshot, type PreprocessedRequest }
 import type { Clock } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { Engine, EngineInfo, EngineProcessState, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
-import type { EngineDialect, EngineFacts } from "./answer.ts";
-import type { EngineHttp } from "./engine-http.ts";
+import type { CacheEstimate, EngineDialect, EngineFacts } from "./answer.ts";
+import type { AnswerHeaders, EngineHttp } from "./engine-http.ts";
 import type { EngineExit } from "./engine-process.ts";
 import type { EngineServer } from "./engine-server.ts";
 import { EstimatedCache } from "./estimated-cache.ts";
@@ -67,7 +67,7 @@ export class ForeignEngine implements Engine {
   #info: EngineInfo | undefined;
   #mirrors: MirroredBlocks[] = [];
   /** In place of a feed. */
-  #estimates: EstimatedCache[] = [];
+  #estimates: CacheEstimate[] = [];
   #whenIdle: (() => void)[] = [];
   #stopping: Promise<void> | undefined;
   readonly #stopSignal = new AbortController();
@@ -118,9 +118,8 @@ export class ForeignEngine implements Engine {
     server?.start();
     const facts = await this.#untilUp(AbortSignal.any([signal, this.#stopSignal.signal]));
     for (let dpRank = 0; dpRank < facts.dataParallelSize; dpRank++) {
-      const { blockSizeTokens, totalBlocks } = facts;
       this.#mirrors.push(new MirroredBlocks());
-      if (feed === undefined) this.#estimates.push(new EstimatedCache({ blockSizeTokens, totalBlocks, dpRank }));
+      if (feed === undefined) this.#estimates.push(this.#newEstimate(facts, dpRank));
     }
     await feed?.open({
       blockSizeTokens: facts.blockSizeTokens,
@@ -129,6 +128,13 @@ export class ForeignEngine implements Engine {
     });
     this.#assertNotStopped();
     return this.#isUp(facts);
+  }
+
+  #newEstimate(facts: EngineFacts, dpRank: number): CacheEstimate {
+    const { blockSizeTokens, totalBlocks } = facts;
+    return (
+      this.#options.dialect.estimate?.(facts, dpRank) ?? new EstimatedCache({ blockSizeTokens, totalBlocks, dpRank })
+    );
   }
 
   submit(streamId: number, request: PreprocessedRequest): void {
@@ -143,6 +149,7 @@ export class ForeignEngine implements Engine {
       nowMs: this.#options.clock.monotonicMs(),
       contextLength: facts.contextLength,
       predictedCachedTokens: this.#predict(request, facts),
+      isText: facts.tokens === "estimated",
       keepsTokens: this.#estimates.length > 0,
       onDirty: (dirty) => this.#onDirty(dirty),
     });
@@ -306,7 +313,7 @@ export class ForeignEngine implements Engine {
       const error = toDynamoError(thrown, "worker-unreachable");
       // Ours is still on its way; one that should run already is not there.
       if (server !== undefined || this.#state === "down") return false;
-      if (error.reason === "cancelled") throw error;
+      if (error.reason === "cancelled" || error.reason === "invalid-config") throw error;
       throw new DynamoError(
         "worker-unreachable",
         `no ${dialect.name} answers at ${http.url}; start it first, or correct --engine-url`,
@@ -351,6 +358,7 @@ export class ForeignEngine implements Engine {
       blockBytes: 0,
       answerForms: facts.answerForms,
       kvEvents: feed === undefined ? "estimated" : "exact",
+      ...(facts.tokens === undefined ? {} : { tokens: facts.tokens }),
     };
     this.#poller.start();
     return this.#info;
@@ -481,7 +489,7 @@ export class ForeignEngine implements Engine {
     // Some engines do not look: one such id ends vLLM's worker process, and the server with it.
     const { vocabularySize } = this.#options;
     const strange = tokenIds.find((id) => id >= vocabularySize);
-    if (strange === undefined) return undefined;
+    if (strange === undefined) return this.#options.dialect.refusal?.(request, facts);
     return new DynamoError("invalid-field", `expected token ids below ${vocabularySize}, got ${strange}`, {
       param: "prompt",
     });
@@ -494,9 +502,11 @@ export class ForeignEngine implements Engine {
     const call = dialect.call(request, facts);
     this.#promptTokens += stream.promptTokens;
     let status = 0;
+    let headers: AnswerHeaders = {};
     let body = "";
     const events = new SseReader((data) => {
-      if (data !== "[DONE]") reader.event(data);
+      if (data === "[DONE]") reader.done?.();
+      else reader.event(data);
     });
     const guarded = (run: () => void): void => {
       try {
@@ -508,7 +518,10 @@ export class ForeignEngine implements Engine {
     };
     const send = (isRetry: boolean): void => {
       stream.call = http.open(call, {
-        onStatus: (code) => (status = code),
+        onStatus: (code, fields) => {
+          status = code;
+          headers = fields;
+        },
         onBytes: (bytes) => {
           this.#lastAnswerMs = this.#options.clock.monotonicMs();
           if (status === 200 && call.isStream) guarded(() => events.push(bytes));
@@ -516,7 +529,7 @@ export class ForeignEngine implements Engine {
         },
         onEnd: () =>
           guarded(() => {
-            if (status !== 200) return stream.fail(dialect.errorOf(status, body));
+            if (status !== 200) return stream.fail(dialect.errorOf(status, body, headers));
             if (call.isStream) events.end();
             else reader.whole(body);
             stream.over();
@@ -624,13 +637,13 @@ export class ForeignEngine implements Engine {
   }
 
   /** Of an engine without events: its prompt, and at the end its answer, are taken to be in the cache. */
-  #estimate({ request, keptTokens = [], isEnded, firstTokenMs }: ForeignStream): void {
+  #estimate({ request, keptTokens = [], isEnded, firstTokenMs, slotId }: ForeignStream): void {
     const estimate = this.#estimates[request.dpRank ?? 0];
     if (estimate === undefined || firstTokenMs < 0) return;
     // The last token was sampled, not computed.
     const answer = isEnded ? keptTokens.slice(0, -1) : [];
     const tokenIds = Uint32Array.from([...request.tokenIds, ...answer]);
-    this.#onKvEvents(estimate.computed(tokenIds, request.cacheNamespace));
+    this.#onKvEvents(estimate.computed(tokenIds, request.cacheNamespace, slotId));
   }
 
   #forgetBlocks(): void {

@@ -15,6 +15,8 @@ export interface ForeignStreamOptions {
   readonly contextLength: number;
   readonly predictedCachedTokens: number;
   readonly keepsTokens: boolean;
+  /** Its tokens are made here from its text: the engine counts its own, and no byte of what it says may be lost to our count. */
+  readonly isText: boolean;
   /** Something is there to be told. */
   readonly onDirty: (stream: ForeignStream) => void;
 }
@@ -30,6 +32,7 @@ export class ForeignStream implements AnswerSink {
   readonly maxNewTokens: number;
   /** Of the rest, that must come before a stop token counts. */
   readonly #minNewTokens: number;
+  readonly #isText: boolean;
   readonly #onDirty: (stream: ForeignStream) => void;
   readonly #startedMs: number;
   call: OpenCall | undefined = undefined;
@@ -37,6 +40,8 @@ export class ForeignStream implements AnswerSink {
   /** The tokens themselves, where somebody wants to know what was computed. */
   readonly keptTokens: number[] | undefined;
   firstTokenMs = -1;
+  /** Where the engine keeps it. */
+  slotId: number | undefined = undefined;
   isDirty = false;
   /** Its final entry is written. */
   isEnded = false;
@@ -53,9 +58,10 @@ export class ForeignStream implements AnswerSink {
   #isOver = false;
 
   constructor(options: ForeignStreamOptions) {
-    const { id, request, nowMs, contextLength, predictedCachedTokens, keepsTokens, onDirty } = options;
+    const { id, request, nowMs, contextLength, predictedCachedTokens, keepsTokens, isText, onDirty } = options;
     this.id = id;
     this.request = request;
+    this.#isText = isText;
     this.#onDirty = onDirty;
     this.#startedMs = nowMs;
     this.predictedCachedTokens = predictedCachedTokens;
@@ -91,7 +97,7 @@ export class ForeignStream implements AnswerSink {
       this.keptTokens?.push(token);
       if (this.request.output.topLogprobs >= 0) this.#logprobs.push(logprobs?.[i] ?? NO_LOGPROB);
       this.newTokens++;
-      if (this.newTokens === this.maxNewTokens) {
+      if (this.newTokens === this.maxNewTokens && !this.#isText) {
         this.#settle("length");
         return;
       }
@@ -113,6 +119,10 @@ export class ForeignStream implements AnswerSink {
   cached(tokens: number): void {
     this.#reported = Math.min(tokens, this.promptTokens);
     this.cachedTokens = this.#reported;
+  }
+
+  slot(id: number): void {
+    this.slotId = id;
   }
 
   finish(reason: "stop" | "length"): void {

@@ -1,13 +1,26 @@
-export type { AnswerReader, AnswerSink, EngineDialect, EngineFacts, ScrapedLoad } from "./answer.ts";
-export { EngineHttp, parseEngineUrl, type CallHandler, type HttpCall, type OpenCall } from "./engine-http.ts";
+export type { AnswerReader, AnswerSink, CacheEstimate, EngineDialect, EngineFacts, ScrapedLoad } from "./answer.ts";
+export { flagValue, hasFlag, kvEndpointsOf, reachableHost } from "./engine-flags.ts";
+export {
+  EngineHttp,
+  parseEngineUrl,
+  type AnswerHeaders,
+  type CallHandler,
+  type HttpCall,
+  type OpenCall,
+} from "./engine-http.ts";
 export { EngineProcess, type EngineCommand, type EngineExit } from "./engine-process.ts";
+export { EngineQuestions, FIRST_ANSWER_MS, firstLine, isBeforeVersion, messageOf } from "./engine-questions.ts";
 export { EngineServer, type EngineServerOptions } from "./engine-server.ts";
-export type { ForeignEngineConfig, TokenizerSample } from "./foreign-config.ts";
+export { errorMessageOf, retryAfterMsOf } from "./error-body.ts";
+export type { EngineTokenizer, ForeignEngineConfig, TokenizerSample } from "./foreign-config.ts";
 export { EstimatedCache } from "./estimated-cache.ts";
 export { ForeignEngine, type ForeignEngineOptions } from "./foreign-engine.ts";
 export { ZmqKvFeed, rankEndpoint, type KvEndpoints, type KvFeed, type KvFeedOptions } from "./kv-feed.ts";
 export { LogRing } from "./log-ring.ts";
 export { MirroredBlocks } from "./mirrored-blocks.ts";
+export { attachEngine, launchEngine, type ForeignPlace, type LaunchPorts, type LaunchedPlace } from "./open-engine.ts";
 export { claimFreePorts, claimName, claimPort, type PortClaim } from "./port-claims.ts";
 export { familiesWithPrefix, parsePrometheus, sumOf, type PrometheusSample } from "./prometheus-text.ts";
+export { SlotCache } from "./slot-cache.ts";
 export { SseReader } from "./sse-reader.ts";
+export { TextTokens, TokenBytes } from "./text-tokens.ts";

@@ -1,0 +1,1 @@
+export { createLlamaServerEngine } from "./llama-server-engine.ts";
