@@ -19,6 +19,7 @@ def main() -> None:
     flags.add_argument("-t", "--threads", type=int, default=1)
     flags.add_argument("--api-key", default=os.environ.get("LLAMA_API_KEY"))
     flags.add_argument("--slot-save-path")
+    flags.add_argument("--cache-ram", type=int, default=8192)
     flags.add_argument("--metrics", action="store_true")
     flags.add_argument("--no-slots", action="store_true")
     given = flags.parse_args()
@@ -31,6 +32,7 @@ def main() -> None:
     params.n_parallel = given.parallel
     params.n_batch = given.batch_size
     params.n_gpu_layers = 0
+    params.cache_ram_mib = given.cache_ram
     params.cpuparams.n_threads = given.threads
     params.cpuparams_batch.n_threads = given.threads
     params.endpoint_metrics = given.metrics
