@@ -14,6 +14,7 @@ import { MAX_HANDOFF_BYTES, type PullResult } from "./handoff.ts";
  *   PROMPT    u32 count, per prompt token from the second on: one logprob record
  *   FINISH    u8 reason, f32 ms of decode
  *   ERROR     reason, message, diagnostic as texts
+ *   RETRY     u32 ms, before an ERROR that may be over by then
  *   HANDOFF   u8 whether a draft, u32 blocks, u32 block bytes, u32 bytes, the handoff (handoff.ts), of a worker that prefills
  *             for others
  *   CACHED    u32 prompt tokens from the cache, from engines that tell only at the end: replaces the guess in FIRST
@@ -37,6 +38,7 @@ const HANDOFF = 7;
 const PULL = 8;
 const CACHED = 9;
 const RESTORED = 10;
+const RETRY = 11;
 const FINISH_REASONS: readonly FinishReason[] = ["stop", "length", "cancelled"];
 const FINAL_BIT = 0x80000000;
 const MAX_TEXT_BYTES = 64 * 1024;
@@ -152,6 +154,10 @@ export class StepWriter {
 
   error(error: DynamoError): void {
     this.#final = FINAL_BIT;
+    if (error.retryAfterMs !== undefined) {
+      this.#writer.u8(RETRY);
+      this.#writer.u32(Math.min(0xffff_ffff, Math.max(0, Math.ceil(error.retryAfterMs))));
+    }
     this.#writer.u8(ERROR);
     this.#writer.text(error.reason);
     this.#writer.text(error.publicMessage.slice(0, 2000));
@@ -207,6 +213,8 @@ export class EngineOutput {
   finish: FinishReason | undefined = undefined;
   decodeMs = 0;
   error: DynamoError | undefined = undefined;
+  /** Of the error; 0 = none. */
+  retryAfterMs = 0;
   handoff: OfferedHandoff | undefined = undefined;
   pull: PullResult | undefined = undefined;
   restored: RestoredBlocks | undefined = undefined;
@@ -258,6 +266,7 @@ export function decodeEngineOutput(bytes: Uint8Array, start: number, end: number
   target.finish = undefined;
   target.decodeMs = 0;
   target.error = undefined;
+  target.retryAfterMs = 0;
   target.handoff = undefined;
   target.pull = undefined;
   target.restored = undefined;
@@ -319,9 +328,12 @@ function decodeSection(reader: ByteReader, target: EngineOutput): void {
       target.finish = "error";
       const reason = reader.text(MAX_TEXT_BYTES);
       const message = reader.text(MAX_TEXT_BYTES);
-      target.error = errorFromWire(reason, message, reader.text(MAX_TEXT_BYTES));
+      target.error = errorFromWire(reason, message, reader.text(MAX_TEXT_BYTES), target.retryAfterMs);
       return;
     }
+    case RETRY:
+      target.retryAfterMs = reader.u32();
+      return;
     case HANDOFF: {
       const isDraft = reader.u8() === 1;
       const blockCount = reader.u32();

@@ -5,7 +5,7 @@ import type { OpenAiFacts } from "./openai-probe.ts";
 
 /**
  * A request as `POST /v1/completions`. Fields that are not OpenAI's (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
- * `min_tokens`, which vLLM, SGLang and llama.cpp know) are sent only when the client asked for them.
+ * which vLLM, SGLang and llama.cpp know) are sent only when the client asked for them.
  */
 export function openAiCall(
   request: PreprocessedRequest,
@@ -28,7 +28,6 @@ export function openAiCall(
     ...(sampling.repetitionPenalty === 1 ? {} : { repetition_penalty: sampling.repetitionPenalty }),
     ...(sampling.logitBias === undefined ? {} : { logit_bias: Object.fromEntries(sampling.logitBias) }),
     ...(stop.ignoreEos ? { ignore_eos: true } : {}),
-    ...(stop.minTokens > resumedTokens ? { min_tokens: stop.minTokens - resumedTokens } : {}),
     ...(facts.form === "tokens" ? { return_token_ids: true } : {}),
   };
   const prompt = facts.form === "text" ? JSON.stringify(textOf(tokenIds, tokenizer)) : `[${tokenIds.join(",")}]`;
@@ -48,9 +47,10 @@ function textOf(tokenIds: Uint32Array, tokenizer: EngineTokenizer): string {
 /** What the server could only do wrong, or nobody knows whether it does. */
 export function openAiRefusal(request: PreprocessedRequest, facts: OpenAiFacts): DynamoError | undefined {
   const refuse = (what: string): DynamoError => new DynamoError("unsupported-operation", `an OpenAI server ${what}`);
-  const { output, sampling, cacheNamespace } = request;
+  const { output, sampling, cacheNamespace, stop, resumedTokens = 0 } = request;
   if (output.topLogprobs >= 0 || output.promptLogprobs) return refuse("tells no logprobs by token id");
   if (cacheNamespace !== "") return refuse("is not known to keep the caches of namespaces apart (cache_salt)");
+  if (stop.minTokens > resumedTokens && stop.stopTokenIds.length > 0) return refuse("is not known to heed min_tokens");
   if (sampling.logitBias !== undefined && facts.form === "text") {
     return refuse("with another tokenizer knows other token ids (logit_bias)");
   }
