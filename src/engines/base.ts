@@ -1,5 +1,5 @@
 import type { DynamoError } from "../errors/index.ts";
-import type { KvEvent, LoadSnapshot, PreprocessedRequest } from "../protocol/index.ts";
+import type { KvEvent, LoadSnapshot, ModelCard, PreprocessedRequest } from "../protocol/index.ts";
 
 /**
  * The engine contract: what a worker hosts. The embedded llama engine, the echo engine and every later engine pass
@@ -31,6 +31,8 @@ export interface EngineInfo {
    * @default "exact"
    */
   readonly kvEvents?: "exact" | "estimated";
+  /** What it cannot do of requests. @default nothing */
+  readonly lacks?: ModelCard["lacks"];
   /** It answers in text, which its worker puts into tokens: the text is exact, the tokens are a guess. @default "exact" */
   readonly tokens?: "exact" | "estimated";
 }

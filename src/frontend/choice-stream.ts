@@ -8,6 +8,9 @@ import {
   type OfferedHandoff,
   type PreprocessedRequest,
   type PullResult,
+  featuresOf,
+  lackOf,
+  type EngineFeature,
 } from "../protocol/index.ts";
 import {
   DECODE_STAGE_OVERRIDES,
@@ -84,6 +87,9 @@ export class ChoiceStream implements AttemptOwner {
   readonly #stop: StopMatcher;
   readonly #logprobs: LogprobCollector | undefined;
   readonly #excluded = new Set<string>();
+  readonly #features: readonly EngineFeature[];
+  /** Some of its tokens were made of text by a worker (`tokens: estimated` of its card). */
+  isEstimated = false;
   /** Excluded over a broken connection, oldest first. Each comes back once, when nobody untried is left. */
   readonly #secondChances: { readonly instanceId: string; readonly fromMs: number }[] = [];
   readonly #triedAgain = new Set<string>();
@@ -133,6 +139,7 @@ export class ChoiceStream implements AttemptOwner {
     this.index = index;
     this.#run = run;
     this.#request = request;
+    this.#features = featuresOf(request);
     const { tokenizer } = run.model.preprocessor;
     this.#detokenizer = new Detokenizer(tokenizer, { skipSpecialTokens: true });
     this.#stop = new StopMatcher(stops);
@@ -366,7 +373,16 @@ export class ChoiceStream implements AttemptOwner {
     };
   }
 
+  /** Workers whose engine cannot do what the request needs; those that joined meanwhile included. */
+  #excludeUnable(): void {
+    if (this.#features.length === 0) return;
+    for (const [instanceId, card] of this.#run.model.cards) {
+      if (lackOf(card, this.#features) !== undefined) this.#excluded.add(instanceId);
+    }
+  }
+
   #routeOf({ tokenIds, resumedTokens, prefillOnly, handoff }: PreprocessedRequest): RouteRequest {
+    this.#excludeUnable();
     if (resumedTokens === 0) return { ...this.#promptRoute, resumedTokens };
     if (resumedTokens !== undefined) {
       const isHandedOver = handoff !== undefined;
@@ -443,9 +459,13 @@ export class ChoiceStream implements AttemptOwner {
     this.#sinceMs = nowMs;
     const traceparent = this.#trace?.routed(decision, nowMs) ?? this.#run.traceparent;
     this.instanceId = decision.instanceId;
+    if (model.cards.get(decision.instanceId)?.tokens === "estimated") this.isEstimated = true;
     const attempt = new Attempt(this, decision, model.progress);
     this.#attempt = attempt;
-    const sent = model.card.dataParallelSize > 1 ? { ...request, dpRank: decision.dpRank } : request;
+    const sent =
+      (model.cards.get(decision.instanceId) ?? model.card).dataParallelSize > 1
+        ? { ...request, dpRank: decision.dpRank }
+        : request;
     const endpoint = this.#isWithPrefillWorker ? model.prefill!.generateEndpoint : model.generateEndpoint;
     if (this.#isWithPrefillWorker) this.#split!.prefillWorker = decision.instanceId;
     try {
@@ -681,8 +701,8 @@ export class ChoiceStream implements AttemptOwner {
   #collect(tokenIds: Uint32Array, count: number): void {
     this.#attempt?.began();
     const needed = this.#count + count;
-    // An engine that did not go on where it was told to would begin its budget anew.
-    if (needed > this.#request.stop.maxTokens) {
+    // An engine that did not go on where it was told to would begin its budget anew. One whose tokens are not ours counts its own.
+    if (needed > this.#request.stop.maxTokens && !this.isEstimated) {
       this.#end(
         new DynamoError("engine-failed", "the engine generated more tokens than it was asked for", {
           diagnostic: `${needed} of ${this.#request.stop.maxTokens}`,

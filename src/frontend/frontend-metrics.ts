@@ -61,6 +61,10 @@ export class ModelMetrics {
       .set(ready ? 1 : 0);
   }
 
+  setExcludedWorkers(count: number): void {
+    this.#metrics.gauge("dynamo_frontend_model_excluded_workers").labels(this.#model).set(count);
+  }
+
   setMigrationLimit(limit: number): void {
     this.#metrics.gauge("dynamo_frontend_model_migration_limit").labels(this.#model).set(limit);
   }

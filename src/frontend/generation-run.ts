@@ -195,7 +195,9 @@ export class GenerationRun {
     let cachedTokens = 0;
     // Choices of one prompt share it: its first choice tells what came from the cache.
     for (let i = 0; i < this.#choices.length; i += this.#plan.options.n) cachedTokens += this.#choices[i]!.cachedTokens;
-    return { promptTokens: this.promptTokens, cachedTokens, completionTokens: this.#completionTokens() };
+    const isEstimated = this.#choices.some((choice) => choice.isEstimated);
+    const usage = { promptTokens: this.promptTokens, cachedTokens, completionTokens: this.#completionTokens() };
+    return isEstimated ? { ...usage, isEstimated } : usage;
   }
 
   #completionTokens(): number {

@@ -13,7 +13,9 @@ import {
 import {
   ModelRouters,
   SplitAdvisor,
-  cardConflict,
+  electFleet,
+  fleetConflict,
+  fleetKind,
   type BusyThresholds,
   type KvIndex,
   type ModelRouter,
@@ -46,13 +48,18 @@ import type { ThreadLink } from "./threads/thread-link.ts";
 /**
  * The models this frontend serves and the workers behind each: follows instances, model cards and load reports. A worker
  * counts once both its instance and its card are there and the model's tokenizer was fetched from it and loaded. A
- * worker whose card does not agree with its model (another tokenizer, context or block size) is left out, logged and
- * shown in `/health`. When discovery becomes unreadable the last known set stays, and so does a worker that only discovery
+ * worker whose card does not agree with most of its model's (another tokenizer, block size, a shorter context; fleet.ts) is
+ * left out, logged, counted and shown in `/health`. When discovery becomes unreadable the last known set stays, and so does a worker that only discovery
  * has lost (kept-workers.ts).
  */
 export interface ServedModel {
   readonly name: string;
-  readonly card: ModelCard;
+  /** Of its oldest worker, whose context length is the model's. */
+  card: ModelCard;
+  /** By instance id, of the workers that joined: engines and versions may differ. */
+  readonly cards: Map<string, ModelCard>;
+  /** Workers of its name that do not agree with these. */
+  excludedCount: number;
   /** `namespace.component.generate` of its workers. */
   readonly generateEndpoint: string;
   /** Where its workers fetch blocks of prompts that are still being computed. */
@@ -315,7 +322,10 @@ export class ModelRegistry {
     if (record.card !== undefined && record.card.role !== card.role) this.#leave(instanceId, record);
     record.card = card;
     this.#back(instanceId, "card");
-    this.#join(instanceId);
+    if (record.joined?.cards.has(instanceId) === true) {
+      record.joined.cards.set(instanceId, card);
+      this.#settle(card.name);
+    } else this.#join(instanceId);
   }
 
   #back(instanceId: string, part: WorkerPart): void {
@@ -333,6 +343,7 @@ export class ModelRegistry {
       record.joined !== undefined &&
       record.instance !== undefined &&
       this.#kept.keep(record.instance, part);
+    const { card } = record;
     if (!stays) {
       if (part !== undefined) delete record[part];
       for (const missing of this.#kept.release(instanceId)) delete record[missing];
@@ -341,6 +352,10 @@ export class ModelRegistry {
     if (stays) return;
     this.#leave(instanceId, record);
     if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
+    if (card === undefined) return;
+    const model = this.#models.get(card.name);
+    // Nobody waits to take its place, and it was not what the others are held against.
+    if (model !== undefined && (model.excludedCount > 0 || model.card === card)) this.#settle(card.name);
   }
 
   #leave(instanceId: string, record: WorkerRecord): void {
@@ -349,6 +364,7 @@ export class ModelRegistry {
     this.#routers.leave(router, instanceId);
     model.workerGauges.get(instanceId)?.remove();
     model.workerGauges.delete(instanceId);
+    model.cards.delete(instanceId);
     this.#logger.info({ instance: instanceId, model: router.name, left: router.router.workers.length }, "worker left");
     this.#setReady(model);
     delete record.joined;
@@ -377,7 +393,11 @@ export class ModelRegistry {
     const { instance, card } = record;
     const model = this.#models.get(card.name);
     if (model !== undefined) {
-      this.#add(model, instanceId, record, instance, card);
+      // The usual case, at the cost of one worker: it is one more of those that are there.
+      const isOneMore = workerCount(model) > 0 && card.created > model.card.created;
+      if (isOneMore && fleetConflict(model.card, card) === undefined)
+        this.#add(model, instanceId, record, instance, card);
+      else this.#settle(card.name);
       return;
     }
     let loading = this.#loading.get(card.name);
@@ -413,25 +433,51 @@ export class ModelRegistry {
     this.#retryTimers.add(timer);
   }
 
+  /** Whoever of that name serves together now: found anew from all that are known, so that all frontends find the same. */
+  #settle(name: string): void {
+    const model = this.#models.get(name);
+    if (model === undefined || this.#closed) return;
+    const known = [...this.#workers].filter(([, { instance, card }]) => instance !== undefined && card?.name === name);
+    const members = known.map(([instanceId, { card }]) => ({ instanceId, card: card! }));
+    if (members.length === 0) {
+      model.excludedCount = 0;
+      return model.metrics.setExcludedWorkers(0);
+    }
+    const { leader, problems } = electFleet(members);
+    for (const [instanceId, record] of known) {
+      const problem = problems.get(instanceId);
+      if (problem === undefined) continue;
+      this.#leave(instanceId, record);
+      if (record.problem === problem) continue;
+      record.problem = problem;
+      this.#logger.warn({ instance: instanceId, model: name }, `worker left out: ${problem}`);
+    }
+    model.excludedCount = problems.size;
+    model.metrics.setExcludedWorkers(problems.size);
+    if (fleetKind(model.card) !== fleetKind(leader)) {
+      // Most of its workers are of another kind now, or the last of the old kind is gone: the model starts over with them.
+      for (const [instanceId, record] of known) this.#leave(instanceId, record);
+      this.#models.delete(name);
+      this.#routers.forget(name);
+    } else if (model.card !== leader) {
+      model.card = leader;
+      model.preprocessor.contextLength = leader.contextLength;
+      model.metrics.setCard(leader);
+    }
+    for (const [instanceId, record] of known) {
+      if (problems.has(instanceId) || record.joined !== undefined) continue;
+      if (this.#models.get(name) === model) this.#add(model, instanceId, record, record.instance!, record.card!);
+      else this.#join(instanceId);
+    }
+  }
+
   #add(model: ServedModel, instanceId: string, record: WorkerRecord, instance: Instance, card: ModelCard): void {
-    const conflict = cardConflict(model.card, card);
-    if (conflict !== undefined && workerCount(model) > 0) {
-      record.problem = conflict;
-      this.#logger.warn({ instance: instanceId, model: model.name }, `worker left out: ${conflict}`);
-      return;
-    }
-    if (conflict !== undefined) {
-      // The last worker of the old kind is gone: the model starts over with the new card.
-      this.#models.delete(model.name);
-      this.#routers.forget(model.name);
-      this.#join(instanceId);
-      return;
-    }
     const router = card.role === "prefill" ? this.#prefillPool(model, instance) : model;
     this.#routers.join(router, instance, card);
     record.router = router;
     model.workerGauges.set(instanceId, new WorkerGauges(this.#planes.metrics, instanceId));
     record.joined = model;
+    model.cards.set(instanceId, card);
     delete record.problem;
     this.#setReady(model);
     this.#logger.info(
@@ -489,7 +535,9 @@ export class ModelRegistry {
       metrics: new ModelMetrics(metrics, card.name),
       progress: new ProgressWatch({ clock, limitMs: this.#stallLimitMs }),
       migration: this.#migration,
-      places: new ModelPlaces(() => capacityOf(modelRouter.router.availableCount, card, this.#limits)),
+      cards: new Map(),
+      excludedCount: 0,
+      places: new ModelPlaces(() => capacityOf(modelRouter.router.availableCount, model.cards, this.#limits)),
       workerGauges: new Map(),
     };
     const thresholds = this.#waitingThresholds.get(card.name);
@@ -523,11 +571,18 @@ const WAITING_PER_RANK = 8;
  */
 function capacityOf(
   workers: number,
-  { maxSequences, dataParallelSize }: ModelCard,
+  cards: ReadonlyMap<string, ModelCard>,
   { concurrentPerModel, capacityShare }: Pick<FrontendLimits, "concurrentPerModel" | "capacityShare">,
 ): number {
   if (workers === 0) return Infinity;
   if (concurrentPerModel !== undefined) return concurrentPerModel;
-  const perRank = maxSequences + Math.min(WAITING_PER_RANK, Math.ceil(maxSequences / 4));
-  return Math.max(1, Math.floor(workers * dataParallelSize * perRank * capacityShare));
+  let all = 0;
+  let answering = 0;
+  for (const { role, maxSequences, dataParallelSize } of cards.values()) {
+    if (role === "prefill") continue;
+    answering++;
+    all += dataParallelSize * (maxSequences + Math.min(WAITING_PER_RANK, Math.ceil(maxSequences / 4)));
+  }
+  // Which of them are available is not asked: on average.
+  return Math.max(1, Math.floor((workers / Math.max(1, answering)) * all * capacityShare));
 }

@@ -1,6 +1,6 @@
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import { parseTraceparent, type Metrics, type Span } from "../observability/index.ts";
-import type { PreprocessedRequest } from "../protocol/index.ts";
+import { featuresOf, lackOf, type EngineFeature, type PreprocessedRequest } from "../protocol/index.ts";
 import type { ChatRequest, CompletionRequest, GenerationOptions } from "../protocol/openai/index.ts";
 import type { Planes } from "../runtime/component/index.ts";
 import { randomId64 } from "../std/index.ts";
@@ -295,16 +295,7 @@ export class Pipeline {
     hints: RoutingHints,
   ): PreprocessedRequest {
     const { preprocessor } = model;
-    if (options.answerForm !== undefined && model.card.answerForms !== true) {
-      throw new DynamoError(
-        "unsupported-field",
-        `response_format: the engine of ${model.name} serves only {"type": "text"}`,
-        {
-          param: "response_format",
-        },
-      );
-    }
-    return {
+    const request: PreprocessedRequest = {
       requestId,
       model: model.name,
       tokenIds,
@@ -320,6 +311,8 @@ export class Pipeline {
       ...(options.answerForm === undefined ? {} : { answerForm: options.answerForm }),
       cacheNamespace: hints.cacheNamespace,
     };
+    checkFeatures(model, request);
+    return request;
   }
 
   /** A request that ended before it had a run: answered, counted, logged. */
@@ -372,3 +365,26 @@ function traceparentOf(exchange: Exchange): string {
 function countAdmissionRejection(metrics: Metrics, model: string): void {
   metrics.counter("dynamo_frontend_admission_rejection_total").labels("request_concurrency", model).add();
 }
+
+/** Throws `unsupported-field` for what none of the model's workers can do; some of them is enough. */
+function checkFeatures(model: ServedModel, request: PreprocessedRequest): void {
+  const features = featuresOf(request);
+  if (features.length === 0 || model.cards.size === 0) return;
+  let lack: EngineFeature | undefined;
+  for (const card of model.cards.values()) {
+    if (card.role === "prefill") continue;
+    lack = lackOf(card, features);
+    if (lack === undefined) return;
+  }
+  if (lack === undefined) return;
+  const { param, text } = LACKS[lack];
+  throw new DynamoError("unsupported-field", text(model), { param });
+}
+
+const LACKS: Readonly<Record<EngineFeature, { readonly param: string; readonly text: (model: ServedModel) => string }>> = {
+  "answer-forms": { param: "response_format", text: ({ name }) => `response_format: the engine of ${name} serves only {"type": "text"}` },
+  logprobs: { param: "logprobs", text: ({ name, card }) => `logprobs: the ${card.engine} engine of ${name} tells none` },
+  "prompt-logprobs": { param: "echo", text: ({ name, card }) => `echo: the ${card.engine} engine of ${name} tells no logprobs of prompts` },
+  "cache-namespaces": { param: "nvext.cache_salt", text: ({ name, card }) => `nvext.cache_salt: the ${card.engine} engine of ${name} cannot keep caches apart` },
+  "min-tokens": { param: "min_tokens", text: ({ name, card }) => `min_tokens: the ${card.engine} engine of ${name} does not know it` },
+}; // prettier-ignore

@@ -177,6 +177,11 @@ export const METRICS = {
   },
   // Frontend: models.
   dynamo_frontend_model_ready: { type: "gauge", labels: ["model"], help: "1 when the model is listed and served." },
+  dynamo_frontend_model_excluded_workers: {
+    type: "gauge",
+    labels: ["model"],
+    help: "Workers of that name that are left out, because they do not agree with most others; /health says why.",
+  },
   dynamo_frontend_model_total_kv_blocks: { type: "gauge", labels: ["model"], help: "KV blocks of one worker." },
   dynamo_frontend_model_max_num_seqs: { type: "gauge", labels: ["model"], help: "Sequences one worker runs at once." },
   dynamo_frontend_model_max_num_batched_tokens: {

@@ -200,6 +200,7 @@ export type MetricsSnapshot = MetricObjectWithValues<MetricValue<string>>[];
 const SAME_IN_ALL_THREADS: ReadonlySet<MetricName> = new Set<MetricName>([
   "dynamo_frontend_event_loop_delay_seconds",
   "dynamo_frontend_model_ready",
+  "dynamo_frontend_model_excluded_workers",
   "dynamo_frontend_model_total_kv_blocks",
   "dynamo_frontend_model_max_num_seqs",
   "dynamo_frontend_model_max_num_batched_tokens",

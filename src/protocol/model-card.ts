@@ -1,3 +1,5 @@
+import type { PreprocessedRequest } from "./request.ts";
+
 /**
  * What a worker tells about the model it serves, put into discovery under `v1/mdc/...` beside its instance. The
  * tokenizer itself is not in the card: the card carries its checksum, and whoever needs it asks any instance for it
@@ -6,6 +8,16 @@
 /** What a worker does of a request: all of it, or one of the two parts. Only `agg` and `decode` workers answer clients. */
 export const WORKER_ROLES = ["agg", "prefill", "decode"] as const;
 export type WorkerRole = (typeof WORKER_ROLES)[number];
+
+/** What some engines cannot do of a request: a worker without it is not asked when others have it. */
+export const ENGINE_FEATURES = [
+  "answer-forms",
+  "logprobs",
+  "prompt-logprobs",
+  "cache-namespaces",
+  "min-tokens",
+] as const;
+export type EngineFeature = (typeof ENGINE_FEATURES)[number];
 
 export interface ModelCard {
   /** Schema version of this record. */
@@ -36,10 +48,32 @@ export interface ModelCard {
   readonly answerForms?: boolean;
   /** Where its KV events come from: the engine, or a guess of its worker's. @default "exact" */
   readonly kvEvents?: "exact" | "estimated";
+  /** What it cannot do; for `answer-forms` see `answerForms`. @default nothing */
+  readonly lacks?: readonly Exclude<EngineFeature, "answer-forms">[];
   /** What its engine says in tokens: the engine's own, or made by its worker from text. @default "exact" */
   readonly tokens?: "exact" | "estimated";
   /** Of the weights; empty for engines without. Blocks of other weights are other blocks. */
   readonly modelFingerprint: string;
+}
+
+/** What a request needs that not every engine has. */
+export function featuresOf(request: PreprocessedRequest): readonly EngineFeature[] {
+  const { answerForm, output, cacheNamespace, stop } = request;
+  const features: EngineFeature[] = [];
+  if (answerForm !== undefined) features.push("answer-forms");
+  if (output.topLogprobs >= 0) features.push("logprobs");
+  if (output.promptLogprobs) features.push("prompt-logprobs");
+  if (cacheNamespace !== "") features.push("cache-namespaces");
+  if (stop.minTokens > 0 && stop.stopTokenIds.length > 0) features.push("min-tokens");
+  return features;
+}
+
+/** The first of them that the worker lacks. */
+export function lackOf(
+  { answerForms, lacks = [] }: ModelCard,
+  features: readonly EngineFeature[],
+): EngineFeature | undefined {
+  return features.find((one) => (one === "answer-forms" ? answerForms !== true : lacks.includes(one)));
 }
 
 /** What workers must agree on to use each other's KV blocks, as a text that is compared. */
@@ -96,6 +130,7 @@ export function isModelCard(value: unknown): value is ModelCard {
     (WORKER_ROLES as readonly unknown[]).includes(card["role"]) &&
     card["name"] !== "" &&
     NUMBERS.every((field) => Number.isSafeInteger(card[field]) && (card[field] as number) >= 0) &&
-    Array.isArray(card["types"])
+    Array.isArray(card["types"]) &&
+    (card["lacks"] === undefined || Array.isArray(card["lacks"]))
   );
 }

@@ -1,7 +1,14 @@
 import { DynamoError } from "../errors/index.ts";
 import type { Logger } from "../observability/index.ts";
 import { GENERATE_ENDPOINT, LOAD_TOPIC, isModelCard, parseLoadReport, type ModelCard } from "../protocol/index.ts";
-import { ModelRouters, cardConflict, type ModelRouter, type ModelRoutersOptions } from "../router/index.ts";
+import {
+  ModelRouters,
+  electFleet,
+  fleetConflict,
+  fleetKind,
+  type ModelRouter,
+  type ModelRoutersOptions,
+} from "../router/index.ts";
 import { watchCards, watchInstances, type Instance, type Planes } from "../runtime/component/index.ts";
 
 /**
@@ -10,7 +17,8 @@ import { watchCards, watchInstances, type Instance, type Planes } from "../runti
  * not agree with its model's other workers is left out and logged. When discovery becomes unreadable the last known set stays.
  */
 export interface RoutedModel extends ModelRouter {
-  readonly card: ModelCard;
+  /** Of its oldest worker. */
+  card: ModelCard;
   /** Of the workers that prefill for the others; undefined until the first of them joined. */
   prefill: ModelRouter | undefined;
 }
@@ -25,6 +33,8 @@ interface WorkerRecord {
   joined?: RoutedModel;
   /** Its own, or its prefill pool. */
   router?: ModelRouter;
+  /** Why it was left out, as logged. */
+  problem?: string;
 }
 
 interface Closing {
@@ -112,14 +122,17 @@ export class RoutedModels {
     if (record.card !== undefined && record.card.role !== card.role) this.#leave(instanceId, record);
     record.card = card;
     if (record.joined === undefined) this.#join(instanceId, record);
+    else this.#settle(card.name);
   }
 
   #onGone(instanceId: string, part: "instance" | "card"): void {
     const record = this.#workers.get(instanceId);
     if (record === undefined) return;
+    const { card } = record;
     delete record[part];
     this.#leave(instanceId, record);
     if (record.instance === undefined && record.card === undefined) this.#workers.delete(instanceId);
+    if (card !== undefined) this.#settle(card.name);
   }
 
   #leave(instanceId: string, record: WorkerRecord): void {
@@ -139,32 +152,55 @@ export class RoutedModels {
   #join(instanceId: string, record: WorkerRecord): void {
     const { instance, card } = record;
     if (instance === undefined || card === undefined) return;
-    const model = this.#modelOf(instanceId, card);
-    if (model === undefined) return;
+    const known = this.#models.get(card.name);
+    // The usual case, at the cost of one worker: it is one more of those that are there.
+    const isOneMore = known !== undefined && workerCount(known) > 0 && card.created > known.card.created;
+    if (isOneMore && fleetConflict(known.card, card) === undefined)
+      this.#add(known, instanceId, record, instance, card);
+    else this.#settle(card.name);
+  }
+
+  #add(model: RoutedModel, instanceId: string, record: WorkerRecord, instance: Instance, card: ModelCard): void {
     if (card.role === "prefill") model.prefill ??= this.#routers.createPrefill(model, model.card);
     const router = card.role === "prefill" ? model.prefill! : model;
     this.#routers.join(router, instance, card);
     record.joined = model;
     record.router = router;
+    delete record.problem;
     const workers = router.router.workers.length;
     this.#logger.info({ instance: instanceId, model: router.name, workers }, "worker joined");
   }
 
-  /** The model that the card names; undefined, and a log line, when the worker cannot be part of it. */
-  #modelOf(instanceId: string, card: ModelCard): RoutedModel | undefined {
-    const known = this.#models.get(card.name);
-    const conflict = known === undefined ? undefined : cardConflict(known.card, card);
-    if (known !== undefined && conflict === undefined) return known;
-    if (known !== undefined && workerCount(known) > 0) {
-      this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${conflict}`);
-      return undefined;
+  /** Whoever of that name serves together now; the frontends find the same (router/fleet.ts). */
+  #settle(name: string): void {
+    const known = [...this.#workers].filter(([, { instance, card }]) => instance !== undefined && card?.name === name);
+    if (known.length === 0) return;
+    const { leader, problems } = electFleet(known.map(([instanceId, { card }]) => ({ instanceId, card: card! })));
+    const before = this.#models.get(name);
+    const startsOver = before === undefined || fleetKind(before.card) !== fleetKind(leader);
+    for (const [instanceId, record] of known) {
+      const problem = problems.get(instanceId);
+      if (problem !== undefined || startsOver) this.#leave(instanceId, record);
+      if (problem === undefined || record.problem === problem) continue;
+      record.problem = problem;
+      this.#logger.warn({ instance: instanceId, model: name }, `worker left out: ${problem}`);
     }
-    // The last worker of the old kind is gone: the model starts over with the new card.
-    if (known !== undefined) this.#forget(known);
+    if (startsOver && before !== undefined) this.#forget(before);
+    const model = startsOver ? this.#newModel(leader) : before;
+    if (model === undefined) return;
+    model.card = leader;
+    for (const [instanceId, record] of known) {
+      if (problems.has(instanceId) || record.joined !== undefined) continue;
+      this.#add(model, instanceId, record, record.instance!, record.card!);
+    }
+  }
+
+  /** Undefined, and a log line, when there are too many. */
+  #newModel(card: ModelCard): RoutedModel | undefined {
     const idle = this.all().find((one) => workerCount(one) === 0);
     if (this.#models.size >= MAX_MODELS) {
       if (idle === undefined) {
-        this.#logger.warn({ instance: instanceId, model: card.name }, `worker left out: ${MAX_MODELS} models already`);
+        this.#logger.warn({ model: card.name }, `workers left out: ${MAX_MODELS} models already`);
         return undefined;
       }
       this.#forget(idle);

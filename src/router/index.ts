@@ -2,6 +2,7 @@ export * from "./config.ts";
 export * from "./events/index.ts";
 export { INHIBITION_MS, isWorkerFault } from "./inhibition.ts";
 export type { RemoteResult } from "./remote-bookings.ts";
+export { electFleet, fleetConflict, fleetKind, type Fleet, type FleetMember } from "./fleet.ts";
 export * from "./indexer/index.ts";
 export * from "./model-routers.ts";
 export * from "./policies/index.ts";

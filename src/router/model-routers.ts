@@ -1,5 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
-import { handoffConflict, type ModelCard } from "../protocol/index.ts";
+import type { ModelCard } from "../protocol/index.ts";
 import { PlaneHealth, type Instance, type Planes } from "../runtime/component/index.ts";
 import type { EventPlane } from "../runtime/event-plane/index.ts";
 import { DEFAULT_ROUTER_CONFIG, type RouterConfig } from "./config.ts";
@@ -171,14 +171,4 @@ export class ModelRouters {
   async close(): Promise<void> {
     await Promise.all([this.#kvFeed?.close(), this.#replicaSync?.close()]);
   }
-}
-
-/** What must agree between all workers of one model, or requests would mean different things on each. */
-export function cardConflict(known: ModelCard, card: ModelCard): string | undefined {
-  const fields = ["tokenizerSha256", "contextLength", "blockSizeTokens", "vocabularySize"] as const;
-  const field = fields.find((name) => known[name] !== card[name]);
-  if (field === undefined) {
-    return known.role === "agg" && card.role === "agg" ? undefined : handoffConflict(known, card);
-  }
-  return `its ${field} is ${card[field]}, the model's other workers have ${known[field]}`;
 }

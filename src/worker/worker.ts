@@ -294,7 +294,8 @@ async function start(
   absence.serve({
     leave: unregister,
     comeBack: async (now) => {
-      card = await modelCard(config, now, tokenizer, clock.wallMs());
+      // Its age, which counts among the model's workers, is the worker's.
+      card = { ...(await modelCard(config, now, tokenizer, clock.wallMs())), created: card.created };
       await canary(CANARY_TIMEOUT_MS);
       await register(roleSwitch.role);
     },
@@ -368,6 +369,7 @@ async function modelCard(
     blockBytes: info.blockBytes,
     ...(info.answerForms === undefined ? {} : { answerForms: info.answerForms }),
     ...(info.kvEvents === undefined ? {} : { kvEvents: info.kvEvents }),
+    ...(info.lacks === undefined ? {} : { lacks: info.lacks }),
     ...(info.tokens === undefined ? {} : { tokens: info.tokens }),
     modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };

@@ -1,5 +1,5 @@
 import type { DynamoError } from "../../errors/index.ts";
-import type { KvEvent, PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
+import type { KvEvent, ModelCard, PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
 import type { AnswerHeaders, EngineHttp, HttpCall } from "./engine-http.ts";
 
 /** What a foreign engine's server is, as far as a worker needs it; found out at each of its starts. */
@@ -17,6 +17,8 @@ export interface EngineFacts {
   readonly reportsCachedTokens: boolean;
   /** It can hold an answer to a form. */
   readonly answerForms: boolean;
+  /** What it cannot do of requests; refused by `refusal`. @default nothing */
+  readonly lacks?: NonNullable<ModelCard["lacks"]>;
   /** It answers in text, which is put into tokens here: the text is exact, the tokens are a guess. @default "exact" */
   readonly tokens?: "exact" | "estimated";
   /** As in `ScrapedLoad`. */

@@ -358,6 +358,7 @@ export class ForeignEngine implements Engine {
       blockBytes: 0,
       answerForms: facts.answerForms,
       kvEvents: feed === undefined ? "estimated" : "exact",
+      ...(facts.lacks === undefined ? {} : { lacks: facts.lacks }),
       ...(facts.tokens === undefined ? {} : { tokens: facts.tokens }),
     };
     this.#poller.start();

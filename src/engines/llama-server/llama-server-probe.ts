@@ -56,6 +56,7 @@ export async function probeLlamaServer(ask: EngineQuestions, config: LlamaServer
     dataParallelSize: 1,
     reportsCachedTokens: true,
     answerForms: true,
+    lacks: ["prompt-logprobs", "cache-namespaces", "min-tokens"],
     life: undefined,
     notes: [
       `build ${version}, ${slots} slots of ${contextLength} tokens`,

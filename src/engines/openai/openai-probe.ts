@@ -66,6 +66,7 @@ export async function probeOpenAi(options: OpenAiProbeOptions): Promise<OpenAiFa
     reportsCachedTokens: first.reportsCached,
     // Nobody says whether it would be held to, and an answer without its form is worse than a refusal.
     answerForms: false,
+    lacks: ["logprobs", "prompt-logprobs", "cache-namespaces", "min-tokens"],
     tokens: first.form === "tokens" ? "exact" : "estimated",
     life: undefined,
     notes: [

@@ -28,11 +28,11 @@ export function answerHead(details: AnswerDetails, idPrefix: string, object: str
   return `"id":${id},"object":"${object}","created":${details.created},"model":${model},"system_fingerprint":"${SYSTEM_FINGERPRINT}"`;
 }
 
-export function usageJson({ promptTokens, completionTokens, cachedTokens }: Usage): string {
+export function usageJson({ promptTokens, completionTokens, cachedTokens, isEstimated }: Usage): string {
   return (
     `{"prompt_tokens":${promptTokens},"completion_tokens":${completionTokens},` +
     `"total_tokens":${promptTokens + completionTokens},"prompt_tokens_details":{"cached_tokens":${cachedTokens}},` +
-    `"completion_tokens_details":{"reasoning_tokens":0}}`
+    `"completion_tokens_details":{"reasoning_tokens":0}${isEstimated === true ? `,"estimated":true` : ""}}`
   );
 }
 

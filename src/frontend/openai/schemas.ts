@@ -193,6 +193,7 @@ const usage = strictObject({
   total_tokens: integer(0),
   prompt_tokens_details: strictObject({ cached_tokens: integer(0) }),
   completion_tokens_details: strictObject({ reasoning_tokens: integer(0) }),
+  estimated: Type.Optional(Type.Literal(true)),
 });
 const finishReason = words("stop", "length");
 const byteValues = Type.Array(integer(0, 255));

@@ -28,7 +28,8 @@ export interface ChatPrompt {
  */
 export class Preprocessor {
   readonly tokenizer: Tokenizer;
-  readonly contextLength: number;
+  /** Of the model as it is served; another one when its workers change. */
+  contextLength: number;
   readonly vocabularySize: number;
   readonly #template: ChatTemplate | undefined;
   readonly #clock: Clock;

@@ -48,4 +48,6 @@ export interface Usage {
   readonly promptTokens: number;
   readonly completionTokens: number;
   readonly cachedTokens: number;
+  /** Tokens of ours for the text of an engine that has others. @default false */
+  readonly isEstimated?: boolean;
 }
