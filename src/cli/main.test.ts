@@ -11,6 +11,7 @@ import { COMMAND_NAMES, OPTION_NAMES, optionsOf, specOf } from "./options.ts";
 import { checkPortFree } from "./port-check.ts";
 import { PullDisplay } from "./progress.ts";
 import { ManualClock } from "../std/index.ts";
+import type { InstanceView } from "./cluster-view.ts";
 import { duration, statusText, table } from "./status-table.ts";
 
 const BIN = join(import.meta.dirname, "..", "..", "bin", "dynamo.mjs");
@@ -154,6 +155,16 @@ test("dynamo status: without a cluster folder says how to name one", async () =>
   const ended = await dynamo(["status", "--file-kv", join(folder, "nowhere")]);
   assert.deepEqual([ended.code, ended.stdout], [1, ""]);
   assert.match(ended.stderr, /name the cluster's with --file-kv/);
+});
+
+test("status: who is left out of its model, and why", () => {
+  const base = { component: "backend", endpoints: ["generate"], address: "tcp://x", host: "h", startedMs: 0, pid: 1, load: undefined }; // prettier-ignore
+  const card = { name: "m", engine: "vllm", engineVersion: "1", role: "agg", tokenizerSha256: "aa", vocabularySize: 9, contextLength: 64 }; // prettier-ignore
+  const of = (instanceId: string, blockSizeTokens: number): InstanceView => ({ ...base, instanceId, card: { ...card, blockSizeTokens, created: 1 } as never }); // prettier-ignore
+  const text = statusText([of("a", 32), of("b", 16), of("c", 16)], "here", 0);
+  assert.match(text, /^LEFT OUT {2}MODEL {2}WHY$/m);
+  assert.match(text, /^a {9}m {6}its KV blocks have 32 tokens, .* start it with --kv-cache-block-size=16$/m);
+  assert.doesNotMatch(statusText([of("b", 16), of("c", 16)], "here", 0), /LEFT OUT/);
 });
 
 test("status: a table per model and instance; what is not known yet is a dash", () => {

@@ -1,4 +1,5 @@
-import type { KvTierUse, TransferPairReport } from "../protocol/index.ts";
+import { GENERATE_ENDPOINT, type KvTierUse, type TransferPairReport } from "../protocol/index.ts";
+import { electFleet, type FleetMember } from "../router/index.ts";
 import type { InstanceView } from "./cluster-view.ts";
 
 /** The text of `dynamo status`: a line per model, per instance, and per pair of workers that moved KV blocks. Pure. */
@@ -29,9 +30,30 @@ export function statusText(instances: readonly InstanceView[], where: string, no
       ],
       ...rows,
     ]),
+    ...fleetTable(instances),
     ...tierTable(instances),
     ...transferTable(instances),
   ].join("\n");
+}
+
+/** A line per worker that does not serve its model, because it does not agree with most of the others; mostly none. */
+function fleetTable(instances: readonly InstanceView[]): string[] {
+  const rows = leftOut(instances).map(({ instanceId, model, why }) => [instanceId, model, why]);
+  return rows.length === 0 ? [] : [table([["LEFT OUT", "MODEL", "WHY"], ...rows])];
+}
+
+/** As every frontend finds it by itself (router/fleet.ts). */
+export function leftOut(
+  instances: readonly InstanceView[],
+): { readonly instanceId: string; readonly model: string; readonly why: string }[] {
+  const models = new Map<string, FleetMember[]>();
+  for (const { instanceId, card, endpoints } of instances) {
+    if (card === undefined || !endpoints.includes(GENERATE_ENDPOINT)) continue;
+    models.set(card.name, [...(models.get(card.name) ?? []), { instanceId, card }]);
+  }
+  return [...models].flatMap(([model, members]) =>
+    [...electFleet(members).problems].map(([instanceId, why]) => ({ instanceId, model, why })),
+  );
 }
 
 /** A line per tier below a worker's cache; nothing when no worker has any. */

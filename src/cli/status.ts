@@ -7,7 +7,7 @@ import type { CommandContext } from "./commands.ts";
 import { defaultDiscoveryFolder } from "./options.ts";
 import { buildDiscovery, buildEventPlane } from "./planes.ts";
 import { resolveOptions } from "./resolve-options.ts";
-import { statusText } from "./status-table.ts";
+import { leftOut, statusText } from "./status-table.ts";
 
 /** A worker repeats its load every two seconds; a little more, and what is missing stays missing. */
 const LOAD_WAIT_MS = 2_500;
@@ -38,7 +38,7 @@ export async function run({ argv, env, out, err }: CommandContext): Promise<numb
     const where = `namespace ${values.namespace} in ${folder}`;
     const show = (): string =>
       values.json
-        ? `${JSON.stringify({ namespace: values.namespace, folder, instances: view.instances() })}\n`
+        ? `${JSON.stringify({ namespace: values.namespace, folder, instances: view.instances(), left_out: leftOut(view.instances()) })}\n`
         : statusText(view.instances(), where, Date.now());
     if (values.once || values.json || process.stdout.isTTY !== true) {
       await complete(view, leave.signal);
