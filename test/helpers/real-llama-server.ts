@@ -8,8 +8,7 @@ import { DEFAULT_MODEL, ModelStore } from "../../src/model/index.ts";
  * test/helpers/llama-server/install.sh put under ~/.cache/dynamo-ts/llama-server. The model is the one of the model store.
  */
 const COMMAND =
-  process.env["DYN_TEST_LLAMA_SERVER"] ??
-  join(homedir(), ".cache", "dynamo-ts", "llama-server", "bin", "llama-server");
+  process.env["DYN_TEST_LLAMA_SERVER"] ?? join(homedir(), ".cache", "dynamo-ts", "llama-server", "bin", "llama-server");
 
 export const REAL_LLAMA_SERVER = existsSync(COMMAND) ? COMMAND : undefined;
 

@@ -160,7 +160,10 @@ describe("OpenAI upstream", () => {
       const ids = [1, 2, 3].map((i) => watcher.submit(aRequest(bytesOf(`Hi ${i}`), { stop: { maxTokens: 30 } })));
       await watcher.ended(ids);
       const errors = ids.map((id) => watcher.record(id).error);
-      assert.deepEqual(errors.map((error) => error?.reason).toSorted(), ["worker-full", undefined, undefined]);
+      assert.deepEqual(
+        errors.flatMap((error) => error?.reason ?? []),
+        ["worker-full"],
+      );
       assert.equal(errors.find((error) => error !== undefined)?.retryAfterMs, 3_000);
     }),
   );
