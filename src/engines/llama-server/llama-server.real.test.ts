@@ -130,11 +130,27 @@ describe("llama.cpp's server (real)", () => {
       const { tokens } = await recorder.run(aRequest(poppers, { stop: { maxTokens: 12 } }));
       assert.deepEqual(tokens, [...encode("🎉".repeat(4))]);
       assert.equal(textOf(tokens), "🎉🎉🎉🎉");
-      const mixed = encode("é你好🎉 é你好🎉 é你好🎉 é你好🎉 é");
-      const answer = await recorder.run(aRequest(mixed, { stop: { maxTokens: 30 } }));
-      // A character that the limit cuts is not told at all.
-      assert.ok(answer.tokens.length >= 28 && answer.tokens.length <= 30, `${answer.tokens.length} tokens`);
-      assert.match(textOf(answer.tokens), /你好🎉 é你好🎉/);
+      const http = new EngineHttp({ url: String(engine.describe()["url"]) });
+      for (const text of ["é你好🎉 é你好🎉 é你好🎉 é你好🎉 é", "Emoji: 😀 😃 😄 😁 😆", "日本語の文章です。日本語の"]) {
+        const prompt = encode(text);
+        const answer = await recorder.run(aRequest(prompt, { stop: { maxTokens: 30, stopTokenIds: [2] } }));
+        // Whole answers have all ids.
+        const body = {
+          prompt: [...prompt],
+          n_predict: 30,
+          temperature: 0,
+          top_k: 0,
+          top_p: 1,
+          min_p: 0,
+          return_tokens: true,
+        };
+        const whole = await http.ask("POST", "/completion", { body: JSON.stringify(body), timeoutMs: 60_000 });
+        const wanted = (JSON.parse(whole.text) as { tokens: number[] }).tokens.filter((id) => id !== 2);
+        // A character that the limit cuts is not told at all.
+        assert.ok(answer.tokens.length >= wanted.length - 3, `${answer.tokens.length} of ${wanted.length} tokens`);
+        assert.deepEqual(answer.tokens, wanted.slice(0, answer.tokens.length));
+      }
+      await http.close();
     },
   );
 
