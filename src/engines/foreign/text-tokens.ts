@@ -20,7 +20,7 @@ export class TextTokens {
   }
 
   /** Throws when the tokenizer has no tokens for it. */
-  push(text: string): number[] {
+  push(text: string): readonly number[] {
     let whole = this.#half + text;
     this.#half = "";
     const last = whole.charCodeAt(whole.length - 1);
@@ -32,27 +32,31 @@ export class TextTokens {
   }
 
   /** What is left at the end: half a character, which is U+FFFD. */
-  flush(): number[] {
+  flush(): readonly number[] {
     const half = this.#half;
     this.#half = "";
     return this.#encode(half);
   }
 
-  #encode(text: string): number[] {
+  #encode(text: string): readonly number[] {
     if (text === "") return [];
     // What the detokenizer takes away in front of an answer.
     const stripped = this.#isFirst && this.#vocabulary.stripsLeadingSpace ? " " : "";
     this.#isFirst = false;
-    return this.#vocabulary.tokensOf(text, Buffer.from(stripped + text.toWellFormed(), "utf8"));
+    return this.#vocabulary.tokensOf(text, stripped);
   }
 }
 
-/** Which tokens stand for which bytes. Filled when first needed: some 10 ms and 20 MB for a vocabulary of 150,000. */
+/**
+ * Which tokens stand for which bytes. Made on the first need, or by `prepare` before anybody waits: some 100 ms of a core for a
+ * vocabulary of 50,000. Pieces of text are remembered: an engine says the same tokens again and again.
+ */
 export class TokenBytes {
   readonly #tokenizer: EngineTokenizer;
   /** Bytes as latin1, by lowest id; special tokens left out. */
   #ids: Map<string, number> | undefined;
   #longest = 0;
+  readonly #pieces = new Map<string, readonly number[]>();
 
   constructor(tokenizer: EngineTokenizer) {
     this.#tokenizer = tokenizer;
@@ -66,11 +70,21 @@ export class TokenBytes {
     return this.#tokenizer.tokenBytes(id);
   }
 
-  /** Tokens whose bytes are `bytes`, the tokenizer's own for `text` where those are. */
-  tokensOf(text: string, bytes: Buffer): number[] {
+  prepare(): void {
+    this.#idsByBytes();
+  }
+
+  /** Tokens whose bytes are those of `text` behind `before`, the tokenizer's own for `text` where those are. */
+  tokensOf(text: string, before: string): readonly number[] {
+    const known = before === "" ? this.#pieces.get(text) : undefined;
+    if (known !== undefined) return known;
+    const bytes = Buffer.from(before + text.toWellFormed(), "utf8");
     const own = this.#tokenizer.encode(text);
-    if (this.#say(own, bytes)) return [...own];
-    return this.#longestFirst(bytes);
+    const tokens = this.#say(own, bytes) ? [...own] : this.#longestFirst(bytes);
+    if (before !== "" || text.length > MAX_PIECE) return tokens;
+    if (this.#pieces.size === MAX_PIECES) this.#pieces.clear();
+    this.#pieces.set(text, tokens);
+    return tokens;
   }
 
   /** `count` tokens whose bytes are `bytes`, if there are any: what stands for a character in pieces. */
@@ -128,3 +142,7 @@ export class TokenBytes {
     return ids;
   }
 }
+
+/** A few MB at most. */
+const MAX_PIECES = 32_768;
+const MAX_PIECE = 64;

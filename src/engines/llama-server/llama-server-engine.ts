@@ -88,6 +88,7 @@ class LlamaServerDialect implements EngineDialect {
   }
 
   async probe(http: EngineHttp, signal: AbortSignal): Promise<LlamaServerFacts> {
+    this.#vocabulary.prepare();
     const facts = await probeLlamaServer(new EngineQuestions("llama.cpp", http, signal), this.#config);
     this.#source = facts.loadSource;
     this.#slots = facts.maxSequences;

@@ -87,6 +87,7 @@ class OpenAiDialect implements EngineDialect {
   }
 
   probe(http: EngineHttp, signal: AbortSignal): Promise<OpenAiFacts> {
+    this.#vocabulary.prepare();
     return probeOpenAi({ http, signal, config: this.#config, basePath: this.#basePath });
   }
 
