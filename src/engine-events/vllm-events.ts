@@ -275,7 +275,12 @@ function readField(cursor: MsgpackCursor, name: string, fields: Fields): void {
       fields.medium = readText(cursor);
       return;
     case "lora_name":
-      fields.loraName = readText(cursor);
+      // SGLang had a map at this place for a while.
+      if (cursor.kind() === "map") readMetadata(cursor, fields);
+      else fields.loraName = readText(cursor);
+      return;
+    case "metadata":
+      readMetadata(cursor, fields);
       return;
     case "cache_salt":
       fields.cacheSalt = readText(cursor);
@@ -294,6 +299,14 @@ function readField(cursor: MsgpackCursor, name: string, fields: Fields): void {
       return;
     default:
       cursor.skip();
+  }
+}
+
+function readMetadata(cursor: MsgpackCursor, fields: Fields): void {
+  if (cursor.kind() !== "map") return cursor.skip();
+  for (let left = cursor.map(); left > 0; left--) {
+    if (cursor.text(MAX_TEXT_BYTES) === "cache_salt") fields.cacheSalt = readText(cursor);
+    else cursor.skip();
   }
 }
 

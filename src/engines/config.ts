@@ -6,6 +6,8 @@ export type EngineConfig =
   | EchoEngineConfig
   | MockerEngineConfig
   | VllmEngineConfig
+  | SglangEngineConfig
+  | TrtllmEngineConfig
   | LlamaServerEngineConfig
   | OpenAiEngineConfig;
 
@@ -43,6 +45,22 @@ export interface VllmEngineConfig extends ForeignEngineConfig {
   /** Take its KV events where there are any. */
   readonly kvEvents: boolean;
   /** JSON, vLLM's `--kv-events-config`: of a server that runs already, where its events are. */
+  readonly kvEventsConfig?: string;
+}
+
+/** An SGLang server: `url` of one that runs already, or `launch` for one of this worker's. */
+export interface SglangEngineConfig extends ForeignEngineConfig {
+  readonly kind: "sglang";
+  readonly kvEvents: boolean;
+  /** JSON, SGLang's `--kv-events-config`. */
+  readonly kvEventsConfig?: string;
+}
+
+/** A `trtllm-serve` of TensorRT-LLM: `url` of one that runs already, or `launch` for one of this worker's. */
+export interface TrtllmEngineConfig extends ForeignEngineConfig {
+  readonly kind: "trtllm";
+  readonly kvEvents: boolean;
+  /** JSON, `kv_cache_config.kv_events_config` of the server: events are pushed. @default they are fetched */
   readonly kvEventsConfig?: string;
 }
 

@@ -26,7 +26,9 @@ export interface EngineUnderTest {
    */
   readonly resumesExactly?: readonly ("greedy" | "seeded" | "penalised")[];
   /** What it cannot do: it must refuse it, with `unsupported-operation`. @default nothing */
-  readonly refuses?: readonly ("min-tokens" | "logprobs" | "prompt-logprobs" | "namespaces" | "clearing")[];
+  readonly refuses?: readonly (
+    "min-tokens" | "logprobs" | "alternatives" | "prompt-logprobs" | "namespaces" | "clearing"
+  )[];
   /** Its cache has no blocks: it finds the tokens behind the last whole one too. @default false */
   readonly reusesPartsOfBlocks?: boolean;
 }
@@ -189,7 +191,7 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
     check("logprobs come one per token, best first, and name the greedy token", async (context) => {
       const { recorder, promptTokenIds } = context;
       const request = aRequest(promptTokenIds(12), { stop: { maxTokens: 5 }, output: { topLogprobs: 4 } });
-      if (refuses(context, "logprobs")) return checkRefused(context, request);
+      if (refuses(context, "logprobs") || refuses(context, "alternatives")) return checkRefused(context, request);
       const { tokens, logprobs } = await recorder.run(request);
       assert.equal(logprobs.length, tokens.length);
       logprobs.forEach(({ logprob, topIds, topLogprobs }, i) => {
@@ -249,7 +251,7 @@ export function engineBattery(name: string, make: () => Promise<EngineUnderTest>
         const prompt = promptTokenIds(11);
         const stop = { maxTokens: 12, minTokens: 6 };
         const hasLogprobs = !refuses(context, "logprobs");
-        const output = { topLogprobs: hasLogprobs ? 1 : -1 };
+        const output = { topLogprobs: hasLogprobs ? (refuses(context, "alternatives") ? 0 : 1) : -1 };
         const whole = await recorder.run(aRequest(prompt, { sampling, stop, output }));
         for (const resumedTokens of [1, 5, 11]) {
           const tokenIds = Uint32Array.from([...prompt, ...whole.tokens.slice(0, resumedTokens)]);

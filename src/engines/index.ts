@@ -16,6 +16,8 @@ export type {
   LlamaServerEngineConfig,
   MockerEngineConfig,
   OpenAiEngineConfig,
+  SglangEngineConfig,
+  TrtllmEngineConfig,
   VllmEngineConfig,
 } from "./config.ts";
 export type { EngineTokenizer, TokenizerSample } from "./foreign/foreign-config.ts";

@@ -27,6 +27,14 @@ export async function loadEngine(config: EngineConfig, options: EngineOptions): 
       const { MockerEngine } = await import("./mocker/index.ts");
       return new MockerEngine(config, options);
     }
+    case "sglang": {
+      const { createSglangEngine } = await import("./sglang/index.ts");
+      return createSglangEngine(config, options);
+    }
+    case "trtllm": {
+      const { createTrtllmEngine } = await import("./trtllm/index.ts");
+      return createTrtllmEngine(config, options);
+    }
     case "vllm": {
       const { createVllmEngine } = await import("./vllm/index.ts");
       return createVllmEngine(config, options);

@@ -71,6 +71,12 @@ export interface CacheEstimate {
   clear(): void;
 }
 
+export type DialectCall = HttpCall & {
+  readonly isStream: boolean;
+  /** Said too when the request is aborted, where a closed connection alone works late. */
+  readonly abortCall?: HttpCall;
+};
+
 /** What differs between engines; everything else is `ForeignEngine`. */
 export interface EngineDialect {
   /** `vllm`: the engine's name in cards and messages. */
@@ -78,18 +84,22 @@ export interface EngineDialect {
   /** `vllm:`; its metrics are passed on, others of its process are not. */
   readonly metricsPrefix: string;
   readonly metricsPath: string;
+  /** Its metrics may not tell that it was restarted: its events count for that too. @default false */
+  readonly isLifeInEvents?: boolean;
+  /** Asked with each scrape, where the metrics lag behind: `loadOf` gets its answer too. Known after the probe. @default none */
+  readonly loadPath?: string | undefined;
   /** False while it starts; rejects when nobody answers. */
   isUp(http: EngineHttp, signal: AbortSignal): Promise<boolean>;
   /** Once it is up. Throws `invalid-config` with the fix for what cannot work. */
   probe(http: EngineHttp, signal: AbortSignal): Promise<EngineFacts>;
   /** `request` fits the engine: its length and its token ids were checked. */
-  call(request: PreprocessedRequest, facts: EngineFacts): HttpCall & { readonly isStream: boolean };
+  call(request: PreprocessedRequest, facts: EngineFacts): DialectCall;
   read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink): AnswerReader;
   /** Why this one cannot be served; asked before `call`. @default nothing is refused */
   refusal?(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined;
   /** An answer with another status than 200. */
   errorOf(status: number, text: string, headers: AnswerHeaders): DynamoError;
-  loadOf(metricsText: string): ScrapedLoad;
+  loadOf(metricsText: string, loadText?: string): ScrapedLoad;
   /** Of a rank, in place of KV events. @default whatever went there, least recently used out first */
   estimate?(facts: EngineFacts, dpRank: number): CacheEstimate;
   /** Empties its cache; false when it could not, now. Throws `unsupported-operation`. */

@@ -6,7 +6,7 @@ import type { Clock } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { Engine, EngineInfo, EngineProcessState, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
 import type { CacheEstimate, EngineDialect, EngineFacts } from "./answer.ts";
-import type { AnswerHeaders, EngineHttp } from "./engine-http.ts";
+import type { AnswerHeaders, EngineHttp, HttpCall, OpenCall } from "./engine-http.ts";
 import type { EngineExit } from "./engine-process.ts";
 import type { EngineServer } from "./engine-server.ts";
 import { EstimatedCache } from "./estimated-cache.ts";
@@ -79,6 +79,7 @@ export class ForeignEngine implements Engine {
   #lastAnswerMs = 0;
   /** By its scrapes. */
   #life: number | undefined;
+  #feedLives: number | undefined;
 
   #steps = 0;
   #generatedTokens = 0;
@@ -340,6 +341,7 @@ export class ForeignEngine implements Engine {
     const { dialect, feed, logger, clock } = this.#options;
     this.#facts = facts;
     this.#life = facts.life;
+    this.#feedLives = feed?.lives;
     this.#state = "up";
     this.#downReason = undefined;
     this.#failedRestarts = 0;
@@ -441,12 +443,13 @@ export class ForeignEngine implements Engine {
   }
 
   #onScrape(): void {
-    const { clock } = this.#options;
+    const { clock, dialect, feed } = this.#options;
     const scraped = this.#poller.load;
     this.#lastAnswerMs = clock.monotonicMs();
     if (scraped === undefined) return;
     // Quicker than we look: its port was never seen closed.
-    if (this.#life !== undefined && scraped.life !== this.#life) {
+    const isOther = this.#life !== undefined && scraped.life !== this.#life;
+    if (isOther || (dialect.isLifeInEvents === true && feed?.lives !== this.#feedLives)) {
       return this.#goDown("was restarted by somebody");
     }
     this.#life = scraped.life;
@@ -518,7 +521,7 @@ export class ForeignEngine implements Engine {
       }
     };
     const send = (isRetry: boolean): void => {
-      stream.call = http.open(call, {
+      const open = http.open(call, {
         onStatus: (code, fields) => {
           status = code;
           headers = fields;
@@ -547,6 +550,7 @@ export class ForeignEngine implements Engine {
           this.#poller.hurry();
         },
       });
+      stream.call = call.abortCall === undefined ? open : abortedTwice(open, http, call.abortCall);
     };
     send(false);
   }
@@ -697,6 +701,17 @@ export class ForeignEngine implements Engine {
 
 /** A whole answer with the logprobs of a long prompt. */
 const MAX_BODY_CHARS = 256 * 1024 * 1024;
+
+/** Closes the connection, and says so: whether the words arrive does not matter then. */
+function abortedTwice(open: OpenCall, http: EngineHttp, words: HttpCall): OpenCall {
+  const ignore = (): void => undefined;
+  return {
+    abort: () => {
+      open.abort();
+      http.open(words, { onStatus: ignore, onBytes: ignore, onEnd: ignore, onError: ignore });
+    },
+  };
+}
 
 function malformed(name: string, cause: unknown): DynamoError {
   return new DynamoError("malformed-frame", `the answer of ${name} could not be read`, {

@@ -1,4 +1,12 @@
-export type { AnswerReader, AnswerSink, CacheEstimate, EngineDialect, EngineFacts, ScrapedLoad } from "./answer.ts";
+export type {
+  AnswerReader,
+  AnswerSink,
+  CacheEstimate,
+  DialectCall,
+  EngineDialect,
+  EngineFacts,
+  ScrapedLoad,
+} from "./answer.ts";
 export { flagValue, hasFlag, kvEndpointsOf, reachableHost } from "./engine-flags.ts";
 export {
   EngineHttp,
@@ -20,6 +28,7 @@ export { LogRing } from "./log-ring.ts";
 export { MirroredBlocks } from "./mirrored-blocks.ts";
 export { attachEngine, launchEngine, type ForeignPlace, type LaunchPorts, type LaunchedPlace } from "./open-engine.ts";
 export { claimFreePorts, claimName, claimPort, type PortClaim } from "./port-claims.ts";
+export { PolledKvFeed } from "./polled-kv-feed.ts";
 export { familiesWithPrefix, parsePrometheus, sumOf, type PrometheusSample } from "./prometheus-text.ts";
 export { SlotCache } from "./slot-cache.ts";
 export { SseReader } from "./sse-reader.ts";

@@ -12,6 +12,8 @@ export interface KvFeed {
   cleared(): Promise<void>;
   /** Nothing is missing of what can be known. */
   readonly isWhole: boolean;
+  /** How often it looked as if the engine had been started anew. */
+  readonly lives: number;
   /** For `/health`. */
   describe(): Readonly<Record<string, unknown>>;
   close(): void;
@@ -71,6 +73,12 @@ export class ZmqKvFeed implements KvFeed {
 
   get isWhole(): boolean {
     return this.#sources.length > 0 && this.#sources.every((source) => source.isWhole);
+  }
+
+  get lives(): number {
+    const count = ({ resets }: VllmEventSource): number =>
+      (resets.get("restarted") ?? 0) + (resets.get("reconnected") ?? 0);
+    return this.#sources.reduce((sum, source) => sum + count(source), 0);
   }
 
   describe(): Readonly<Record<string, unknown>> {

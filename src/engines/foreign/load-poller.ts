@@ -84,14 +84,24 @@ export class LoadPoller {
     this.#timer = this.#options.clock.setTimer(delayMs, () => void this.#scrape());
   }
 
+  async #ask(path: string): Promise<string> {
+    const { http, timeoutMs } = this.#options;
+    const { status, text } = await http.ask("GET", path, { timeoutMs });
+    if (status !== 200) throw new Error(`status ${status} for ${path}`);
+    return text;
+  }
+
   async #scrape(): Promise<void> {
-    const { dialect, http, clock, onScrape, onMiss, intervalMs, isBusy, logger, timeoutMs } = this.#options;
+    const { dialect, clock, onScrape, onMiss, intervalMs, isBusy, logger } = this.#options;
     this.#isAsking = true;
     try {
-      const { status, text } = await http.ask("GET", dialect.metricsPath, { timeoutMs });
+      const { loadPath } = dialect;
+      const [text, loadText] = await Promise.all([
+        this.#ask(dialect.metricsPath),
+        loadPath === undefined ? undefined : this.#ask(loadPath),
+      ]);
       if (!this.#isOpen) return;
-      if (status !== 200) throw new Error(`status ${status}`);
-      const load = dialect.loadOf(text);
+      const load = dialect.loadOf(text, loadText);
       this.#unchanged = sameLoad(load, this.#load) && !isBusy() ? this.#unchanged + 1 : 0;
       this.#text = text;
       this.#load = load;

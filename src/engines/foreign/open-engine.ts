@@ -45,6 +45,8 @@ export interface LaunchedPlace extends ForeignPlace {
   readonly command: EngineCommand;
   readonly phaseOf: (line: string) => string | undefined;
   readonly isNoise: (line: string) => boolean;
+  /** Files that were made for it. */
+  readonly onStopped?: () => void;
 }
 
 /** Ports for the server that is to be started; kept until the engine has stopped. */
@@ -86,7 +88,11 @@ export async function launchEngine(
       ...(logPath === undefined ? {} : { logPath }),
       onExit: (exit) => engine.onServerExit(exit),
     });
-    const engine: ForeignEngine = foreignEngine(config, options, place, { server, onStopped: release });
+    const onStopped = (): void => {
+      place.onStopped?.();
+      release();
+    };
+    const engine: ForeignEngine = foreignEngine(config, options, place, { server, onStopped });
     return engine;
   } catch (thrown) {
     release();

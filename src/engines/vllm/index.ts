@@ -1,2 +1,1 @@
 export { createVllmEngine } from "./vllm-engine.ts";
-export { flagValue } from "./vllm-launch.ts";

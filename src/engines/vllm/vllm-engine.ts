@@ -11,6 +11,7 @@ import {
   claimFreePorts,
   claimName,
   claimPort,
+  kvEndpointsOf,
   parseEngineUrl,
   parsePrometheus,
   sumOf,
@@ -22,7 +23,7 @@ import {
   type ScrapedLoad,
 } from "../foreign/index.ts";
 import { VllmAnswerReader, vllmErrorOf } from "./vllm-answer.ts";
-import { isVllmNoise, kvEndpointsOf, readVllmArgs, vllmLaunchPlan, vllmPhaseOf, type VllmArgs } from "./vllm-launch.ts";
+import { isVllmNoise, readVllmArgs, vllmLaunchPlan, vllmPhaseOf, type VllmArgs } from "./vllm-launch.ts";
 import { probeVllm, type VllmFacts } from "./vllm-probe.ts";
 import { vllmCall } from "./vllm-request.ts";
 

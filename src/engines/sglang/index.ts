@@ -1,0 +1,1 @@
+export { createSglangEngine } from "./sglang-engine.ts";

@@ -1,0 +1,1 @@
+export { createTrtllmEngine } from "./trtllm-engine.ts";
