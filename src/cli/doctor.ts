@@ -7,7 +7,7 @@ import type { CommandContext } from "./commands.ts";
 import { defaultDiscoveryFolder, type OptionValues } from "./options.ts";
 import { checkPortFree } from "./port-check.ts";
 import { resolveOptions } from "./resolve-options.ts";
-import { openStore, wantedModel } from "./role-config.ts";
+import { openStore, wantedModel, isTokenEngine } from "./role-config.ts";
 
 /** `dynamo doctor`: what could keep `dynamo local` with the same options from working, each with what to do. */
 export interface Finding {
@@ -112,7 +112,7 @@ async function checkModelFolder(values: OptionValues): Promise<Finding> {
 }
 
 async function checkModel(values: OptionValues, store: ModelStore): Promise<Finding> {
-  if (values.engine === "vllm") return checkModelFolder(values);
+  if (isTokenEngine(values.engine)) return checkModelFolder(values);
   if (values.engine === "openai") return ok("model", "the openai engine has its own");
   const wanted = wantedModel(values);
   if (wanted === undefined) return ok("model", "the echo engine needs none");

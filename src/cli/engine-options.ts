@@ -37,7 +37,7 @@ export const ENGINE_OPTIONS = {
   "engine-command": {
     type: "text",
     default: undefined,
-    defaultText: "vllm, or llama-server with that engine",
+    defaultText: "by engine: vllm, python3 -m sglang.launch_server, trtllm-serve, llama-server",
     env: "DYN_ENGINE_COMMAND",
     group: GROUP,
     commands: WORKERS,
@@ -145,6 +145,6 @@ export const ENGINE_OPTIONS = {
     env: "DYN_KV_EVENTS_CONFIG",
     group: GROUP,
     commands: WORKERS,
-    help: "vLLM's option of that name, JSON. With --engine-url: what that server was started with, so that its events are found.",
+    help: "vLLM's and SGLang's option of that name, JSON; TensorRT-LLM's kv_events_config. With --engine-url: what that server was started with, so that its events are found.",
   },
 } as const;

@@ -13,7 +13,15 @@ import { checkOnePolicy } from "./policy-module.ts";
 import { checkPortFree } from "./port-check.ts";
 import { pullWithProgress } from "./pull-with-progress.ts";
 import { describeOptions, forwardedFlags, resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
-import { foreignName, isForeignEngine, milliseconds, openStore, servedName, wantedModel } from "./role-config.ts";
+import {
+  foreignName,
+  isForeignEngine,
+  isTokenEngine,
+  milliseconds,
+  openStore,
+  servedName,
+  wantedModel,
+} from "./role-config.ts";
 import { SupervisedProcess, stopAll, type Facts } from "./supervisor.ts";
 import { waitUntilListed } from "./wait-until-listed.ts";
 
@@ -51,7 +59,7 @@ function checkEngineShare(resolved: ResolvedOptions): void {
 }
 
 async function presentModel(values: OptionValues, env: NodeJS.ProcessEnv): Promise<StoredModel | undefined> {
-  if (values.engine === "vllm") {
+  if (isTokenEngine(values.engine)) {
     const { modelFolder } = await import("./vllm-config.ts");
     const path = await modelFolder(values, env);
     return { name: foreignName(values, { modelPath: path }), path, bytes: 0 };

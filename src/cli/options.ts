@@ -17,6 +17,8 @@ export const COMMAND_NAMES = [
   "router",
   "worker",
   "vllm",
+  "sglang",
+  "trtllm",
   "mocker",
   "replay",
   "model",
@@ -125,12 +127,12 @@ export const OPTIONS = {
   },
   engine: {
     type: "choice",
-    choices: ["llama", "vllm", "llama-server", "openai", "echo"],
+    choices: ["llama", "vllm", "sglang", "trtllm", "llama-server", "openai", "echo"],
     default: "llama",
     env: "DYN_ENGINE",
     group: "Model and engine",
     commands: ["local", "worker", "doctor"],
-    help: "llama runs the model on this machine's CPU; vllm is a vLLM server and llama-server is llama.cpp's, started by the worker or running already (--engine-url); openai is any server with the OpenAI API that runs already; echo answers with the prompt at once, for measuring and testing.",
+    help: "llama runs the model on this machine's CPU; vllm, sglang, trtllm and llama-server are servers of vLLM, SGLang, TensorRT-LLM and llama.cpp, started by the worker or running already (--engine-url); openai is any server with the OpenAI API that runs already; echo answers with the prompt at once, for measuring and testing.",
   },
   workers: {
     type: "integer",
@@ -353,7 +355,7 @@ export const OPTIONS = {
   "max-num-seqs": {
     type: "integer",
     default: 64,
-    defaultText: "64; with --engine vllm: vLLM's own; mocker and replay: 256",
+    defaultText: "64; with --engine vllm, sglang or trtllm: the engine's own; mocker and replay: 256",
     min: 1,
     // libllama's own bound on sequences of one context, 256, is checked where that engine is configured.
     max: 65_536,
@@ -366,7 +368,7 @@ export const OPTIONS = {
     type: "integer",
     // About one second of prefill on two slow cores: a longer step would hold up the streams that decode.
     default: 512,
-    defaultText: "512; with --engine vllm: vLLM's own; mocker and replay: 8192",
+    defaultText: "512; with --engine vllm, sglang or trtllm: the engine's own; mocker and replay: 8192",
     min: 16,
     max: 1_048_576,
     env: "DYN_MAX_NUM_BATCHED_TOKENS",
@@ -377,7 +379,8 @@ export const OPTIONS = {
   "kv-cache-block-size": {
     type: "integer",
     default: 16,
-    defaultText: "16; with --engine vllm: vLLM's own; mocker and replay: 64, with --engine-type sglang 1",
+    defaultText:
+      "16; with --engine vllm or trtllm: the engine's own; sglang 16; mocker and replay: 64, with --engine-type sglang 1",
     min: 1,
     max: 1_024,
     env: "DYN_KV_CACHE_BLOCK_SIZE",
@@ -1343,7 +1346,7 @@ export const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
 
 export function optionsOf(command: CommandName): OptionName[] {
   // A worker under the name that Dynamo gives it.
-  const listed = command === "vllm" ? "worker" : command;
+  const listed = isEngineCommand(command) ? "worker" : command;
   return OPTION_NAMES.filter((name) => (OPTIONS[name].commands as readonly CommandName[]).includes(listed));
 }
 
@@ -1354,15 +1357,19 @@ export function specOf(name: OptionName, command?: CommandName): OptionSpec {
       ? REPLAY_VARIANTS
       : command === "local"
         ? LOCAL_VARIANTS
-        : command === "vllm"
-          ? VLLM_VARIANTS
+        : isEngineCommand(command)
+          ? { engine: { ...OPTIONS.engine, default: command } }
           : {};
   return variants[name] ?? OPTIONS[name];
 }
 
-const VLLM_VARIANTS: Partial<Record<OptionName, OptionSpec>> = {
-  engine: { ...OPTIONS.engine, default: "vllm" },
-};
+/** Commands that are workers with one engine, named after it. */
+const ENGINE_COMMANDS = ["vllm", "sglang", "trtllm"] as const;
+export type EngineCommandName = (typeof ENGINE_COMMANDS)[number];
+
+export function isEngineCommand(command: CommandName | undefined): command is EngineCommandName {
+  return (ENGINE_COMMANDS as readonly (CommandName | undefined)[]).includes(command);
+}
 
 /** One's own cluster routes by cached prefix; the roles one by one keep Dynamo's default. */
 const LOCAL_VARIANTS: Partial<Record<OptionName, OptionSpec>> = {

@@ -60,7 +60,7 @@ test("options: every mistake is reported, each naming the field, what was expect
     },
   );
   assert.deepEqual(found.toSorted(), [
-    "--engine: expected llama, vllm, llama-server, openai or echo, got lama",
+    "--engine: expected llama, vllm, sglang, trtllm, llama-server, openai or echo, got lama",
     "--htp-host: no such option; did you mean --http-host?",
     "--http-port: expected a whole number from 0 to 65535, got eighty",
     "--once: not an option of dynamo local; it belongs to dynamo status",

@@ -50,7 +50,7 @@ interface Given {
 }
 
 /** Commands with an engine that may have a command line of its own. */
-const WITH_ENGINE_ARGS: readonly CommandName[] = ["local", "worker", "vllm"];
+const WITH_ENGINE_ARGS: readonly CommandName[] = ["local", "worker", "vllm", "sglang", "trtllm"];
 
 /** Throws `invalid-config`; its message has one line per mistake. */
 export async function resolveOptions(given: ResolveInput): Promise<ResolvedOptions> {

@@ -6,7 +6,7 @@ import { DEFAULT_MODEL, ModelStore, unknownModel, type StoredModel } from "../mo
 import type { RouterServiceConfig } from "../router-service/index.ts";
 import type { EngineConfig, HandoffConfig, WorkerConfig } from "../worker/index.ts";
 import { kvTiersConfig } from "./kv-tiers-config.ts";
-import type { OptionValues } from "./options.ts";
+import { isEngineCommand, type CommandName, type EngineCommandName, type OptionValues } from "./options.ts";
 
 /** Options as the roles' own configurations. Units change here: the command line has seconds and MiB, the code ms and bytes. */
 export function frontendConfig(values: OptionValues, routerMode: string = values["router-mode"]): FrontendConfig {
@@ -194,6 +194,11 @@ const MAX_LLAMA_SEQUENCES = 256;
 /** One that is a process of its own. */
 export function isForeignEngine(engine: OptionValues["engine"]): boolean {
   return engine !== "llama" && engine !== "echo";
+}
+
+/** One that is spoken to in tokens, with the tokenizer of its model's folder. */
+export function isTokenEngine(engine: OptionValues["engine"]): engine is EngineCommandName {
+  return isEngineCommand(engine as CommandName);
 }
 
 /** The name clients use, of the model of an engine that is a process of its own. */

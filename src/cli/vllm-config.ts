@@ -1,20 +1,24 @@
 import { existsSync, readFileSync } from "node:fs";
 import { homedir, tmpdir, userInfo } from "node:os";
 import { join, resolve } from "node:path";
-import type { TokenizerSample, VllmEngineConfig } from "../engines/index.ts";
+import type { SglangEngineConfig, TokenizerSample, TrtllmEngineConfig, VllmEngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
 import { loadTokenizer, type Tokenizer } from "../frontend/preprocess/index.ts";
 import { artifactFromPath, vocabularySizeOf, type TokenizerArtifact } from "../model/index.ts";
-import type { OptionValues } from "./options.ts";
+import type { EngineCommandName, OptionValues } from "./options.ts";
 import type { ResolvedOptions } from "./resolve-options.ts";
 import { milliseconds } from "./role-config.ts";
 import { splitWords } from "./split-words.ts";
 
 /**
- * Options as the configuration of a vLLM worker. The model must be a folder on this machine, because its tokenizer is used
+ * Options as the configuration of a worker with vLLM, SGLang or TensorRT-LLM. The model must be a folder on this machine, because its tokenizer is used
  * here: prompts reach the engine as tokens. The texts it is compared by are put into tokens here, where tokenizers are known.
  */
-export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessEnv): Promise<VllmEngineConfig> {
+export async function tokenEngineConfig(
+  resolved: ResolvedOptions,
+  env: NodeJS.ProcessEnv,
+  kind: EngineCommandName,
+): Promise<VllmEngineConfig | SglangEngineConfig | TrtllmEngineConfig> {
   const { values, sources } = resolved;
   const url = values["engine-url"];
   const modelPath = await modelFolder(values, env);
@@ -22,14 +26,15 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
   const given = (name: "max-num-seqs" | "max-num-batched-tokens" | "kv-cache-block-size"): number =>
     sources[name] === "default" ? 0 : values[name];
   const [modelName, apiKey, kvEventsConfig] = [values["model-name"], values["engine-api-key"], values["kv-events-config"]];
-  const engineModel = values["engine-model"] ?? (url === undefined ? modelName : undefined);
+  // A server of ours has the name that clients use, where its name can be chosen.
+  const engineModel = values["engine-model"] ?? (url === undefined && kind !== "trtllm" ? modelName : undefined);
   return {
-    kind: "vllm",
+    kind,
     modelPath,
     vocabularySize: Math.max(vocabularySizeOf(artifact), rowsOf(modelPath)),
     ...(engineModel === undefined ? {} : { engineModel }),
     ...(apiKey === undefined ? {} : { apiKey }),
-    ...(url === undefined ? { launch: launchOf(resolved, "vllm") } : { url }),
+    ...(url === undefined ? { launch: launchOf(resolved, PROGRAMS[kind], kind) } : { url }),
     kvEvents: values["engine-kv-events"],
     ...(kvEventsConfig === undefined ? {} : { kvEventsConfig }),
     startTimeoutMs: milliseconds(values["engine-start-timeout-secs"]),
@@ -43,10 +48,13 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
   };
 } // prettier-ignore
 
+const PROGRAMS = { vllm: "vllm", sglang: "python3 -m sglang.launch_server", trtllm: "trtllm-serve" };
+
 /** Of an engine that is started; `program` is what it is called where nobody says otherwise. */
 export function launchOf(
   { values, engineArgs }: ResolvedOptions,
   program: string,
+  name = program,
 ): NonNullable<VllmEngineConfig["launch"]> {
   const command = splitWords(values["engine-command"] ?? program, "--engine-command");
   if (command.length === 0)
@@ -56,12 +64,12 @@ export function launchOf(
     args: [...splitWords(values["engine-args"] ?? "", "--engine-args"), ...engineArgs],
     env: {},
     port: values["engine-port"],
-    logPath: resolve(values["engine-log-file"] ?? defaultLogPath(program)),
+    logPath: resolve(values["engine-log-file"] ?? defaultLogPath(name)),
   };
 }
 
-function defaultLogPath(program: string): string {
-  return join(tmpdir(), `dynamo-ts-engines-${userInfo().uid}`, "logs", `${program}-${process.pid}.log`);
+function defaultLogPath(name: string): string {
+  return join(tmpdir(), `dynamo-ts-engines-${userInfo().uid}`, "logs", `${name}-${process.pid}.log`);
 }
 
 /** A folder with a tokenizer: named, in the cache of the Hugging Face hub, or where an engine on this machine has it. */
@@ -82,7 +90,7 @@ export async function modelFolder(values: OptionValues, env: NodeJS.ProcessEnv):
   if (existsSync(model) && url === undefined) {
     throw new DynamoError(
       "invalid-config",
-      `--model: vLLM takes a folder with config.json, tokenizer.json and safetensors files, and ${model} has no tokenizer.json; GGUF files are for --engine llama`,
+      `--model: ${values.engine} takes a folder with config.json, tokenizer.json and safetensors files, and ${model} has no tokenizer.json; GGUF files are for --engine llama`,
     );
   }
   throw new DynamoError(

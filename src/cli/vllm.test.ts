@@ -6,8 +6,8 @@ import { after, describe, test } from "node:test";
 import { byteArtifact } from "../model/index.ts";
 import { resolveOptions } from "./resolve-options.ts";
 import { splitWords } from "./split-words.ts";
-import { vllmConfig } from "./vllm-config.ts";
-import { splitVllmArgs } from "./vllm.ts";
+import { tokenEngineConfig } from "./vllm-config.ts";
+import { splitEngineArgs } from "./engine-worker.ts";
 
 const ROOT = mkdtempSync(join(tmpdir(), "vllm-cli-"));
 after(() => rmSync(ROOT, { recursive: true }));
@@ -21,12 +21,16 @@ function modelFolder(name: string, config: object = {}): string {
 }
 
 async function configOf(argv: readonly string[], env: NodeJS.ProcessEnv = {}) {
-  return vllmConfig(await resolveOptions({ command: "worker", argv: ["--engine=vllm", ...argv], env }), env);
+  return tokenEngineConfig(
+    await resolveOptions({ command: "worker", argv: ["--engine=vllm", ...argv], env }),
+    env,
+    "vllm",
+  );
 }
 
 describe("dynamo vllm: whose flag is it", () => {
   test("ours and Dynamo's are ours, all others vLLM's, with the words behind them", () => {
-    const split = (line: string) => splitVllmArgs(splitWords(line, "test"));
+    const split = (line: string) => splitEngineArgs("vllm", splitWords(line, "test"));
     assert.deepEqual(
       split("--model /m --tensor-parallel-size 2 --enforce-eager --namespace n -tp 4 --is-prefill-worker"),
       {
@@ -39,6 +43,27 @@ describe("dynamo vllm: whose flag is it", () => {
       theirs: ["--max-model-len=4k", "--trust-remote-code", "--model", "other"],
     });
     assert.deepEqual(split("--limit-mm-per-prompt '{\"image\": 2}' --connector nixl").theirs, ["--limit-mm-per-prompt", '{"image": 2}']); // prettier-ignore
+  });
+
+  test("SGLang's and TensorRT-LLM's names for what we have are taken for ours", () => {
+    const split = (engine: "sglang" | "trtllm", line: string) => splitEngineArgs(engine, splitWords(line, "test"));
+    assert.deepEqual(
+      split("sglang", "--model-path /m --page-size=64 --tp 2 --mem-fraction-static 0.8 --served-model-name q"),
+      {
+        ours: ["--model", "/m", "--kv-cache-block-size=64", "--served-model-name", "q"],
+        theirs: ["--tp", "2", "--mem-fraction-static", "0.8"],
+      },
+    );
+    assert.deepEqual(
+      split(
+        "trtllm",
+        "--model-path /m --max_seq_len 4096 --max-batch-size=8 --tp_size 2 --extra_llm_api_options f.yaml",
+      ),
+      {
+        ours: ["--model", "/m", "--context-length", "4096", "--max-num-seqs=8"],
+        theirs: ["--tp_size", "2", "--extra_llm_api_options", "f.yaml"],
+      },
+    );
   });
 
   test("words as a shell splits them", () => {

@@ -2,7 +2,7 @@ import type { EngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
-import { openStore, workerConfig } from "./role-config.ts";
+import { isTokenEngine, openStore, workerConfig } from "./role-config.ts";
 import { runRole } from "./run-role.ts";
 
 /** The configuration of an engine that is a process of its own; undefined for those that are not. */
@@ -10,9 +10,9 @@ export async function foreignEngine(
   resolved: ResolvedOptions,
   env: NodeJS.ProcessEnv,
 ): Promise<EngineConfig | undefined> {
-  if (resolved.values.engine === "vllm") {
-    const { vllmConfig } = await import("./vllm-config.ts");
-    return vllmConfig(resolved, env);
+  if (isTokenEngine(resolved.values.engine)) {
+    const { tokenEngineConfig } = await import("./vllm-config.ts");
+    return tokenEngineConfig(resolved, env, resolved.values.engine);
   }
   if (resolved.values.engine === "llama-server" || resolved.values.engine === "openai") {
     const { llamaServerConfig, openAiConfig } = await import("./text-engine-config.ts");

@@ -44,9 +44,14 @@ export async function createTrtllmEngine(config: TrtllmEngineConfig, options: En
     const plan = trtllmLaunchPlan(config, args, port, path, process.env);
     if (plan.options !== undefined) writeFileSync(path, plan.options, { mode: 0o600 });
     const feed = feedOf(config, options, "127.0.0.1");
+    const sizes = {
+      contextLength: args.contextLength || config.contextLength,
+      maxSequences: args.maxSequences || config.maxSequences,
+      maxBatchedTokens: args.maxBatchedTokens || config.maxBatchedTokens,
+    };
     return {
       name: "TensorRT-LLM",
-      dialect: new TrtllmDialect(config, feed),
+      dialect: new TrtllmDialect({ ...config, ...sizes }, feed),
       command: plan.command,
       url: plan.url,
       apiKey: config.apiKey,

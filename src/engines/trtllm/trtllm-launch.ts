@@ -11,6 +11,10 @@ export interface TrtllmArgs {
   readonly host: string | undefined;
   /** A file of the user's. */
   readonly hasOptions: boolean;
+  /** 0 = not said. */
+  readonly contextLength: number;
+  readonly maxSequences: number;
+  readonly maxBatchedTokens: number;
 }
 
 export interface TrtllmLaunchPlan {
@@ -26,18 +30,25 @@ const EVENT_BUFFER = 65_536;
 
 /** Throws `invalid-config`. */
 export function readTrtllmArgs(args: readonly string[]): TrtllmArgs {
-  const port = flagValue(args, "--port");
   const problems: string[] = [];
+  const number = (flag: string): number => {
+    const text = flagValue(args, flag);
+    if (text === undefined) return 0;
+    if (/^[1-9]\d*$/.test(text)) return Number(text);
+    problems.push(`${flag}: expected a whole number from 1 up, got ${text}`);
+    return 0;
+  };
   if (hasFlag(args, "--grpc")) problems.push("--grpc: the worker speaks HTTP to the server");
-  if (port !== undefined && !/^[1-9]\d*$/.test(port)) {
-    problems.push(`--port: expected a whole number from 1 up, got ${port}`);
-  }
-  if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));
-  return {
-    port: port === undefined ? undefined : Number(port),
+  const read = {
+    port: number("--port") || undefined,
     host: flagValue(args, "--host"),
     hasOptions: OPTION_FLAGS.some((flag) => hasFlag(args, flag)),
+    contextLength: number("--max-seq-len"),
+    maxSequences: number("--max-batch-size"),
+    maxBatchedTokens: number("--max-num-tokens"),
   };
+  if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));
+  return read;
 }
 
 export function trtllmLaunchPlan(

@@ -1,0 +1,4 @@
+import { engineWorker } from "./engine-worker.ts";
+
+/** `dynamo trtllm` */
+export const run = engineWorker("trtllm");
