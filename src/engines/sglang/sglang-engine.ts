@@ -1,4 +1,4 @@
-import { DynamoError } from "../../errors/index.ts";
+import type { DynamoError } from "../../errors/index.ts";
 import type { PreprocessedRequest } from "../../protocol/index.ts";
 import { randomId64 } from "../../std/index.ts";
 import type { SglangEngineConfig } from "../config.ts";

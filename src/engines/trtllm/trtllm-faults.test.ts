@@ -35,7 +35,10 @@ const BASE: TrtllmEngineConfig = {
 
 /** Events are fetched: the addresses that the battery makes are of no use. */
 const ATTACHED: AttachedUnderTest<FakeTrtllm, FakeTrtllmOptions> = {
-  fake: ({ kvEvents: _, ...options }) => new FakeTrtllm(options),
+  fake: ({ kvEvents, ...options }) => {
+    void kvEvents;
+    return new FakeTrtllm(options);
+  },
   create: (url, kvEvents, overrides) =>
     createTrtllmEngine({ ...BASE, url, kvEvents: kvEvents !== undefined, ...overrides }, OPTIONS),
   otherClient: (prompt, tokens) => ({
