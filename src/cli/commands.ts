@@ -66,7 +66,7 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
   sglang: {
     summary: "run one worker with an SGLang server as its engine",
     usage: "dynamo sglang [options] [SGLang's own flags] [-- more of them]",
-    example: "dynamo sglang --model-path /models/Qwen3-8B --page-size 16 --tp 2",
+    example: "dynamo sglang --model /models/Qwen3-8B --kv-cache-block-size 16",
     about:
       "The same as dynamo worker --engine sglang, with the command line of dynamo.sglang: flags that are none of ours go to\n" +
       "SGLang. Starts python -m sglang.launch_server, watches it and starts it again; with --engine-url it attaches to one\n" +
@@ -76,7 +76,7 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
   trtllm: {
     summary: "run one worker with a TensorRT-LLM server as its engine",
     usage: "dynamo trtllm [options] [trtllm-serve's own flags] [-- more of them]",
-    example: "dynamo trtllm --model-path /models/Qwen3-8B --tp_size 2",
+    example: "dynamo trtllm --model /models/Qwen3-8B --context-length 8192",
     about:
       "The same as dynamo worker --engine trtllm, with the command line of dynamo.trtllm: flags that are none of ours go to\n" +
       "trtllm-serve. Starts it, watches it and starts it again; with --engine-url it attaches to one that runs already.",

@@ -80,6 +80,7 @@ export async function probeSglang(options: SglangProbeOptions): Promise<SglangFa
     life: undefined,
     reportsCachedTokens: true,
     answerForms: hasTokenizer && info.grammar_backend !== "none",
+    ...(hasTokenizer ? {} : { lacks: ["min-tokens"] }),
     notes,
     isIncremental,
     prioritySign: info.enable_priority_scheduling !== true ? 0 : info.schedule_low_priority_values_first === true ? -1 : 1,

@@ -72,6 +72,7 @@ export async function probeTrtllm(options: TrtllmProbeOptions): Promise<TrtllmFa
     dataParallelSize: 1,
     reportsCachedTokens: true,
     answerForms,
+    lacks: ["prompt-logprobs", "cache-namespaces"],
     life: undefined,
     notes,
     takesPriority: !isBeforeVersion(version, WITH_PRIORITY),
