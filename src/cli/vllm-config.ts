@@ -1,7 +1,7 @@
 import { existsSync, readFileSync } from "node:fs";
 import { homedir, tmpdir, userInfo } from "node:os";
 import { join, resolve } from "node:path";
-import type { TokenizerSample, VllmEngineConfig } from "../engines/index.ts";
+import { KNOWN_BAD, type TokenizerSample, type VllmEngineConfig } from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
 import { loadTokenizer } from "../frontend/preprocess/index.ts";
 import { artifactFromPath, vocabularySizeOf, type TokenizerArtifact } from "../model/index.ts";
@@ -32,6 +32,7 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
     ...(url === undefined ? { launch: launchOf(resolved) } : { url }),
     kvEvents: values["engine-kv-events"],
     ...(kvEventsConfig === undefined ? {} : { kvEventsConfig }),
+    acceptKnownBad: acceptedIds(values["accept-known-bad"] ?? ""),
     startTimeoutMs: milliseconds(values["engine-start-timeout-secs"]),
     hangTimeoutMs: milliseconds(values["engine-hang-timeout-secs"]),
     metricsIntervalMs: milliseconds(values["engine-metrics-interval-secs"]),
@@ -41,6 +42,13 @@ export async function vllmConfig(resolved: ResolvedOptions, env: NodeJS.ProcessE
     blockSizeTokens: given("kv-cache-block-size"),
     tokenizerSamples: await tokenizerSamples(artifact),
   };
+} // prettier-ignore
+
+function acceptedIds(list: string): string[] {
+  const ids = list.split(",").map((id) => id.trim()).filter((id) => id !== "");
+  const unknown = ids.filter((id) => !KNOWN_BAD.some((entry) => entry.id === id));
+  if (unknown.length === 0) return ids;
+  throw new DynamoError("invalid-config", `--accept-known-bad: expected ids from docs/engines/known-bad.md, got ${unknown.join(", ")}`);
 } // prettier-ignore
 
 function launchOf({ values, engineArgs }: ResolvedOptions): NonNullable<VllmEngineConfig["launch"]> {

@@ -15,5 +15,6 @@ export type {
   MockerEngineConfig,
   VllmEngineConfig,
 } from "./config.ts";
+export { KNOWN_BAD, versionRange } from "./foreign/known-bad.ts";
 export type { TokenizerSample } from "./foreign/foreign-config.ts";
 export { loadEngine, type EngineOptions } from "./load-engine.ts";

@@ -1,5 +1,5 @@
 /** Command lines of engines, read back: `--flag value`, `--flag=value`, with underscores too; the last one counts. */
-export function findFlag(args: readonly string[], flag: string): string | undefined {
+export function flagValue(args: readonly string[], flag: string): string | undefined {
   let found: string | undefined;
   for (const [i, word] of args.entries()) {
     const [name, value] = splitFlag(word);
@@ -14,7 +14,7 @@ export function hasFlag(args: readonly string[], flag: string): boolean {
 
 /** Undefined where there is none, or no JSON object: whoever needs it says so. */
 export function flagJson(args: readonly string[], flag: string): Record<string, unknown> | undefined {
-  const text = findFlag(args, flag);
+  const text = flagValue(args, flag);
   if (text === undefined) return undefined;
   try {
     const value: unknown = JSON.parse(text);

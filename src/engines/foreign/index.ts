@@ -11,3 +11,18 @@ export { MirroredBlocks } from "./mirrored-blocks.ts";
 export { claimFreePorts, claimName, claimPort, type PortClaim } from "./port-claims.ts";
 export { familiesWithPrefix, parsePrometheus, sumOf, type PrometheusSample } from "./prometheus-text.ts";
 export { SseReader } from "./sse-reader.ts";
+export { flagJson, flagValue, hasFlag } from "./flag-values.ts";
+export {
+  KNOWN_BAD,
+  knownBad,
+  memoryNeed,
+  versionRange,
+  type GpuFacts,
+  type KnownBad,
+  type KnownBadFinding,
+  type MachineFacts,
+  type ModelFacts,
+  type Situation,
+} from "./known-bad.ts";
+export { machineFacts, modelFacts } from "./situation-facts.ts";
+export { isBefore, parseVersion } from "./version-number.ts";

@@ -1,5 +1,5 @@
 import { parseVersion, isBefore } from "./version-number.ts";
-import { findFlag, flagJson, hasFlag } from "./flag-values.ts";
+import { flagJson, flagValue, hasFlag } from "./flag-values.ts";
 
 /**
  * Combinations of an engine's version, model, flags and machine that are known not to work, or to work worse than anybody
@@ -67,24 +67,20 @@ export interface KnownBadFinding {
 }
 
 /** All entries that apply. */
-export function knownBad(situation: Situation, entries: readonly KnownBad[] = KNOWN_BAD): KnownBadFinding[] {
-  return entries
+export function knownBad(situation: Situation): KnownBadFinding[] {
+  return KNOWN_BAD
     .filter(({ engine, versions, applies }) => engine === situation.engine && isInRange(situation.version, versions) && applies(situation))
-    .map(({ id, effect, what, why, fix }) => ({
-      id,
-      effect: effect === "refuse" && isVersionKnown(situation.version) ? "refuse" : effect === "refuse" && needsNoVersion(id, entries) ? "refuse" : "warn",
-      text: `${what}: ${why}`,
-      fix,
-    }));
+    .map((entry) => ({ id: entry.id, effect: effectOf(entry, situation), text: `${entry.what}: ${entry.why}`, fix: entry.fix }));
 } // prettier-ignore
+
+/** What only some versions refuse is a warning while the version is not known. */
+function effectOf({ effect, versions: { from, before } }: KnownBad, { version }: Situation): KnownBad["effect"] {
+  const isSure = (from === undefined && before === undefined) || isVersionKnown(version);
+  return isSure ? effect : "warn";
+}
 
 function isVersionKnown(version: string | undefined): boolean {
   return version !== undefined && parseVersion(version) !== undefined;
-}
-
-function needsNoVersion(id: string, entries: readonly KnownBad[]): boolean {
-  const { from, before } = entries.find((entry) => entry.id === id)!.versions;
-  return from === undefined && before === undefined;
 }
 
 /** A version that nobody knows could be any. */
@@ -117,7 +113,8 @@ function usesNixl(situation: Situation): boolean {
   return connectorsOf(situation).some((name) => name.startsWith("Nixl"));
 }
 
-const RECURRENT_TYPES = /mamba|jamba|bamba|nemotron_h|falcon_h1|zamba|granitemoehybrid|plamo2|qwen3_next|kimi_linear|minimax|lfm2/i;
+const RECURRENT_TYPES =
+  /mamba|jamba|bamba|nemotron_h|falcon_h1|zamba|granitemoehybrid|plamo2|qwen3_next|kimi_linear|minimax_text|lfm2/i;
 
 /** Some layers keep a state instead of keys and values. */
 function isRecurrent({ model }: Situation): boolean {
@@ -146,7 +143,7 @@ function hasLatentAttention({ model }: Situation): boolean {
 }
 
 function usesFp8Kv({ args, model }: Situation): boolean {
-  const asked = findFlag(args, "--kv-cache-dtype");
+  const asked = flagValue(args, "--kv-cache-dtype");
   if (asked !== undefined && asked !== "auto") return asked.startsWith("fp8");
   const quantization = model?.config["quantization_config"] as Record<string, unknown> | undefined;
   const scheme = quantization?.["kv_cache_scheme"] as Record<string, unknown> | undefined;
@@ -159,17 +156,17 @@ function isBlackwell({ machine }: Situation): boolean {
 
 function hasNoPrefixCache({ args, server }: Situation): boolean {
   if (server?.hasPrefixCache !== undefined) return !server.hasPrefixCache;
-  return hasFlag(args, "--no-enable-prefix-caching") || findFlag(args, "--enable-prefix-caching") === "False";
+  return hasFlag(args, "--no-enable-prefix-caching") || flagValue(args, "--enable-prefix-caching") === "False";
 }
 
 /** Of the command line or of the server; undefined = the engine's default. */
 function engineBlockSize({ args, server }: Situation): number | undefined {
-  const text = findFlag(args, "--block-size");
+  const text = flagValue(args, "--block-size");
   return server?.blockSizeTokens ?? (text === undefined ? undefined : Number(text));
 }
 
 function ranksOf({ args }: Situation): number {
-  return Number(findFlag(args, "--data-parallel-size") ?? findFlag(args, "-dp") ?? 1);
+  return Number(flagValue(args, "--data-parallel-size") ?? flagValue(args, "-dp") ?? 1);
 }
 
 function kvEventsConfig({ args }: Situation): Record<string, unknown> {
@@ -186,8 +183,14 @@ const GPU_SHARE = 0.9;
 /** Activations, captured graphs, the runtime: seldom less. */
 const RUNTIME_BYTES = 1.5e9;
 const CPU_RUNTIME_BYTES = 1.5e9;
-/** More than half of a machine's memory is not given to one engine by itself. */
-const DTYPE_BYTES: Readonly<Record<string, number>> = { float32: 4, float: 4, bfloat16: 2, float16: 2, half: 2, auto: 2 };
+const DTYPE_BYTES: Readonly<Record<string, number>> = {
+  float32: 4,
+  float: 4,
+  bfloat16: 2,
+  float16: 2,
+  half: 2,
+  auto: 2,
+};
 
 export interface MemoryNeed {
   readonly weightBytes: number;
@@ -202,11 +205,11 @@ export interface MemoryNeed {
 export function memoryNeed(situation: Situation): MemoryNeed | undefined {
   const { model, machine, args } = situation;
   if (model === undefined || model.weightBytes === 0) return undefined;
-  const devices = Number(findFlag(args, "--tensor-parallel-size") ?? findFlag(args, "-tp") ?? 1) * Number(findFlag(args, "--pipeline-parallel-size") ?? findFlag(args, "-pp") ?? 1);
-  const share = Number(findFlag(args, "--gpu-memory-utilization") ?? GPU_SHARE);
+  const devices = Number(flagValue(args, "--tensor-parallel-size") ?? flagValue(args, "-tp") ?? 1) * Number(flagValue(args, "--pipeline-parallel-size") ?? flagValue(args, "-pp") ?? 1);
+  const share = Number(flagValue(args, "--gpu-memory-utilization") ?? GPU_SHARE);
   const gpus = machine.gpus.toSorted((a, b) => b.freeBytes - a.freeBytes).slice(0, devices);
   const availableBytes = gpus.length === 0 ? machine.freeMemoryBytes : Math.min(...gpus.map(({ totalBytes, freeBytes }) => Math.min(freeBytes, share * totalBytes)));
-  const offloaded = Number(findFlag(args, "--cpu-offload-gb") ?? 0) * 2 ** 30;
+  const offloaded = Number(flagValue(args, "--cpu-offload-gb") ?? 0) * 2 ** 30;
   const contextTokens = contextOf(situation);
   return {
     weightBytes: Math.max(0, model.weightBytes / devices - offloaded),
@@ -218,7 +221,7 @@ export function memoryNeed(situation: Situation): MemoryNeed | undefined {
 } // prettier-ignore
 
 function contextOf({ args, model }: Situation): number {
-  const text = findFlag(args, "--max-model-len");
+  const text = flagValue(args, "--max-model-len");
   const match = text === undefined ? null : /^(\d+(?:\.\d+)?)([kKmM]?)$/.exec(text);
   if (match !== null) return Number(match[1]) * { "": 1, k: 1_000, K: 1_024, m: 1e6, M: 2 ** 20 }[match[2] as "" | "k" | "K" | "m" | "M"];
   return numberIn(model, "max_position_embeddings");
@@ -234,7 +237,7 @@ function kvBytesPerToken(situation: Situation): number {
   const { model, args } = situation;
   if (model === undefined || isRecurrent(situation)) return 0;
   const layers = numberIn(model, "num_hidden_layers");
-  const asked = findFlag(args, "--dtype");
+  const asked = flagValue(args, "--dtype");
   const dtype = asked === undefined || asked === "auto" ? String(model.config["torch_dtype"] ?? model.config["dtype"] ?? "auto") : asked;
   const bytes = usesFp8Kv(situation) ? 1 : (DTYPE_BYTES[dtype] ?? 2);
   if (hasLatentAttention(situation)) return layers * (numberIn(model, "kv_lora_rank") + numberIn(model, "qk_rope_head_dim")) * bytes;
@@ -247,7 +250,7 @@ function kvBytesPerToken(situation: Situation): number {
 function hasNoRoomForWeights(situation: Situation): boolean {
   const need = memoryNeed(situation);
   // What is quantized while it is loaded needs less than its files.
-  const shrinks = findFlag(situation.args, "--quantization") !== undefined && situation.model?.config["quantization_config"] === undefined;
+  const shrinks = flagValue(situation.args, "--quantization") !== undefined && situation.model?.config["quantization_config"] === undefined;
   return need !== undefined && !shrinks && need.weightBytes + need.runtimeBytes > need.availableBytes;
 } // prettier-ignore
 
@@ -381,7 +384,7 @@ export const KNOWN_BAD: readonly KnownBad[] = [
     what: "block hashes differ from one server to the next",
     why: "without PYTHONHASHSEED the first hash of a chain is random in each process, with xxhash in new versions too",
     fix: "set PYTHONHASHSEED=0 in the environment of every server, or give them --prefix-caching-hash-algo sha256_cbor",
-    applies: ({ env, args }) => env !== undefined && env["PYTHONHASHSEED"] === undefined && findFlag(args, "--prefix-caching-hash-algo")?.startsWith("xxhash") === true,
+    applies: ({ env, args }) => env !== undefined && env["PYTHONHASHSEED"] === undefined && flagValue(args, "--prefix-caching-hash-algo")?.startsWith("xxhash") === true,
   },
   {
     id: "weights-do-not-fit",

@@ -1,5 +1,5 @@
 import { DynamoError } from "../../errors/index.ts";
-import type { EngineCommand, KvEndpoints } from "../foreign/index.ts";
+import { flagValue, hasFlag, type EngineCommand, type KvEndpoints } from "../foreign/index.ts";
 import type { VllmEngineConfig } from "../config.ts";
 
 /**
@@ -33,7 +33,7 @@ export interface VllmArgs {
 }
 
 /** Throws `invalid-config` for arguments with which the worker could not work, all of them in one message. */
-export function readVllmArgs(args: readonly string[], wantsKvEvents: boolean): VllmArgs {
+export function readVllmArgs(args: readonly string[]): VllmArgs {
   const problems: string[] = [];
   const refuse = (flag: string, why: string): void => {
     if (hasFlag(args, flag)) problems.push(`${flag}: ${why}`);
@@ -41,7 +41,6 @@ export function readVllmArgs(args: readonly string[], wantsKvEvents: boolean): V
   refuse("--headless", "the worker speaks to the server's HTTP port, which a headless one has not");
   refuse("--grpc", "the worker speaks HTTP to the server");
   refuse("--disable-log-stats", "the worker takes sizes and load from the server's metrics");
-  if (wantsKvEvents) refuse("--no-enable-prefix-caching", "without a prefix cache there are no KV events; add --no-engine-kv-events");
   const number = (flag: string, min: number): number | undefined => {
     const text = flagValue(args, flag);
     if (text === undefined) return undefined;
@@ -73,26 +72,6 @@ function sizeOf(text: string): number | undefined {
   const factor = { "": 1, k: 1_000, K: 1_024, m: 1_000_000, M: 1_048_576 }[match[2] as "" | "k" | "K" | "m" | "M"];
   return Number(match[1]) * factor;
 }
-
-/** `--flag value`, `--flag=value`, with underscores too; the last one counts. */
-export function flagValue(args: readonly string[], flag: string): string | undefined {
-  let found: string | undefined;
-  for (const [i, word] of args.entries()) {
-    const [name, value] = splitFlag(word);
-    if (name === flag) found = value ?? args[i + 1];
-  }
-  return found;
-}
-
-function hasFlag(args: readonly string[], flag: string): boolean {
-  return args.some((word) => splitFlag(word)[0] === flag);
-}
-
-function splitFlag(word: string): [name: string, value: string | undefined] {
-  const at = word.indexOf("=");
-  const name = at === -1 ? word : word.slice(0, at);
-  return [name.startsWith("--") ? `--${name.slice(2).replaceAll("_", "-")}` : name, at === -1 ? undefined : word.slice(at + 1)];
-} // prettier-ignore
 
 export function vllmLaunchPlan(
   config: VllmEngineConfig,
