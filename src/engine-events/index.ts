@@ -1,3 +1,4 @@
 export { VllmEventMapper, type LeftOut, type VllmEventMapperOptions } from "./vllm-event-mapper.ts";
 export { VllmEventSource, type ResetReason, type VllmEventSourceOptions } from "./vllm-event-source.ts";
 export { decodeVllmBatch, decodeVllmMessage, type VllmBatch, type VllmEvent, type VllmMessage } from "./vllm-events.ts";
+export { VllmHashCheck, type HashMismatch, type HashState, type VllmHashCheckOptions } from "./vllm-hash-check.ts";

@@ -4,6 +4,7 @@ import type { KvEvent } from "../protocol/index.ts";
 import type { EngineLink, EngineLinkHandler } from "../runtime/event-plane/index.ts";
 import { VllmEventMapper, type LeftOut } from "./vllm-event-mapper.ts";
 import { decodeVllmBatch } from "./vllm-events.ts";
+import type { VllmHashCheck } from "./vllm-hash-check.ts";
 
 /**
  * The KV events of one rank of a stock engine, as ours, in order and without holes. The engine numbers its batches from
@@ -24,6 +25,8 @@ export interface VllmEventSourceOptions {
   /** Of the engine; batches that say another one are taken as this one's: each rank has sockets of its own. */
   readonly dpRank: number;
   readonly logger: Logger;
+  /** Looks at the engine's own hashes. */
+  readonly hashCheck?: VllmHashCheck | undefined;
   /** In order; valid until the call returns. */
   readonly onEvents: (events: readonly KvEvent[]) => void;
 }
@@ -205,7 +208,9 @@ export class VllmEventSource implements EngineLinkHandler {
     this.counts.batches++;
     let events: KvEvent[];
     try {
-      events = this.#mapper.map({ ...decodeVllmBatch(payload), dpRank: this.#options.dpRank });
+      const batch = decodeVllmBatch(payload);
+      this.#options.hashCheck?.observe(batch.events);
+      events = this.#mapper.map({ events: batch.events, dpRank: this.#options.dpRank });
     } catch (thrown) {
       this.#malformed(toDynamoError(thrown).diagnostic ?? "");
       return;

@@ -17,6 +17,8 @@ export interface EngineFacts {
   readonly reportsCachedTokens: boolean;
   /** It can hold an answer to a form. */
   readonly answerForms: boolean;
+  /** By which it makes the block hashes of its KV events; undefined = it does not tell. */
+  readonly blockHashAlgorithm?: string | undefined;
   /** As in `ScrapedLoad`. */
   readonly life: number | undefined;
   /** One line each, for the log: what it lacks and what that costs. */

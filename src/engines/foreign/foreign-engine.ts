@@ -125,6 +125,7 @@ export class ForeignEngine implements Engine {
     await feed?.open({
       blockSizeTokens: facts.blockSizeTokens,
       dataParallelSize: facts.dataParallelSize,
+      blockHashAlgorithm: facts.blockHashAlgorithm,
       onEvents: (events) => this.#onKvEvents(events),
     });
     this.#assertNotStopped();
@@ -229,6 +230,7 @@ export class ForeignEngine implements Engine {
       metricsAgeSeconds: this.#poller.ageMs / 1_000,
       mispredictedRequests: this.counts.unpredicted,
       isKvWhole: this.#options.feed?.isWhole ?? false,
+      hashMismatches: this.#options.feed?.hashMismatches ?? 0,
     };
   }
 

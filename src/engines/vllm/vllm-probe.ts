@@ -75,6 +75,7 @@ export async function probeVllm(options: VllmProbeOptions): Promise<VllmFacts> {
     route,
     takesPriority: first.takesPriority,
     hasPrefixCache: cache.hasPrefixCache,
+    blockHashAlgorithm: cache.hashAlgorithm,
   };
 }
 
@@ -107,6 +108,7 @@ async function cacheConfig({ http, signal, blockSizeTokens: wanted }: VllmProbeO
   readonly totalBlocks: number;
   readonly ranks: number;
   readonly hasPrefixCache: boolean | undefined;
+  readonly hashAlgorithm: string | undefined;
   readonly life: number | undefined;
 }> {
   const { text } = await ask(http, "GET", "/metrics", signal);
@@ -132,6 +134,7 @@ async function cacheConfig({ http, signal, blockSizeTokens: wanted }: VllmProbeO
     blockSizeTokens,
     totalBlocks,
     ranks: Math.max(1, ranks.size),
+    hashAlgorithm: config?.["prefix_caching_hash_algo"],
     hasPrefixCache: prefixCache === undefined ? undefined : prefixCache !== "False",
     life: sumOf(samples, "process_start_time_seconds"),
   };
