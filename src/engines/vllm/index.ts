@@ -1,2 +1,2 @@
 export { createVllmEngine } from "./vllm-engine.ts";
-export { flagValue } from "./vllm-launch.ts";
+export { examineVllm, type VllmFinding } from "./vllm-examine.ts";
