@@ -119,9 +119,9 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
   doctor: {
     summary: "check this machine and say how to fix what is wrong",
     usage: "dynamo doctor [options] [-- the engine's flags]",
-    example: "dynamo doctor --engine vllm --model /models/Qwen3-8B -- --tensor-parallel-size 2",
+    example: "dynamo doctor --workers 2 --http-port 8000",
     about:
-      "Checks Node, the llama library, CPU threads, the port, disk space, the model file and the discovery folder. With --engine vllm, and all flags of the worker or of dynamo local: the engine's command and version, memory, ports, NIXL, a server that runs already and its KV events, and the combinations known not to work. Starts nothing.",
+      "Checks Node, the llama library, CPU threads, the port, disk, model and discovery folder; with --engine vllm and a worker's flags all about that engine.",
     load: () => import("./doctor.ts"),
   },
 };

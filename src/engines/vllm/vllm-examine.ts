@@ -1,11 +1,9 @@
 import { createServer } from "node:net";
-import { VllmEventSource, VllmHashCheck } from "../../engine-events/index.ts";
 import { toDynamoError } from "../../errors/index.ts";
 import { silentLogger } from "../../observability/index.ts";
-import { openEngineLink } from "../../runtime/event-plane/index.ts";
 import type { Clock } from "../../std/index.ts";
 import type { VllmEngineConfig } from "../config.ts";
-import { EngineHttp, knownBad, memoryNeed, parseEngineUrl, rankEndpoint, type Situation } from "../foreign/index.ts";
+import { EngineHttp, ZmqKvFeed, knownBad, memoryNeed, parseEngineUrl, type Situation } from "../foreign/index.ts";
 import { findInstalledVllm, hasNixl, type InstalledVllm } from "./vllm-installed.ts";
 import { kvEndpointsOf, readVllmArgs, vllmLaunchPlan } from "./vllm-launch.ts";
 import { situationOfLaunch, situationOfRunning } from "./vllm-known-bad.ts";
@@ -160,42 +158,43 @@ async function eventsFinding({ config, clock }: VllmExamination, facts: VllmFact
   const { origin, socketPath } = parseEngineUrl(url!);
   const endpoints = kvEndpointsOf(kvEventsConfig, socketPath === undefined ? new URL(origin).hostname : "127.0.0.1");
   if (endpoints === undefined) return warn("kv events", "switched off in --kv-events-config: what is cached will be guessed", fix);
-  const hashCheck = new VllmHashCheck({ logger: silentLogger, algorithm: facts.blockHashAlgorithm });
-  const told: string[] = [];
-  for (let dpRank = 0; dpRank < facts.dataParallelSize; dpRank++) {
-    const endpoint = rankEndpoint(endpoints.endpoint, dpRank);
-    const { replayEndpoint, ...rest } = endpoints;
-    const replay = replayEndpoint === undefined ? {} : { replayEndpoint: rankEndpoint(replayEndpoint, dpRank) };
-    const counts = await listen({ ...rest, ...replay, endpoint, clock }, facts.blockSizeTokens, dpRank, hashCheck);
-    if (typeof counts === "string") return fail("kv events", `${endpoint}: ${counts}`, "check the addresses in --kv-events-config, here and there, and what is between");
-    told.push(`${endpoint}: answers, ${counts.batches} batches kept`);
-  }
-  const { state, cause } = hashCheck;
-  const hashes = state === "unchecked" ? "block hashes not seen yet" : state === "mismatch" ? `block hashes differ from ours (${cause})` : state === "match" ? "block hashes as computed here" : "block hashes not reproducible here";
-  const detail = `${told.join("; ")}; ${hashes}`;
-  return state === "mismatch" ? warn("kv events", detail, String(hashCheck.describe()["advice"])) : ok("kv events", detail);
-} // prettier-ignore
-
-/** What is kept, or what is wrong. */
-async function listen(options: Parameters<typeof openEngineLink>[0], blockSizeTokens: number, dpRank: number, hashCheck: VllmHashCheck): Promise<{ readonly batches: number } | string> {
-  const source = new VllmEventSource({ blockSizeTokens, dpRank, logger: silentLogger, hashCheck, onEvents: () => undefined });
-  const deadlineMs = options.clock.monotonicMs() + EVENTS_MS;
+  const { blockSizeTokens, dataParallelSize, blockHashAlgorithm } = facts;
+  const feed = new ZmqKvFeed(endpoints, { clock, logger: silentLogger });
+  const deadlineMs = clock.monotonicMs() + EVENTS_MS;
   try {
-    source.attach(await openEngineLink(options, source));
-    while (!source.isWhole && options.clock.monotonicMs() < deadlineMs) {
-      await new Promise<void>((resolve) => options.clock.setTimer(POLL_MS, resolve));
-    }
-    if (!source.isWhole) return `nobody answered within ${EVENTS_MS / 1_000} s`;
-    return source.resets.has("replay-failed") ? "a replay failed" : source.counts;
+    await feed.open({ blockSizeTokens, dataParallelSize, blockHashAlgorithm, onEvents: () => undefined });
+    while (!feed.isWhole && clock.monotonicMs() < deadlineMs) await new Promise<void>((resolve) => clock.setTimer(POLL_MS, resolve));
+    const addresses = `${endpoints.endpoint}${endpoints.replayEndpoint === undefined ? "" : `, ${endpoints.replayEndpoint}`}`;
+    const check = "check the addresses in --kv-events-config, here and there, and what is between";
+    if (!feed.isWhole) return fail("kv events", `${addresses}: nobody answered within ${EVENTS_MS / 1_000} s`, check);
+    return heard(addresses, feed.describe() as unknown as FeedFacts);
   } catch (thrown) {
     const { publicMessage, diagnostic } = toDynamoError(thrown);
-    return diagnostic ?? publicMessage;
+    return fail("kv events", `${endpoints.endpoint}: ${diagnostic ?? publicMessage}`, "give an address that this machine reaches, and that no other worker listens on");
   } finally {
-    source.close();
+    feed.close();
   }
 } // prettier-ignore
 
 const POLL_MS = 20;
+
+interface FeedFacts {
+  readonly block_hashes: { readonly state: string; readonly advice?: string };
+  readonly ranks: readonly { readonly batches: number }[];
+}
+
+function heard(addresses: string, { block_hashes: hashes, ranks }: FeedFacts): VllmFinding {
+  const batches = ranks.reduce((sum, rank) => sum + rank.batches, 0);
+  const detail = `${addresses}: answers, ${batches} batches kept; ${HASH_WORDS[hashes.state] ?? hashes.state}`;
+  return hashes.advice === undefined ? ok("kv events", detail) : warn("kv events", detail, hashes.advice);
+}
+
+const HASH_WORDS: Readonly<Record<string, string>> = {
+  match: "block hashes as computed here",
+  mismatch: "block hashes are not those computed here",
+  unchecked: "no block hashes seen yet",
+  "not-reproducible": "block hashes of an algorithm that is not computed here",
+};
 
 // ---- Both ----
 
