@@ -121,7 +121,7 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
     usage: "dynamo doctor [options] [-- the engine's flags]",
     example: "dynamo doctor --workers 2 --http-port 8000",
     about:
-      "Checks Node, the llama library, CPU threads, the port, disk, model and discovery folder; with --engine vllm and a worker's flags all about that engine.",
+      "Checks Node, the llama library, CPU threads, the port, disk, model and discovery folder.\nWith --engine vllm and a worker's flags: all about that engine, without starting it.",
     load: () => import("./doctor.ts"),
   },
 };
