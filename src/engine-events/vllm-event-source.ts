@@ -38,6 +38,14 @@ interface Batch {
   readonly payload: Uint8Array;
 }
 
+/** What happened, and what to do where somebody can. */
+const RESET_WORDS: Readonly<Record<ResetReason, string>> = {
+  restarted: "the engine numbers them from 0 again, so it was restarted; beginning again",
+  reconnected: "the connection was lost; beginning again with what the engine kept",
+  lost: "some were lost and the engine does not keep them any more; its blocks are forgotten and learnt anew (more buffer_steps in --kv-events-config keep more)",
+  "replay-failed": "lost ones could not be fetched; its blocks are forgotten and learnt anew (is replay_endpoint in --kv-events-config right, and does it answer?)",
+  malformed: "one could not be read; its blocks are forgotten and learnt anew",
+}; // prettier-ignore
 const MAX_WAITING = 8_192;
 const END_MARKER = -1;
 
@@ -237,7 +245,10 @@ export class VllmEventSource implements EngineLinkHandler {
     const count = (this.resets.get(reason) ?? 0) + 1;
     this.resets.set(reason, count);
     if (reason !== "malformed") {
-      this.#options.logger.warn({ reason, rank: this.#options.dpRank, count }, "engine KV events: beginning again");
+      this.#options.logger.warn(
+        { reason, rank: this.#options.dpRank, count },
+        `engine KV events: ${RESET_WORDS[reason]}`,
+      );
     }
     this.#forget();
   }

@@ -370,7 +370,11 @@ export class ForeignEngine implements Engine {
     const error = new DynamoError("engine-stopped", `the engine ${why}`, {
       diagnostic: `${dialect.name} at ${this.#options.http.url}${server === undefined ? "" : `; its last lines: ${server.log.tail(5).join(" | ")}`}`,
     });
-    logger.error({ diagnostic: error.diagnostic, streams: this.#streams.size }, `${dialect.name} ${why}`);
+    const next = server === undefined ? "start it again there: this worker waits for it" : "it is started again";
+    logger.error(
+      { diagnostic: error.diagnostic, streams: this.#streams.size },
+      `${dialect.name} ${why}; ${next}, and its requests go elsewhere`,
+    );
     this.#failAll(error);
     this.#forgetBlocks();
     this.#sink?.onUnavailable?.(error);

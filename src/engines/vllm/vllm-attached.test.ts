@@ -67,6 +67,8 @@ interface Setup {
   readonly fake?: FakeVllmOptions;
   readonly config?: Partial<VllmEngineConfig>;
   readonly withoutEvents?: boolean;
+  /** Batches that the server keeps for replay. */
+  readonly bufferSteps?: number;
 }
 
 async function withServer(setup: Setup, body: (place: Place) => Promise<void>): Promise<void> {
@@ -76,6 +78,7 @@ async function withServer(setup: Setup, body: (place: Place) => Promise<void>): 
     endpoint: `tcp://*:${ports.port}`,
     replay_endpoint: `tcp://127.0.0.1:${ports.port + ranks}`,
     topic: "kv",
+    ...(setup.bufferSteps === undefined ? {} : { buffer_steps: setup.bufferSteps }),
   };
   const make = (options: FakeVllmOptions = {}): FakeVllm =>
     new FakeVllm({ ...FAKE, ...setup.fake, ...options, kvEvents });
@@ -430,6 +433,20 @@ describe("vLLM that runs already: faults", () => {
       await watcher.until(() => replayKvEvents(watcher.kvEvents).size === fake.caches[0]!.cachedBlocks, "all blocks");
     }),
   );
+
+  test("replay too old: what was known is forgotten, what comes after is known again, and it is told", LIMIT, () =>
+    withServer({ bufferSteps: 1 }, async ({ fake, engine, watcher }) => {
+      await watcher.run(aRequest(promptOf(50), { stop: { maxTokens: 1 } }));
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 3, "the prompt's blocks");
+      fake.publishers[0]!.dropNext = 2;
+      for (const from of [200, 300, 400]) await watcher.run(aRequest(promptOf(40, from), { stop: { maxTokens: 1 } }));
+      const resets = (): unknown => (engine.describe()["kv_events"] as { ranks: { resets: object }[] }).ranks[0]!.resets;
+      await until(() => (resets() as { lost?: number }).lost === 1, "the hole");
+      // Only the newest: a block that was lost may be gone by now, and is never predicted.
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 2, "the newest blocks");
+      const { sequenceHashes } = hashBlocks(promptOf(48), 16, blockHashSeed());
+      assert.equal(await engine.countBlocks(sequenceHashes), 0);
+    })); // prettier-ignore
 
   test("what is removed for want of room is told", LIMIT, () =>
     withServer({ fake: { totalBlocks: 40 } }, async ({ fake, watcher }) => {
