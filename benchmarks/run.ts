@@ -11,7 +11,7 @@ import { machineLine } from "./harness.ts";
  */
 /** Takes many minutes. */
 const ONLY_BY_NAME = new Set(["soak"]);
-const NOT_BENCHMARKS = new Set(["run.ts", "harness.ts"]);
+const NOT_BENCHMARKS = new Set(["run.ts", "harness.ts", "vllm-frames.ts"]);
 
 function findNames(): string[] {
   return readdirSync(import.meta.dirname)

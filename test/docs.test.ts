@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { test } from "node:test";
+import { KNOWN_BAD, versionRange } from "../src/engines/index.ts";
 import { REASONS } from "../src/errors/index.ts";
 import { METRICS } from "../src/observability/index.ts";
 
@@ -40,6 +41,14 @@ test("docs: metrics.md lists every metric with its type, labels and help", () =>
     `| \`${name}\` | ${entry.type} | ${entry.labels.join(", ")} | ${entry.help} |`.replaceAll("|  |", "| |"),
   );
   assert.deepEqual(pageRows("docs/metrics.md", expected), expected);
+});
+
+test("docs: engines/known-bad.md lists every known-bad combination of engines", () => {
+  const expected = KNOWN_BAD.map(
+    ({ id, engine, versions, effect, what, why, fix }) =>
+      `| \`${id}\` | ${engine} | ${versionRange(versions)} | ${effect} | ${what}: ${why} | ${fix} |`,
+  );
+  assert.deepEqual(pageRows("docs/engines/known-bad.md", expected), expected);
 });
 
 test("docs: every metric is used somewhere in the product", async () => {

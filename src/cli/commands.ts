@@ -137,10 +137,10 @@ export const COMMANDS: Readonly<Record<CommandName, Command>> = {
   },
   doctor: {
     summary: "check this machine and say how to fix what is wrong",
-    usage: "dynamo doctor [options]",
+    usage: "dynamo doctor [options] [-- the engine's flags]",
     example: "dynamo doctor --workers 2 --http-port 8000",
     about:
-      "Checks Node, the llama library, CPU threads, the port, disk space, the model file and the discovery folder.",
+      "Checks Node, the llama library, CPU threads, the port, disk, model and discovery folder.\nWith --engine vllm and a worker's flags: all about that engine, without starting it.",
     load: () => import("./doctor.ts"),
   },
 };

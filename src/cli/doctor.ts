@@ -1,12 +1,14 @@
 import { accessSync, constants, existsSync, statfsSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { dirname } from "node:path";
-import { toDynamoError } from "../errors/index.ts";
+import { DynamoError, toDynamoError } from "../errors/index.ts";
+import type { VllmEngineConfig } from "../engines/index.ts";
 import { readGguf, type ModelStore } from "../model/index.ts";
+import { systemClock } from "../std/index.ts";
 import type { CommandContext } from "./commands.ts";
 import { defaultDiscoveryFolder, type OptionValues } from "./options.ts";
 import { checkPortFree } from "./port-check.ts";
-import { resolveOptions } from "./resolve-options.ts";
+import { resolveOptions, type ResolvedOptions } from "./resolve-options.ts";
 import { openStore, wantedModel, isTokenEngine } from "./role-config.ts";
 
 /** `dynamo doctor`: what could keep `dynamo local` with the same options from working, each with what to do. */
@@ -23,7 +25,15 @@ type Check = () => Finding | Promise<Finding>;
 /** Exit code 1 when something failed; warnings do not count. */
 export async function run({ argv, env, out }: CommandContext): Promise<number> {
   const resolved = await resolveOptions({ command: "doctor", argv, env });
+  const { engine } = resolved.values;
+  if (resolved.engineArgs.length > 0 && engine !== "vllm") {
+    throw new DynamoError(
+      "invalid-config",
+      `--: the ${engine} engine has no command line of its own, got ${resolved.engineArgs.join(" ")}`,
+    );
+  }
   const findings = await examine(resolved.values, openStore(resolved.values, env));
+  if (engine === "vllm") findings.push(...(await examineEngine(resolved, env)));
   if (resolved.values.json) out(`${JSON.stringify(findings)}\n`);
   else for (const finding of findings) out(findingText(finding));
   return findings.some(({ result }) => result === "fail") ? 1 : 0;
@@ -33,7 +43,7 @@ export async function examine(values: OptionValues, store: ModelStore): Promise<
   const checks: Record<string, Check> = {
     node: checkNode,
     ...(values.engine === "llama" ? { libllama: checkLibrary } : {}),
-    cpu: () => checkCpu(values.workers),
+    ...(values.engine === "vllm" ? {} : { cpu: () => checkCpu(values.workers) }),
     port: () => checkPort(values["http-host"], values["http-port"]),
     disk: () => checkDisk(store),
     model: () => checkModel(values, store),
@@ -49,6 +59,24 @@ export async function examine(values: OptionValues, store: ModelStore): Promise<
     }
   }
   return findings;
+}
+
+/** Beside an engine that is a process of its own, which needs no cores of ours but has much that can be wrong. */
+async function examineEngine(resolved: ResolvedOptions, env: NodeJS.ProcessEnv): Promise<readonly Finding[]> {
+  try {
+    const { tokenEngineConfig } = await import("./vllm-config.ts");
+    const { examineVllm } = await import("../engines/vllm/index.ts");
+    const config = (await tokenEngineConfig(resolved, env, "vllm")) as VllmEngineConfig;
+    return await examineVllm({ config, env, clock: systemClock, isSplit: isSplit(resolved.values) });
+  } catch (thrown) {
+    // What is wrong with the model has its own line.
+    const text = toDynamoError(thrown).publicMessage;
+    return [fail("engine", text, "put this right first; the engine's checks come after it")];
+  }
+}
+
+function isSplit(values: OptionValues): boolean {
+  return values["disaggregation-mode"] !== "agg" || values.prefill > 0;
 }
 
 const MIN_NODE_MAJOR = 24;

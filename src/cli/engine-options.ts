@@ -138,6 +138,15 @@ export const ENGINE_OPTIONS = {
     commands: WORKERS,
     help: "Take the engine's own KV events. Without them the worker guesses from the requests what the engine has cached.",
   },
+  "accept-known-bad": {
+    type: "text",
+    default: undefined,
+    defaultText: "none",
+    env: "DYN_ACCEPT_KNOWN_BAD",
+    group: GROUP,
+    commands: WORKERS,
+    help: "Combinations that are refused because they are known not to work, to be tried all the same: their ids from docs/engines/known-bad.md, with commas between.",
+  },
   "kv-events-config": {
     type: "text",
     default: undefined,

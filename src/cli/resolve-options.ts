@@ -50,7 +50,7 @@ interface Given {
 }
 
 /** Commands with an engine that may have a command line of its own. */
-const WITH_ENGINE_ARGS: readonly CommandName[] = ["local", "worker", "vllm", "sglang", "trtllm"];
+const WITH_ENGINE_ARGS: readonly CommandName[] = ["local", "worker", "vllm", "sglang", "trtllm", "doctor"];
 
 /** Throws `invalid-config`; its message has one line per mistake. */
 export async function resolveOptions(given: ResolveInput): Promise<ResolvedOptions> {
@@ -59,7 +59,7 @@ export async function resolveOptions(given: ResolveInput): Promise<ResolvedOptio
   const input = end === -1 ? given : { ...given, argv: given.argv.slice(0, end) };
   const mistakes: string[] = [];
   const warnings: string[] = [];
-  const allowed = new Set(optionsOf(input.command));
+  const allowed = new Set(acceptedOptions(input.command));
   const flags = readFlags(input, allowed, mistakes, warnings);
   const environment = readEnvironment(input.env, allowed);
   if (allowed.has("kv-host")) warnings.push(...ignoredVariables(input.env));
@@ -87,6 +87,12 @@ export async function resolveOptions(given: ResolveInput): Promise<ResolvedOptio
     engineArgs,
     warnings,
   };
+}
+
+/** `dynamo doctor` judges the command line of a worker or of `dynamo local`, so it takes all of theirs. */
+function acceptedOptions(command: CommandName): OptionName[] {
+  const commands: CommandName[] = command === "doctor" ? ["doctor", "worker", "local"] : [command];
+  return commands.flatMap((one) => optionsOf(one));
 }
 
 /** Whether a flag is one of that command's, in any spelling, or one of Dynamo's that is answered here. */

@@ -1,7 +1,13 @@
 import { existsSync, readFileSync } from "node:fs";
 import { homedir, tmpdir, userInfo } from "node:os";
 import { join, resolve } from "node:path";
-import type { SglangEngineConfig, TokenizerSample, TrtllmEngineConfig, VllmEngineConfig } from "../engines/index.ts";
+import {
+  KNOWN_BAD,
+  type SglangEngineConfig,
+  type TokenizerSample,
+  type TrtllmEngineConfig,
+  type VllmEngineConfig,
+} from "../engines/index.ts";
 import { DynamoError } from "../errors/index.ts";
 import { loadTokenizer, type Tokenizer } from "../frontend/preprocess/index.ts";
 import { artifactFromPath, vocabularySizeOf, type TokenizerArtifact } from "../model/index.ts";
@@ -37,6 +43,7 @@ export async function tokenEngineConfig(
     ...(url === undefined ? { launch: launchOf(resolved, PROGRAMS[kind], kind) } : { url }),
     kvEvents: values["engine-kv-events"],
     ...(kvEventsConfig === undefined ? {} : { kvEventsConfig }),
+    acceptKnownBad: acceptedIds(values["accept-known-bad"] ?? ""),
     startTimeoutMs: milliseconds(values["engine-start-timeout-secs"]),
     hangTimeoutMs: milliseconds(values["engine-hang-timeout-secs"]),
     metricsIntervalMs: milliseconds(values["engine-metrics-interval-secs"]),
@@ -49,6 +56,13 @@ export async function tokenEngineConfig(
 } // prettier-ignore
 
 const PROGRAMS = { vllm: "vllm", sglang: "python3 -m sglang.launch_server", trtllm: "trtllm-serve" };
+
+function acceptedIds(list: string): string[] {
+  const ids = list.split(",").map((id) => id.trim()).filter((id) => id !== "");
+  const unknown = ids.filter((id) => !KNOWN_BAD.some((entry) => entry.id === id));
+  if (unknown.length === 0) return ids;
+  throw new DynamoError("invalid-config", `--accept-known-bad: expected ids from docs/engines/known-bad.md, got ${unknown.join(", ")}`);
+} // prettier-ignore
 
 /** Of an engine that is started; `program` is what it is called where nobody says otherwise. */
 export function launchOf(

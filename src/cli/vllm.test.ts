@@ -112,3 +112,33 @@ describe("options of a vLLM worker", () => {
     await assert.rejects(foreignEngine(resolved, {}), /the llama engine has no command line of its own, got --x/);
   });
 });
+
+describe("dynamo doctor --engine vllm", () => {
+  async function doctor(...argv: string[]) {
+    const { run } = await import("./doctor.ts");
+    let text = "";
+    const code = await run({ argv, env: {}, out: (part) => void (text += part), err: () => undefined });
+    return { code, text };
+  }
+
+  test("takes the flags of a worker and of the engine, for people and for machines", async () => {
+    const flags = ["--engine=vllm", "--http-port=0", `--model=${modelFolder("d")}`, "--engine-command=/no/such/vllm", "--max-num-seqs=4", "--namespace=n"]; // prettier-ignore
+    const { code, text } = await doctor(...flags, "--json", "--", "--no-enable-prefix-caching");
+    assert.equal(code, 1);
+    const findings = JSON.parse(text) as { check: string; result: string; detail: string; fix?: string }[];
+    const failed = findings.filter(({ result }) => result === "fail");
+    assert.deepEqual(failed.map(({ check }) => check), ["command", "known bad"]); // prettier-ignore
+    assert.match(failed[1]!.detail, /^prefix-cache-off-with-kv-events: /);
+    const accepted = await doctor(...flags, "--accept-known-bad=prefix-cache-off-with-kv-events", "--", "--no-enable-prefix-caching"); // prettier-ignore
+    assert.match(accepted.text, /^warn {2}known bad {2}prefix-cache-off-with-kv-events: .*\n {17}fix: take/m);
+  });
+
+  test("a model that is not there, an unknown id, arguments for an engine without a command line", async () => {
+    const missing = await doctor("--engine=vllm", "--http-port=0", "--model=/no/such/model");
+    assert.equal(missing.code, 1);
+    assert.match(missing.text, /^fail {2}model /m);
+    const unknown = await doctor("--engine=vllm", "--http-port=0", `--model=${modelFolder("e")}`, "--accept-known-bad=all"); // prettier-ignore
+    assert.match(unknown.text, /--accept-known-bad: expected ids from docs\/engines\/known-bad\.md, got all/);
+    await assert.rejects(doctor("--engine=echo", "--", "--x"), /the echo engine has no command line of its own/);
+  });
+});

@@ -13,6 +13,16 @@ export type MsgpackKind = "nil" | "boolean" | "integer" | "float" | "text" | "by
 const MAX_DEPTH = 16;
 const utf8 = new TextDecoder("utf-8", { fatal: true });
 
+/** Words read lately, by a hash of their bytes. A few dozen are in use; whatever else comes only replaces them. */
+const WORD_SLOTS = 256;
+const words: string[] = new Array<string>(WORD_SLOTS).fill("");
+
+function isWordAt(word: string, bytes: Uint8Array, from: number, length: number): boolean {
+  if (word.length !== length) return false;
+  for (let i = 0; i < length; i++) if (word.charCodeAt(i) !== bytes[from + i]) return false;
+  return true;
+}
+
 export class MsgpackCursor {
   readonly #bytes: Uint8Array;
   readonly #view: DataView;
@@ -94,6 +104,52 @@ export class MsgpackCursor {
     return Number(value);
   }
 
+  /** As many `u32` as fit into `out`, from element `from` on. */
+  u32s(out: Uint32Array, from: number): void {
+    const bytes = this.#bytes;
+    const view = this.#view;
+    let at = this.#at;
+    for (let i = from; i < out.length; i++) {
+      const tag = bytes[at]!;
+      // What is in bounds and in one of the usual forms is read here; all else by `u32`, which says what is wrong.
+      if (tag <= 0x7f) {
+        out[i] = tag;
+        at++;
+      } else if (tag >= 0xcc && tag <= 0xce && at + 5 <= bytes.length) {
+        // One, two or four bytes without asking which: on real token ids a branch would be guessed wrong a third of the time.
+        const width = 1 << (tag - 0xcc);
+        out[i] = view.getUint32(at + 1) >>> (32 - 8 * width);
+        at += 1 + width;
+      } else {
+        this.#at = at;
+        out[i] = this.u32();
+        at = this.#at;
+      }
+    }
+    this.#at = at;
+  }
+
+  /**
+   * A name of 64 bits, appended as its halves, lo and hi: an integer, signed or not (the same bits are the same name), or
+   * a digest of at most `maxBytes` bytes, of which the last eight count, big-endian.
+   */
+  pushHash(out: number[], maxBytes: number): void {
+    const tag = this.#peek();
+    if (tag === 0xcf || tag === 0xd3) {
+      this.#at++;
+      const at = this.#take(8);
+      out.push(this.#view.getUint32(at + 4), this.#view.getUint32(at));
+    } else if (this.kind() === "integer") {
+      const value = this.integer();
+      out.push(value >>> 0, Math.floor(value / 2 ** 32) >>> 0);
+    } else {
+      const digest = this.bytes(maxBytes);
+      if (digest.length < 8) throw new MsgpackError(`expected a digest of 8 bytes or more, got ${digest.length}`);
+      const at = digest.byteOffset - this.#view.byteOffset + digest.length - 8;
+      out.push(this.#view.getUint32(at + 4), this.#view.getUint32(at));
+    }
+  }
+
   /** Any msgpack integer, signed or unsigned. */
   integer64(): bigint {
     const tag = this.#byte();
@@ -137,6 +193,27 @@ export class MsgpackCursor {
     } catch (cause) {
       throw new MsgpackError("text is not UTF-8", { cause });
     }
+  }
+
+  /** Like `text`, for the words that a format repeats: one that was read lately is not made again. */
+  word(maxBytes: number): string {
+    const tag = this.#peek();
+    const length = tag & 0x1f;
+    const from = this.#at + 1;
+    if (tag < 0xa0 || tag > 0xbf || from + length > this.#bytes.length) return this.text(maxBytes);
+    const bytes = this.#bytes;
+    let hash = length;
+    for (let i = 0; i < length; i++) hash = (Math.imul(hash, 31) + bytes[from + i]!) | 0;
+    const slot = hash & (WORD_SLOTS - 1);
+    const known = words[slot]!;
+    if (isWordAt(known, bytes, from, length)) {
+      this.#at = from + length;
+      return known;
+    }
+    const word = this.text(maxBytes);
+    // Letters of one byte only: then as many characters as bytes.
+    if (word.length === length) words[slot] = word;
+    return word;
   }
 
   /** A view of at most `maxBytes` bytes, valid as long as the source is. */

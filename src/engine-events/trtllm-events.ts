@@ -1,4 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
+import { xxh3_64, type HashPair } from "../tokens/index.ts";
 import type { VllmEvent, VllmStored } from "./vllm-events.ts";
 
 /**
@@ -145,8 +146,8 @@ export class TrtllmEventAdapter {
       case "updated":
         this.#note(event.hash, event.to);
         return [
-          { ...EMPTY, hashes: [event.hash], medium: mediumOf(event.to) },
-          { type: "removed", hashes: [event.hash], medium: mediumOf(event.from), group: GROUP },
+          { ...EMPTY, hashes: pairOf(event.hash), medium: mediumOf(event.to) },
+          { type: "removed", hashes: pairOf(event.hash), medium: mediumOf(event.from), group: GROUP },
         ];
       case "unknown":
         return [event];
@@ -163,8 +164,8 @@ export class TrtllmEventAdapter {
       const medium = mediumOf(level);
       events.push({
         ...EMPTY,
-        hashes: [hash],
-        parent: before,
+        hashes: pairOf(hash),
+        parent: before === undefined ? undefined : pairOf(before),
         tokenIds: Uint32Array.from(tokenIds),
         blockSize,
         medium,
@@ -178,7 +179,7 @@ export class TrtllmEventAdapter {
     return hashes.map((hash) => {
       const level = this.#lower.get(hash) ?? 0;
       this.#lower.delete(hash);
-      return { type: "removed", hashes: [hash], medium: mediumOf(level), group: GROUP };
+      return { type: "removed", hashes: pairOf(hash), medium: mediumOf(level), group: GROUP };
     });
   }
 
@@ -187,6 +188,15 @@ export class TrtllmEventAdapter {
     else this.#lower.set(hash, level);
   }
 }
+
+/** The number's 64 bits; of a name that is no number, a hash. */
+function pairOf(hash: string): HashPair {
+  if (!/^-?\d+$/.test(hash)) return xxh3_64(Buffer.from(hash), NO_SEED);
+  const bits = BigInt.asUintN(64, BigInt(hash));
+  return [Number(bits & 0xffffffffn), Number(bits >> 32n)];
+}
+
+const NO_SEED: HashPair = [0, 0];
 
 function mediumOf(level: number): string {
   return MEDIA[level] ?? "DISK";

@@ -4,6 +4,7 @@ import type { KvEvent } from "../protocol/index.ts";
 import type { EngineLink, EngineLinkHandler } from "../runtime/event-plane/index.ts";
 import { VllmEventMapper, type LeftOut } from "./vllm-event-mapper.ts";
 import { decodeVllmBatch } from "./vllm-events.ts";
+import type { VllmHashCheck } from "./vllm-hash-check.ts";
 
 /**
  * The KV events of one rank of a stock engine, as ours, in order and without holes. The engine numbers its batches from
@@ -24,6 +25,8 @@ export interface VllmEventSourceOptions {
   /** Of the engine; batches that say another one are taken as this one's: each rank has sockets of its own. */
   readonly dpRank: number;
   readonly logger: Logger;
+  /** Looks at the engine's own hashes. */
+  readonly hashCheck?: VllmHashCheck | undefined;
   /** In order; valid until the call returns. */
   readonly onEvents: (events: readonly KvEvent[]) => void;
 }
@@ -35,6 +38,14 @@ interface Batch {
   readonly payload: Uint8Array;
 }
 
+/** What happened, and what to do where somebody can. */
+const RESET_WORDS: Readonly<Record<ResetReason, string>> = {
+  restarted: "the engine numbers them from 0 again, so it was restarted; beginning again",
+  reconnected: "the connection was lost; beginning again with what the engine kept",
+  lost: "some were lost and the engine does not keep them any more; its blocks are forgotten and learnt anew (more buffer_steps in --kv-events-config keep more)",
+  "replay-failed": "lost ones could not be fetched; its blocks are forgotten and learnt anew (is replay_endpoint in --kv-events-config right, and does it answer?)",
+  malformed: "one could not be read; its blocks are forgotten and learnt anew",
+}; // prettier-ignore
 const MAX_WAITING = 8_192;
 const END_MARKER = -1;
 
@@ -205,7 +216,9 @@ export class VllmEventSource implements EngineLinkHandler {
     this.counts.batches++;
     let events: KvEvent[];
     try {
-      events = this.#mapper.map({ ...decodeVllmBatch(payload), dpRank: this.#options.dpRank });
+      const batch = decodeVllmBatch(payload);
+      this.#options.hashCheck?.observe(batch.events);
+      events = this.#mapper.map({ events: batch.events, dpRank: this.#options.dpRank });
     } catch (thrown) {
       this.#malformed(toDynamoError(thrown).diagnostic ?? "");
       return;
@@ -232,7 +245,10 @@ export class VllmEventSource implements EngineLinkHandler {
     const count = (this.resets.get(reason) ?? 0) + 1;
     this.resets.set(reason, count);
     if (reason !== "malformed") {
-      this.#options.logger.warn({ reason, rank: this.#options.dpRank, count }, "engine KV events: beginning again");
+      this.#options.logger.warn(
+        { reason, rank: this.#options.dpRank, count },
+        `engine KV events: ${RESET_WORDS[reason]}`,
+      );
     }
     this.#forget();
   }

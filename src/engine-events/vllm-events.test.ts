@@ -9,6 +9,7 @@ import { blockHashSeed, hashBlocks, tryHashFromHex } from "../tokens/index.ts";
 import { FlatKvIndex, OverlapScores } from "../router/indexer/index.ts";
 import { pack, type Value } from "./msgpack-writer.fixture.ts";
 import { MsgpackCursor, MsgpackError } from "./msgpack-cursor.ts";
+import { NaiveVllmEventMapper } from "./naive-vllm-event-mapper.ts";
 import { VllmEventMapper } from "./vllm-event-mapper.ts";
 import { decodeVllmBatch, decodeVllmMessage, type VllmEvent, type VllmStored } from "./vllm-events.ts";
 
@@ -27,6 +28,15 @@ function batchOf(...events: Value[]): Buffer {
 }
 
 /** A stored event in the form of arrays. */
+/** Removals one by one, however they were put together. */
+function oneByOne(events: readonly KvEvent[]): KvEvent[] {
+  return events.flatMap((event): KvEvent[] => {
+    if (event.type !== "removed") return [event];
+    const { sequenceHashes } = event;
+    return Array.from({ length: sequenceHashes.length / 2 }, (_, i) => ({ ...event, sequenceHashes: sequenceHashes.slice(2 * i, 2 * i + 2) }));
+  });
+} // prettier-ignore
+
 function stored(hashes: Value[], parent: Value, tokens: Value[], rest: { size?: number; tail?: Value[] } = {}): Value {
   return ["BlockStored", hashes, parent, tokens, rest.size ?? 4, null, "GPU", null, ...(rest.tail ?? [])];
 }
@@ -36,6 +46,45 @@ function mapped(mapper: VllmEventMapper, ...events: Value[]): KvEvent[] {
 }
 
 describe("msgpack cursor", () => {
+  it("reads token ids in every form, up to the last byte, and refuses what is none or is cut off", () => {
+    const forms: [string, number][] = [["05", 5], ["7f", 127], ["cc80", 128], ["cdffff", 65_535], ["ce00010000", 65_536], ["ceffffffff", 2 ** 32 - 1], ["cf0000000000000009", 9]]; // prettier-ignore
+    fc.assert(
+      fc.property(fc.array(fc.constantFrom(...forms), { minLength: 1, maxLength: 40 }), (ids) => {
+        const bytes = Buffer.from(ids.map(([hex]) => hex).join(""), "hex");
+        const out = new Uint32Array(ids.length);
+        const cursor = new MsgpackCursor(bytes);
+        cursor.u32s(out, 0);
+        assert.deepEqual([...out], ids.map(([, id]) => id)); // prettier-ignore
+        assert.equal(cursor.remaining, 0);
+        assert.throws(() => new MsgpackCursor(bytes.subarray(0, -1)).u32s(out, 0), MsgpackError);
+      }),
+    );
+    assert.throws(() => new MsgpackCursor(Buffer.from("d0ff", "hex")).u32s(new Uint32Array(1), 0), MsgpackError);
+  });
+
+  it("words and names: the same as text and 64-bit integers", () => {
+    fc.assert(
+      fc.property(fc.array(fc.string({ unit: "grapheme", maxLength: 12 }), { maxLength: 20 }), (texts) => {
+        for (const text of [...texts, ...texts]) {
+          const utf8 = Buffer.from(text);
+          const bytes = utf8.length < 32 ? Buffer.concat([Buffer.of(0xa0 | utf8.length), utf8]) : pack(text);
+          assert.equal(new MsgpackCursor(bytes).word(1_000), text);
+        }
+      }),
+    );
+    const halves = (hex: string): number[] => {
+      const out: number[] = [];
+      new MsgpackCursor(Buffer.from(hex, "hex")).pushHash(out, 64);
+      return out;
+    };
+    assert.deepEqual(halves("cf0000000100000002"), [2, 1]);
+    assert.deepEqual(halves("d3fffffffffffffffe"), halves("cffffffffffffffffe"));
+    assert.deepEqual(halves("fe"), halves("cffffffffffffffffe"));
+    assert.deepEqual(halves("07"), [7, 0]);
+    assert.deepEqual(halves("c40a0000ffffffffffffffff"), halves("cfffffffffffffffff"));
+    assert.throws(() => halves("c403010203"), MsgpackError);
+  });
+
   it("reads every integer form, signed and unsigned, and refuses what does not fit", () => {
     const values = [0n, 127n, 128n, 255n, 65_535n, 2n ** 32n, 2n ** 63n, 2n ** 64n - 1n, -1n, -(2n ** 63n)];
     for (const value of values) assert.equal(new MsgpackCursor(pack(value)).integer64(), value);
@@ -260,7 +309,7 @@ describe("vLLM events", () => {
       x: { y: 1 },
     };
     const asMap = decodeVllmBatch(pack({ ts: 1, version: 9, events: [fields], data_parallel_rank: null }));
-    assert.equal((asMap.events[0] as VllmStored).hashes[0], `raw:${"03".repeat(32)}`);
+    assert.deepEqual((asMap.events[0] as VllmStored).hashes, [0x03030303, 0x03030303]);
     assert.equal(asMap.dpRank, 0);
   });
 
@@ -294,6 +343,44 @@ describe("vLLM events", () => {
     for (const value of wrong) assert.throws(() => decodeVllmBatch(pack(value)), isMalformed);
     assert.throws(() => decodeVllmBatch(Buffer.from("93cb41d954fc40000000ddffffffff01", "hex")), isMalformed);
   });
+
+  it("any sequence of events is mapped as by the plain mapper", () => {
+    const name = fc.integer({ min: 1, max: 12 });
+    const medium = fc.constantFrom("GPU", "CPU", null);
+    const tokens = fc.array(fc.constantFrom(1, 200, 70_000, 2 ** 32 - 1), { minLength: 8, maxLength: 8 });
+    const store = fc
+      .tuple(fc.array(name, { minLength: 1, maxLength: 2 }), fc.option(name, { nil: null }), tokens, medium, fc.boolean())
+      .map(([names, parent, ids, where, isPlaceholder]): Value => ["BlockStored", names, parent, isPlaceholder ? [] : ids.slice(0, 4 * names.length), 4, null, where, null]);
+    const remove = fc.tuple(fc.array(name, { maxLength: 3 }), medium).map((event): Value => ["BlockRemoved", ...event]);
+    const event = fc.oneof({ weight: 6, arbitrary: store }, { weight: 4, arbitrary: remove }, fc.constant<Value>(["AllBlocksCleared"]));
+    fc.assert(
+      fc.property(fc.array(fc.array(event, { maxLength: 6 }), { maxLength: 30 }), (batches) => {
+        const options = { blockSizeTokens: 4, maxBlocks: 8 };
+        const [fast, plain] = [new VllmEventMapper(options), new NaiveVllmEventMapper(options)];
+        for (const events of batches) {
+          const batch = decodeVllmBatch(pack([0, events, 0]));
+          assert.deepEqual(oneByOne(fast.map(batch)), oneByOne(plain.map(batch)));
+          assert.deepEqual(fast.leftOut, plain.leftOut);
+          assert.equal(fast.blockCount, plain.blockCount);
+        }
+      }),
+      { numRuns: 500 },
+    );
+  }); // prettier-ignore
+
+  it("a thousand evictions in a row are one event, in their order; another tier begins a new one", () => {
+    const mapper = new VllmEventMapper({ blockSizeTokens: 4 });
+    const names = Array.from({ length: 1_000 }, (_, i) => i + 1);
+    const ids = names.flatMap((id) => [id, id, id, id]);
+    const [whole] = mapped(mapper, stored(names, null, ids)) as [KvStored];
+    mapped(mapper, { type: "BlockStored", block_hashes: [1], parent_block_hash: null, token_ids: [], block_size: 0, medium: "CPU" });
+    const removals: Value[] = names.toReversed().map((name): Value => ["BlockRemoved", [name], "GPU"]);
+    const events = mapper.map(decodeVllmBatch(pack([0, [...removals, ["BlockRemoved", [1], "CPU"]], 0])));
+    assert.equal(events.length, 2);
+    const pairs = Array.from({ length: 1_000 }, (_, i) => [...whole.sequenceHashes.subarray(2 * i, 2 * i + 2)]);
+    assert.deepEqual(events[0], { type: "removed", dpRank: 0, tier: "device", sequenceHashes: Uint32Array.from(pairs.toReversed().flat()) });
+    assert.equal(mapper.blockCount, 0);
+  }); // prettier-ignore
 
   it("any bytes are decoded or refused, and what is decoded is mapped without an exception", () => {
     const payloads = samples.flatMap(({ messages }) => messages.slice(0, -1).map((message) => framesOf(message)[2]!));

@@ -1,4 +1,5 @@
 import { DynamoError } from "../errors/index.ts";
+import type { HashPair } from "../tokens/index.ts";
 import { MsgpackCursor } from "./msgpack-cursor.ts";
 
 /**
@@ -9,9 +10,9 @@ import { MsgpackCursor } from "./msgpack-cursor.ts";
  */
 export interface VllmStored {
   readonly type: "stored";
-  /** The engine's hashes as keys: hex of the unsigned 64 bits, or of the raw digest. */
-  readonly hashes: readonly string[];
-  readonly parent: string | undefined;
+  /** The engine's hashes, lo and hi of the 64 bits by turns: of an integer, or the last ones of a raw digest. */
+  readonly hashes: readonly number[];
+  readonly parent: HashPair | undefined;
   /** length = blocks x block size, and one more when the engine hashes pairs. */
   readonly tokenIds: Uint32Array;
   /** Token ids came as pairs [t, next t], as with Eagle. */
@@ -27,7 +28,7 @@ export interface VllmStored {
 
 export interface VllmRemoved {
   readonly type: "removed";
-  readonly hashes: readonly string[];
+  readonly hashes: readonly number[];
   readonly medium: string | undefined;
   readonly group: KvGroup;
 }
@@ -155,8 +156,8 @@ function readEvents(cursor: MsgpackCursor): VllmEvent[] {
 /** All that any event can say; what is absent has its default. */
 interface Fields {
   tag: string;
-  hashes: string[];
-  parent: string | undefined;
+  hashes: number[];
+  parent: HashPair | undefined;
   tokenIds: Uint32Array;
   isPaired: boolean;
   blockSize: number;
@@ -213,7 +214,7 @@ function toEvent(fields: Fields): VllmEvent {
 
 function fieldsFromMap(cursor: MsgpackCursor): Fields {
   const fields = noFields();
-  for (let left = cursor.map(); left > 0; left--) readField(cursor, cursor.text(MAX_TEXT_BYTES), fields);
+  for (let left = cursor.map(); left > 0; left--) readField(cursor, cursor.word(MAX_TEXT_BYTES), fields);
   return fields;
 }
 
@@ -233,7 +234,7 @@ function fieldsFromArray(cursor: MsgpackCursor): Fields {
   const fields = noFields();
   const length = cursor.array();
   if (length === 0) throw new Error("an event without a tag");
-  fields.tag = cursor.text(MAX_TEXT_BYTES);
+  fields.tag = cursor.word(MAX_TEXT_BYTES);
   const order = fields.tag === "BlockStored" ? STORED_ORDER : fields.tag === "BlockRemoved" ? REMOVED_ORDER : undefined;
   for (let i = 1; i < length; i++) {
     if (order === undefined) cursor.skip();
@@ -257,7 +258,7 @@ function readTail(cursor: MsgpackCursor, fields: Fields): void {
 function readField(cursor: MsgpackCursor, name: string, fields: Fields): void {
   switch (name) {
     case "type":
-      fields.tag = cursor.text(MAX_TEXT_BYTES);
+      fields.tag = cursor.word(MAX_TEXT_BYTES);
       return;
     case "block_hashes":
       fields.hashes = readHashes(cursor);
@@ -311,24 +312,24 @@ function readMetadata(cursor: MsgpackCursor, fields: Fields): void {
 }
 
 function readText(cursor: MsgpackCursor): string | undefined {
-  if (cursor.kind() === "text") return cursor.text(MAX_TEXT_BYTES);
+  if (cursor.takeNil()) return undefined;
+  if (cursor.kind() === "text") return cursor.word(MAX_TEXT_BYTES);
   cursor.skip();
   return undefined;
 }
 
-function readHashes(cursor: MsgpackCursor): string[] {
+function readHashes(cursor: MsgpackCursor): number[] {
   const count = cursor.array();
   if (count > MAX_BLOCKS) throw new Error(`${count} blocks are over the limit of ${MAX_BLOCKS}`);
-  const hashes: string[] = [];
-  for (let i = 0; i < count; i++) hashes.push(readHash(cursor));
+  const hashes: number[] = [];
+  for (let i = 0; i < count; i++) cursor.pushHash(hashes, MAX_HASH_BYTES);
   return hashes;
 }
 
-/** Signed and unsigned integers of the same 64 bits are one hash. */
-function readHash(cursor: MsgpackCursor): string {
-  if (cursor.kind() === "integer") return BigInt.asUintN(64, cursor.integer64()).toString(16);
-  const bytes = cursor.bytes(MAX_HASH_BYTES);
-  return `raw:${Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("hex")}`;
+function readHash(cursor: MsgpackCursor): HashPair {
+  const pair: number[] = [];
+  cursor.pushHash(pair, MAX_HASH_BYTES);
+  return [pair[0]!, pair[1]!];
 }
 
 function readTokens(cursor: MsgpackCursor, fields: Fields): void {
@@ -338,12 +339,11 @@ function readTokens(cursor: MsgpackCursor, fields: Fields): void {
   if (count === 0) return;
   fields.isPaired = cursor.kind() === "array";
   const tokenIds = new Uint32Array(count + (fields.isPaired ? 1 : 0));
-  for (let i = 0; i < count; i++) {
-    if (fields.isPaired) {
-      if (cursor.array() !== 2) throw new Error("expected pairs of token ids");
-      tokenIds[i] = cursor.u32();
-      tokenIds[i + 1] = cursor.u32();
-    } else tokenIds[i] = cursor.u32();
+  if (!fields.isPaired) cursor.u32s(tokenIds, 0);
+  for (let i = 0; fields.isPaired && i < count; i++) {
+    if (cursor.array() !== 2) throw new Error("expected pairs of token ids");
+    tokenIds[i] = cursor.u32();
+    tokenIds[i + 1] = cursor.u32();
   }
   fields.tokenIds = tokenIds;
 }
@@ -354,7 +354,13 @@ function readExtraKeys(cursor: MsgpackCursor): VllmStored["extraKeys"] {
     return NO_EXTRA_KEYS;
   }
   const blocks: (readonly ExtraKey[] | undefined)[] = [];
-  for (let left = cursor.array(); left > 0; left--) {
+  let left = cursor.array();
+  const count = left;
+  while (left > 0 && cursor.takeNil()) left--;
+  // The usual case: nothing but the tokens.
+  if (left === 0) return NO_EXTRA_KEYS;
+  for (let i = left; i < count; i++) blocks.push(undefined);
+  for (; left > 0; left--) {
     if (cursor.kind() === "array") blocks.push(readBlockKeys(cursor));
     else {
       cursor.skip();

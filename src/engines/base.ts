@@ -106,6 +106,8 @@ export interface EngineProcessState {
   readonly restarts: number;
   readonly metricsAgeSeconds: number;
   readonly mispredictedRequests: number;
+  /** Blocks looked at whose hash, as the engine tells it, is another than the one computed from their tokens. */
+  readonly hashMismatches: number;
   /** Its KV events are its own, and none is missing. */
   readonly isKvWhole: boolean;
 }

@@ -46,6 +46,8 @@ export interface VllmEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, vLLM's `--kv-events-config`: of a server that runs already, where its events are. */
   readonly kvEventsConfig?: string;
+  /** Ids of known-bad combinations (`docs/engines/known-bad.md`) that are started all the same. */
+  readonly acceptKnownBad?: readonly string[];
 }
 
 /** An SGLang server: `url` of one that runs already, or `launch` for one of this worker's. */

@@ -20,5 +20,6 @@ export type {
   TrtllmEngineConfig,
   VllmEngineConfig,
 } from "./config.ts";
+export { KNOWN_BAD, versionRange } from "./foreign/known-bad.ts";
 export type { EngineTokenizer, TokenizerSample } from "./foreign/foreign-config.ts";
 export { loadEngine, type EngineOptions } from "./load-engine.ts";

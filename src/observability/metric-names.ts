@@ -462,6 +462,11 @@ export const METRICS = {
     labels: COMPONENT,
     help: "Requests of which another part came from the engine's cache than its KV events let expect.",
   },
+  dynamo_component_engine_block_hash_mismatches_total: {
+    type: "counter",
+    labels: COMPONENT,
+    help: "Blocks looked at whose hash, as the engine tells it, is not the one computed from their tokens: another seed, algorithm or form of extra keys.",
+  },
   dynamo_component_engine_kv_events_whole: {
     type: "gauge",
     labels: COMPONENT,

@@ -47,6 +47,7 @@ export class WorkerMetrics {
     const restarts = metrics.counter("dynamo_component_engine_restarts_total").labels(...labels);
     const age = metrics.gauge("dynamo_component_engine_metrics_age_seconds").labels(...labels);
     const mispredicted = metrics.counter("dynamo_component_engine_mispredicted_requests_total").labels(...labels);
+    const hashes = metrics.counter("dynamo_component_engine_block_hash_mismatches_total").labels(...labels);
     const whole = metrics.gauge("dynamo_component_engine_kv_events_whole").labels(...labels);
     metrics.onCollect(() => {
       const now = state();
@@ -54,6 +55,7 @@ export class WorkerMetrics {
       restarts.value = now.restarts;
       age.set(now.metricsAgeSeconds);
       mispredicted.value = now.mispredictedRequests;
+      hashes.value = now.hashMismatches;
       whole.set(Number(now.isKvWhole));
     });
   }

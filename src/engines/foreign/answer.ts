@@ -21,6 +21,8 @@ export interface EngineFacts {
   readonly lacks?: NonNullable<ModelCard["lacks"]>;
   /** It answers in text, which is put into tokens here: the text is exact, the tokens are a guess. @default "exact" */
   readonly tokens?: "exact" | "estimated";
+  /** By which it makes the block hashes of its KV events; undefined = it does not tell. */
+  readonly blockHashAlgorithm?: string | undefined;
   /** As in `ScrapedLoad`. */
   readonly life: number | undefined;
   /** One line each, for the log: what it lacks and what that costs. */

@@ -17,6 +17,18 @@ export function hasFlag(args: readonly string[], flag: string): boolean {
   return args.some((word) => splitFlag(word)[0] === flag);
 }
 
+/** Undefined where there is none, or no JSON object: whoever needs it says so. */
+export function flagJson(args: readonly string[], flag: string): Record<string, unknown> | undefined {
+  const text = flagValue(args, flag);
+  if (text === undefined) return undefined;
+  try {
+    const value: unknown = JSON.parse(text);
+    return typeof value === "object" && value !== null ? (value as Record<string, unknown>) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 function splitFlag(word: string): [name: string, value: string | undefined] {
   const at = word.indexOf("=");
   const name = at === -1 ? word : word.slice(0, at);

@@ -125,6 +125,7 @@ export class ForeignEngine implements Engine {
     await feed?.open({
       blockSizeTokens: facts.blockSizeTokens,
       dataParallelSize: facts.dataParallelSize,
+      blockHashAlgorithm: facts.blockHashAlgorithm,
       onEvents: (events) => this.#onKvEvents(events),
     });
     this.#assertNotStopped();
@@ -237,6 +238,7 @@ export class ForeignEngine implements Engine {
       metricsAgeSeconds: this.#poller.ageMs / 1_000,
       mispredictedRequests: this.counts.unpredicted,
       isKvWhole: this.#options.feed?.isWhole ?? false,
+      hashMismatches: this.#options.feed?.hashMismatches ?? 0,
     };
   }
 
@@ -379,7 +381,11 @@ export class ForeignEngine implements Engine {
     const error = new DynamoError("engine-stopped", `the engine ${why}`, {
       diagnostic: `${dialect.name} at ${this.#options.http.url}${server === undefined ? "" : `; its last lines: ${server.log.tail(5).join(" | ")}`}`,
     });
-    logger.error({ diagnostic: error.diagnostic, streams: this.#streams.size }, `${dialect.name} ${why}`);
+    const next = server === undefined ? "start it again there: this worker waits for it" : "it is started again";
+    logger.error(
+      { diagnostic: error.diagnostic, streams: this.#streams.size },
+      `${dialect.name} ${why}; ${next}, and its requests go elsewhere`,
+    );
     this.#failAll(error);
     this.#forgetBlocks();
     this.#sink?.onUnavailable?.(error);

@@ -7,7 +7,7 @@ export type {
   EngineFacts,
   ScrapedLoad,
 } from "./answer.ts";
-export { flagValue, hasFlag, kvEndpointsOf, reachableHost } from "./engine-flags.ts";
+export { flagJson, flagValue, hasFlag, kvEndpointsOf, reachableHost } from "./engine-flags.ts";
 export {
   EngineHttp,
   parseEngineUrl,
@@ -33,3 +33,17 @@ export { familiesWithPrefix, parsePrometheus, sumOf, type PrometheusSample } fro
 export { SlotCache } from "./slot-cache.ts";
 export { SseReader } from "./sse-reader.ts";
 export { TextTokens, TokenBytes } from "./text-tokens.ts";
+export {
+  KNOWN_BAD,
+  knownBad,
+  memoryNeed,
+  versionRange,
+  type GpuFacts,
+  type KnownBad,
+  type KnownBadFinding,
+  type MachineFacts,
+  type ModelFacts,
+  type Situation,
+} from "./known-bad.ts";
+export { machineFacts, modelFacts } from "./situation-facts.ts";
+export { isBefore, parseVersion } from "./version-number.ts";

@@ -1,4 +1,4 @@
-import { VllmEventSource } from "../../engine-events/index.ts";
+import { VllmEventSource, VllmHashCheck } from "../../engine-events/index.ts";
 import type { Logger } from "../../observability/index.ts";
 import type { KvEvent } from "../../protocol/index.ts";
 import { openEngineLink } from "../../runtime/event-plane/index.ts";
@@ -14,6 +14,8 @@ export interface KvFeed {
   readonly isWhole: boolean;
   /** How often it looked as if the engine had been started anew. */
   readonly lives: number;
+  /** Blocks looked at whose hash is another than the one computed here. */
+  readonly hashMismatches: number;
   /** For `/health`. */
   describe(): Readonly<Record<string, unknown>>;
   close(): void;
@@ -22,6 +24,8 @@ export interface KvFeed {
 export interface KvFeedOptions {
   readonly blockSizeTokens: number;
   readonly dataParallelSize: number;
+  /** By which the engine makes its own block hashes; undefined = it does not tell. */
+  readonly blockHashAlgorithm?: string | undefined;
   readonly onEvents: (events: readonly KvEvent[]) => void;
 }
 
@@ -41,6 +45,7 @@ export class ZmqKvFeed implements KvFeed {
   readonly #clock: Clock;
   readonly #logger: Logger;
   #sources: VllmEventSource[] = [];
+  #hashCheck: VllmHashCheck | undefined;
 
   constructor(endpoints: KvEndpoints, { clock, logger }: { readonly clock: Clock; readonly logger: Logger }) {
     this.#endpoints = endpoints;
@@ -48,10 +53,17 @@ export class ZmqKvFeed implements KvFeed {
     this.#logger = logger;
   }
 
-  async open({ blockSizeTokens, dataParallelSize, onEvents }: KvFeedOptions): Promise<void> {
+  async open({
+    blockSizeTokens,
+    dataParallelSize,
+    blockHashAlgorithm: algorithm,
+    onEvents,
+  }: KvFeedOptions): Promise<void> {
     const { endpoint, direction, replayEndpoint, topic } = this.#endpoints;
+    const hashCheck = new VllmHashCheck({ logger: this.#logger, algorithm, seed: process.env["PYTHONHASHSEED"] });
+    this.#hashCheck = hashCheck;
     for (let dpRank = 0; dpRank < dataParallelSize; dpRank++) {
-      const source = new VllmEventSource({ blockSizeTokens, dpRank, logger: this.#logger, onEvents });
+      const source = new VllmEventSource({ blockSizeTokens, dpRank, logger: this.#logger, hashCheck, onEvents });
       this.#sources.push(source);
       const link = await openEngineLink(
         {
@@ -81,10 +93,15 @@ export class ZmqKvFeed implements KvFeed {
     return this.#sources.reduce((sum, source) => sum + count(source), 0);
   }
 
+  get hashMismatches(): number {
+    return this.#hashCheck?.mismatches ?? 0;
+  }
+
   describe(): Readonly<Record<string, unknown>> {
     return {
       endpoint: this.#endpoints.endpoint,
       replay_endpoint: this.#endpoints.replayEndpoint ?? null,
+      block_hashes: this.#hashCheck?.describe() ?? null,
       ranks: this.#sources.map((source) => ({
         whole: source.isWhole,
         ...source.counts,

@@ -82,6 +82,9 @@ export class PolledKvFeed implements KvFeed {
     return this.#asking ?? Promise.resolve();
   }
 
+  /** Its hashes are the engine's own business: nothing is computed here. */
+  readonly hashMismatches = 0;
+
   get lives(): number {
     return this.counts.restarts;
   }

@@ -1,1 +1,2 @@
 export { createVllmEngine } from "./vllm-engine.ts";
+export { examineVllm, type VllmFinding } from "./vllm-examine.ts";

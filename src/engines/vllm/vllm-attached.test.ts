@@ -6,6 +6,7 @@ import { describe, test } from "node:test";
 import type { DynamoError } from "../../errors/index.ts";
 import { silentLogger } from "../../observability/index.ts";
 import { systemClock } from "../../std/index.ts";
+import { vllmNoneHash } from "../../engine-events/vllm-block-hash.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
 import type { EngineInfo } from "../base.ts";
 import type { VllmEngineConfig } from "../config.ts";
@@ -66,6 +67,8 @@ interface Setup {
   readonly fake?: FakeVllmOptions;
   readonly config?: Partial<VllmEngineConfig>;
   readonly withoutEvents?: boolean;
+  /** Batches that the server keeps for replay. */
+  readonly bufferSteps?: number;
 }
 
 async function withServer(setup: Setup, body: (place: Place) => Promise<void>): Promise<void> {
@@ -75,6 +78,7 @@ async function withServer(setup: Setup, body: (place: Place) => Promise<void>): 
     endpoint: `tcp://*:${ports.port}`,
     replay_endpoint: `tcp://127.0.0.1:${ports.port + ranks}`,
     topic: "kv",
+    ...(setup.bufferSteps === undefined ? {} : { buffer_steps: setup.bufferSteps }),
   };
   const make = (options: FakeVllmOptions = {}): FakeVllm =>
     new FakeVllm({ ...FAKE, ...setup.fake, ...options, kvEvents });
@@ -349,6 +353,33 @@ describe("vLLM that runs already: requests", () => {
 });
 
 describe("vLLM that runs already: faults", () => {
+  test("its block hashes are held against ours while they come; another seed is counted, with the likely cause", LIMIT, () =>
+    withServer({}, async ({ fake, engine, watcher }) => {
+      const shown = (): unknown => (engine.describe()["kv_events"] as { block_hashes: unknown }).block_hashes;
+      await watcher.run(aRequest(promptOf(50), { stop: { maxTokens: 1 } }));
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 3, "the prompt's blocks");
+      assert.deepEqual(shown(), { state: "match", algorithm: "sha256_cbor", seed: "0", checked: 1, mismatches: 0 });
+      assert.equal(engine.processState().hashMismatches, 0);
+      fake.caches[0]!.noneHash = vllmNoneHash("sha256_cbor", "another");
+      await watcher.run(aRequest(promptOf(50, 900), { stop: { maxTokens: 1 } }));
+      await watcher.until(() => engine.processState().hashMismatches === 1, "the mismatch");
+      const { state, cause, advice } = shown() as Record<string, string>;
+      assert.deepEqual([state, cause], ["mismatch", "changed"]);
+      assert.match(advice!, /PYTHONHASHSEED=0/);
+      // Routing goes by our own hashes.
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 6, "all blocks");
+    })); // prettier-ignore
+
+  test("known not to work: refused when it is met, unless it is accepted by its id", LIMIT, async () => {
+    const setup = { fake: { prefixCaching: false } };
+    await assert.rejects(withServer(setup, () => Promise.resolve()), /vLLM 0\.29\.0: no KV events will come: .*--no-engine-kv-events.*--accept-known-bad prefix-cache-off-with-kv-events/); // prettier-ignore
+    await withServer({ ...setup, config: { acceptKnownBad: ["prefix-cache-off-with-kv-events"] } }, ({ watcher }) =>
+      watcher
+        .run(aRequest(promptOf(9), { stop: { maxTokens: 1 } }))
+        .then(({ tokens }) => assert.equal(tokens.length, 1)),
+    );
+  });
+
   test("restarted behind the worker: noticed, its blocks forgotten, back when it answers", LIMIT, () =>
     withServer({}, async (place) => {
       const { watcher, engine } = place;
@@ -402,6 +433,20 @@ describe("vLLM that runs already: faults", () => {
       await watcher.until(() => replayKvEvents(watcher.kvEvents).size === fake.caches[0]!.cachedBlocks, "all blocks");
     }),
   );
+
+  test("replay too old: what was known is forgotten, what comes after is known again, and it is told", LIMIT, () =>
+    withServer({ bufferSteps: 1 }, async ({ fake, engine, watcher }) => {
+      await watcher.run(aRequest(promptOf(50), { stop: { maxTokens: 1 } }));
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 3, "the prompt's blocks");
+      fake.publishers[0]!.dropNext = 2;
+      for (const from of [200, 300, 400]) await watcher.run(aRequest(promptOf(40, from), { stop: { maxTokens: 1 } }));
+      const resets = (): unknown => (engine.describe()["kv_events"] as { ranks: { resets: object }[] }).ranks[0]!.resets;
+      await until(() => (resets() as { lost?: number }).lost === 1, "the hole");
+      // Only the newest: a block that was lost may be gone by now, and is never predicted.
+      await watcher.until(() => replayKvEvents(watcher.kvEvents).size === 2, "the newest blocks");
+      const { sequenceHashes } = hashBlocks(promptOf(48), 16, blockHashSeed());
+      assert.equal(await engine.countBlocks(sequenceHashes), 0);
+    })); // prettier-ignore
 
   test("what is removed for want of room is told", LIMIT, () =>
     withServer({ fake: { totalBlocks: 40 } }, async ({ fake, watcher }) => {

@@ -1,5 +1,6 @@
 import type { PreprocessedRequest } from "../../protocol/index.ts";
 import { DynamoError } from "../../errors/index.ts";
+import type { Logger } from "../../observability/index.ts";
 import { randomId64 } from "../../std/index.ts";
 import type { VllmEngineConfig } from "../config.ts";
 import type { EngineOptions } from "../load-engine.ts";
@@ -24,6 +25,7 @@ import {
 } from "../foreign/index.ts";
 import { VllmAnswerReader, vllmErrorOf } from "./vllm-answer.ts";
 import { isVllmNoise, readVllmArgs, vllmLaunchPlan, vllmPhaseOf, type VllmArgs } from "./vllm-launch.ts";
+import { judgeVllm, situationOfLaunch, situationOfRunning } from "./vllm-known-bad.ts";
 import { probeVllm, type VllmFacts } from "./vllm-probe.ts";
 import { vllmCall } from "./vllm-request.ts";
 
@@ -33,7 +35,7 @@ import { vllmCall } from "./vllm-request.ts";
  */
 export async function createVllmEngine(config: VllmEngineConfig, options: EngineOptions): Promise<ForeignEngine> {
   if (config.launch === undefined) return attachedEngine(config, options);
-  const args = readVllmArgs(config.launch.args, config.kvEvents);
+  const args = readVllmArgs(config.launch.args);
   const claims: PortClaim[] = [];
   const release = (): void => {
     for (const claim of claims.splice(0)) claim.release();
@@ -69,6 +71,7 @@ async function supervisedEngine(
   const ports = { http, events: await claim(ranks), replay: await claim(ranks) };
   const topic = `dynamo-${randomId64().toString(16)}`;
   const plan = vllmLaunchPlan(config, args, ports, process.env, topic);
+  judgeVllm(await situationOfLaunch(config, plan.command), config, logger);
   const server = new EngineServer({
     name: "vLLM",
     launch: plan.command,
@@ -123,7 +126,7 @@ function vllmEngine(
   { url, apiKey, kv, server, onStopped }: Place,
 ): ForeignEngine {
   return new ForeignEngine({
-    dialect: new VllmDialect(config, kv !== undefined),
+    dialect: new VllmDialect(config, kv !== undefined, logger),
     http: new EngineHttp({ url, ...(apiKey === undefined ? {} : { apiKey }) }),
     feed: kv === undefined ? undefined : new ZmqKvFeed(kv, { clock, logger }),
     ...(server === undefined ? {} : { server }),
@@ -156,9 +159,11 @@ class VllmDialect implements EngineDialect {
   readonly metricsPath = "/metrics";
   readonly #config: VllmEngineConfig;
   readonly #wantsKvEvents: boolean;
+  readonly #logger: Logger;
 
-  constructor(config: VllmEngineConfig, wantsKvEvents: boolean) {
+  constructor(config: VllmEngineConfig, wantsKvEvents: boolean, logger: Logger) {
     this.#config = config;
+    this.#logger = logger;
     this.#wantsKvEvents = wantsKvEvents;
   }
 
@@ -166,10 +171,10 @@ class VllmDialect implements EngineDialect {
     return (await http.ask("GET", "/health", { timeoutMs: HEALTH_TIMEOUT_MS, signal })).status === 200;
   }
 
-  probe(http: EngineHttp, signal: AbortSignal): Promise<VllmFacts> {
+  async probe(http: EngineHttp, signal: AbortSignal): Promise<VllmFacts> {
     const { engineModel, maxSequences, maxBatchedTokens, blockSizeTokens, vocabularySize, tokenizerSamples } =
       this.#config;
-    return probeVllm({
+    const facts = await probeVllm({
       http,
       signal,
       engineModel,
@@ -178,8 +183,13 @@ class VllmDialect implements EngineDialect {
       blockSizeTokens,
       vocabularySize,
       tokenizerSamples,
-      wantsKvEvents: this.#wantsKvEvents,
     });
+    if (this.#config.launch === undefined) {
+      const { engineVersion: version, blockSizeTokens, hasPrefixCache } = facts;
+      const config = { ...this.#config, kvEvents: this.#wantsKvEvents };
+      judgeVllm(await situationOfRunning(config, { version, blockSizeTokens, hasPrefixCache }), config, this.#logger);
+    }
+    return facts;
   }
 
   call(request: PreprocessedRequest, facts: VllmFacts): ReturnType<EngineDialect["call"]> {

@@ -40,7 +40,7 @@ export interface VllmArgs {
 }
 
 /** Throws `invalid-config` for arguments with which the worker could not work, all of them in one message. */
-export function readVllmArgs(args: readonly string[], wantsKvEvents: boolean): VllmArgs {
+export function readVllmArgs(args: readonly string[]): VllmArgs {
   const problems: string[] = [];
   const refuse = (flag: string, why: string): void => {
     if (hasFlag(args, flag)) problems.push(`${flag}: ${why}`);
@@ -48,7 +48,6 @@ export function readVllmArgs(args: readonly string[], wantsKvEvents: boolean): V
   refuse("--headless", "the worker speaks to the server's HTTP port, which a headless one has not");
   refuse("--grpc", "the worker speaks HTTP to the server");
   refuse("--disable-log-stats", "the worker takes sizes and load from the server's metrics");
-  if (wantsKvEvents) refuse("--no-enable-prefix-caching", "without a prefix cache there are no KV events; add --no-engine-kv-events");
   const number = (flag: string, min: number): number | undefined => {
     const text = flagValue(args, flag);
     if (text === undefined) return undefined;

@@ -18,13 +18,14 @@ export interface VllmProbeOptions {
   /** 0 = whatever the engine has. */
   readonly blockSizeTokens: number;
   readonly vocabularySize: number;
-  readonly wantsKvEvents: boolean;
   readonly tokenizerSamples?: readonly TokenizerSample[] | undefined;
 }
 
 export interface VllmFacts extends EngineFacts {
   readonly route: VllmRoute;
   readonly takesPriority: boolean;
+  /** Undefined = it does not say. */
+  readonly hasPrefixCache: boolean | undefined;
 }
 
 const ASK_MS = 10_000;
@@ -73,6 +74,8 @@ export async function probeVllm(options: VllmProbeOptions): Promise<VllmFacts> {
     notes,
     route,
     takesPriority: first.takesPriority,
+    hasPrefixCache: cache.hasPrefixCache,
+    blockHashAlgorithm: cache.hashAlgorithm,
   };
 }
 
@@ -100,10 +103,12 @@ async function servedModel({
   return { id: model.id, contextLength: model.max_model_len };
 }
 
-async function cacheConfig({ http, signal, blockSizeTokens: wanted, wantsKvEvents }: VllmProbeOptions): Promise<{
+async function cacheConfig({ http, signal, blockSizeTokens: wanted }: VllmProbeOptions): Promise<{
   readonly blockSizeTokens: number;
   readonly totalBlocks: number;
   readonly ranks: number;
+  readonly hasPrefixCache: boolean | undefined;
+  readonly hashAlgorithm: string | undefined;
   readonly life: number | undefined;
 }> {
   const { text } = await ask(http, "GET", "/metrics", signal);
@@ -123,17 +128,14 @@ async function cacheConfig({ http, signal, blockSizeTokens: wanted, wantsKvEvent
       `--kv-cache-block-size: the vLLM server at ${http.url} has KV blocks of ${blockSizeTokens} tokens, not ${wanted}; leave it out, or start the server with --block-size ${wanted}`,
     );
   }
-  if (wantsKvEvents && config?.["enable_prefix_caching"] === "False") {
-    throw new DynamoError(
-      "invalid-config",
-      `the vLLM server at ${http.url} has no prefix cache (--no-enable-prefix-caching), so there are no KV events; start it with one, or this worker with --no-engine-kv-events`,
-    );
-  }
+  const prefixCache = config?.["enable_prefix_caching"];
   const ranks = new Set(samples.filter(({ name }) => name === "vllm:num_requests_running").map(({ labels }) => labels["engine"])); // prettier-ignore
   return {
     blockSizeTokens,
     totalBlocks,
     ranks: Math.max(1, ranks.size),
+    hashAlgorithm: config?.["prefix_caching_hash_algo"],
+    hasPrefixCache: prefixCache === undefined ? undefined : prefixCache !== "False",
     life: sumOf(samples, "process_start_time_seconds"),
   };
 }

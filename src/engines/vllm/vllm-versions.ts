@@ -1,4 +1,5 @@
 import { DynamoError } from "../../errors/index.ts";
+import { isBefore, parseVersion } from "../foreign/index.ts";
 
 /**
  * What a version of vLLM can do, where it does not say so itself. `docs/engines/vllm.md` shows this table with how each cell
@@ -17,13 +18,8 @@ const GENERATE_STREAMS = { major: 0, minor: 20 };
 
 /** Undefined for a build without a number of the usual kind, such as `dev`: it is taken for a new one. */
 export function parseVllmVersion(text: string): VllmVersion | undefined {
-  const match = /^v?(\d+)\.(\d+)/.exec(text);
-  if (match === null) return undefined;
-  return { text, major: Number(match[1]), minor: Number(match[2]) };
-}
-
-function isBefore(version: VllmVersion, limit: { readonly major: number; readonly minor: number }): boolean {
-  return version.major < limit.major || (version.major === limit.major && version.minor < limit.minor);
+  const version = parseVersion(text);
+  return version === undefined ? undefined : { text, ...version };
 }
 
 /** Throws `invalid-config`. */

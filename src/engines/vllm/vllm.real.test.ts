@@ -188,7 +188,7 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
     );
     await connected.promise;
     const tokenIds = Uint32Array.from({ length: 3 * BLOCK + 5 }, (_, i) => (i * 11 + 3) % 250);
-    const ask = async (salt: string | undefined): Promise<string[]> => {
+    const ask = async (salt: string | undefined): Promise<number[]> => {
       heard.length = 0;
       const body = JSON.stringify({ token_ids: [...tokenIds], ...(salt === undefined ? {} : { cache_salt: salt }), sampling_params: { max_tokens: 1, temperature: 0 } }); // prettier-ignore
       await (await fetch(`${url}/inference/v1/generate`, { method: "POST", body, headers: { "content-type": "application/json" } })).text(); // prettier-ignore
@@ -200,8 +200,9 @@ describe("real vLLM", { skip: SKIP, timeout: 900_000 }, () => {
         await new Promise((resolve) => setTimeout(resolve, 5));
       }
     };
-    const own = (salt?: string): string[] =>
-      vllmEventHashes(tokenIds, BLOCK, { algorithm: "sha256_cbor", seed: "0", ...(salt === undefined ? {} : { salt }) }).map((hash) => hash.toString(16).padStart(16, "0")); // prettier-ignore
+    const own = (salt?: string): number[] =>
+      vllmEventHashes(tokenIds, BLOCK, { algorithm: "sha256_cbor", seed: "0", ...(salt === undefined ? {} : { salt }) })
+        .flatMap((hash) => [Number(hash & 0xffff_ffffn), Number(hash >> 32n)]); // prettier-ignore
     assert.deepEqual(await ask(undefined), own());
     assert.deepEqual(await ask("dynamo-cache-salt:t"), own("dynamo-cache-salt:t"));
     link.close();
