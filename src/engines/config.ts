@@ -46,6 +46,12 @@ export interface VllmEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, vLLM's `--kv-events-config`: of a server that runs already, where its events are. */
   readonly kvEventsConfig?: string;
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** JSON, vLLM's `--kv-transfer-config`, or a connector's name; of a server that runs already, what it was started with. */
+  readonly kvTransferConfig?: string;
+  /** Pause of NIXL's polling thread in a server that is started, microseconds; 0 = as NIXL has it: none. @default 500 */
+  readonly nixlPauseUs?: number;
 }
 
 /** An SGLang server: `url` of one that runs already, or `launch` for one of this worker's. */
