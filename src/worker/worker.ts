@@ -60,6 +60,10 @@ export interface RunningWorker extends RunningRole {
   readonly role: WorkerRole;
   /** Its end of handoffs, once it has, or had, a part in disaggregated serving; for tests and the simulator. */
   readonly handoffs: WorkerHandoffs | undefined;
+  /** The same where its engine moves the blocks itself. */
+  readonly engineHandoffs: EngineHandoffs | undefined;
+  /** What its engine tells of itself. */
+  describe(): Readonly<Record<string, unknown>>;
 }
 
 /** What a worker makes by itself unless it is given. */
@@ -373,6 +377,10 @@ async function start(
     get handoffs() {
       return service.handoffs;
     },
+    get engineHandoffs() {
+      return service.engineHandoffs;
+    },
+    describe: () => engine.describe?.() ?? {},
   };
 }
 
