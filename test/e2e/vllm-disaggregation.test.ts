@@ -241,8 +241,8 @@ describe("vLLM, a request over two servers", LIMIT, () => {
       assert.equal(pull!.pulled_blocks, blocks);
       assert.equal(pull!.bytes, blocks * 1_024);
       assert.ok(pull!.ms > 0 && gap !== null && gap > 0);
-      const seconds = await pair.metric("dynamo_frontend_disaggregation_handoff_seconds_count");
-      assert.equal(Object.values(seconds)[0] ?? 2, 2);
+      const seconds = await pair.metric("dynamo_frontend_disagg_handoff_seconds_count");
+      assert.equal(Object.values(seconds)[0], 2);
       const { discovery, events } = pair.cluster.planes();
       const view = new ClusterView();
       await view.open(discovery, events, "dynamo");
@@ -331,7 +331,7 @@ describe("vLLM, a handoff that goes wrong: one use, one lease, and the answer al
       assert.equal(split.fallback, "handoff-gone");
       assert.equal(lastBody(pair.decode.fake).kv_transfer_params, undefined);
       assert.equal(pair.prefill.fake.nixl!.staleReads, 0);
-      const fallbacks = await pair.metric("dynamo_frontend_disaggregation_fallback_total");
+      const fallbacks = await pair.metric("dynamo_frontend_disagg_fallbacks_total");
       assert.equal(Object.entries(fallbacks).find(([name]) => name.includes("handoff-gone"))?.[1], 1);
     });
   });
