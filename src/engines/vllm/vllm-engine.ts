@@ -175,7 +175,7 @@ class VllmDialect implements EngineDialect {
   readonly #wantsKvEvents: boolean;
 
   constructor(config: VllmEngineConfig, wantsKvEvents: boolean, kvTransfer: VllmKvTransfer | undefined) {
-    this.transfer = kvTransfer === undefined ? undefined : new VllmTransfer(kvTransfer);
+    this.transfer = kvTransfer === undefined ? undefined : new VllmTransfer(kvTransfer, config.modelPath);
     this.#config = config;
     this.#wantsKvEvents = wantsKvEvents;
   }

@@ -1,3 +1,5 @@
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { DynamoError } from "../../errors/index.ts";
 import { promptLengthOf, type PreprocessedRequest } from "../../protocol/index.ts";
 import { parsePrometheus, sumOf, type DialectCall, type EngineFacts, type TransferDialect } from "../foreign/index.ts";
@@ -119,6 +121,16 @@ function invalid(what: string): DynamoError {
   return new DynamoError("invalid-config", `--kv-transfer-config: ${what}`);
 }
 
+/** Layers with a state in place of KV blocks (Mamba and its kin), by the model's configuration. */
+function isRecurrent(modelPath: string): boolean {
+  try {
+    return /mamba|linear_attention|"ssm_|gated_delta/i.test(readFileSync(join(modelPath, "config.json"), "utf8"));
+  } catch {
+    // No model of ours to look at: an attached server's tokenizer alone.
+    return false;
+  }
+}
+
 const FOR_DECODE = { do_remote_decode: true, do_remote_prefill: false };
 const FETCHED = new Set(["vllm:nixl_bytes_transferred_sum"]);
 
@@ -127,7 +139,10 @@ export class VllmTransfer implements TransferDialect {
   readonly roles: readonly VllmRole[];
   readonly leaseMs: number;
 
-  constructor({ kind, roles, leaseMs }: VllmKvTransfer) {
+  readonly #isRecurrent: boolean;
+
+  constructor({ kind, roles, leaseMs }: VllmKvTransfer, modelPath: string | undefined) {
+    this.#isRecurrent = modelPath !== undefined && isRecurrent(modelPath);
     this.connector = kind;
     this.roles = roles;
     this.leaseMs = leaseMs;
@@ -138,7 +153,8 @@ export class VllmTransfer implements TransferDialect {
    * how many tokens it has generated itself: no random numbers, no penalties that leave the prompt out, no grammar.
    */
   takesFirstToken(request: PreprocessedRequest, facts: EngineFacts): boolean {
-    if (this.connector === "example") return false;
+    // Of a recurrent model vLLM's prefill server computes a token less: what it samples is no first token.
+    if (this.connector === "example" || this.#isRecurrent) return false;
     const { sampling, answerForm } = request;
     const { temperature, presencePenalty, frequencyPenalty } = sampling;
     const isPlain = temperature === 0 && presencePenalty === 0 && frequencyPenalty === 0 && answerForm === undefined;
