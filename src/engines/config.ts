@@ -60,6 +60,10 @@ export interface SglangEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, SGLang's `--kv-events-config`. */
   readonly kvEventsConfig?: string;
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** SGLang's `--disaggregation-transfer-backend`. @default "mooncake" */
+  readonly kvTransferConfig?: string;
 }
 
 /** A `trtllm-serve` of TensorRT-LLM: `url` of one that runs already, or `launch` for one of this worker's. */

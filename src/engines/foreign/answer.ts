@@ -117,8 +117,8 @@ export interface EngineDialect {
   call(request: PreprocessedRequest, facts: EngineFacts): DialectCall;
   /** `isPrefill`: of a prefill leg, which says what the decode engine is to be told. */
   read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink, isPrefill: boolean): AnswerReader;
-  /** Why this one cannot be served; asked before `call`. @default nothing is refused */
-  refusal?(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined;
+  /** Why this one cannot be served; asked before `call`. `isWhole`: no leg of a split one. @default nothing is refused */
+  refusal?(request: PreprocessedRequest, facts: EngineFacts, isWhole: boolean): DynamoError | undefined;
   /** An answer with another status than 200. */
   errorOf(status: number, text: string, headers: AnswerHeaders): DynamoError;
   loadOf(metricsText: string, loadText?: string): ScrapedLoad;

@@ -183,7 +183,7 @@ export class ForeignEngine implements Engine {
     });
     this.#streams.set(streamId, stream);
     this.#peakStreams = Math.max(this.#peakStreams, this.#streams.size);
-    const refusal = this.#refusal(request, facts);
+    const refusal = this.#refusal(request, facts, leg === undefined);
     if (refusal !== undefined) stream.fail(refusal);
     else this.#open(stream, facts);
   }
@@ -503,7 +503,7 @@ export class ForeignEngine implements Engine {
 
   // ---- Streams ----
 
-  #refusal(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined {
+  #refusal(request: PreprocessedRequest, facts: EngineFacts, isWhole: boolean): DynamoError | undefined {
     if (this.#isDraining) return new DynamoError("draining", "the engine is shutting down");
     if (this.#state !== "up") {
       return new DynamoError("engine-stopped", `the engine ${this.#downReason ?? "is not there"} and is coming back`);
@@ -522,7 +522,7 @@ export class ForeignEngine implements Engine {
     // Some engines do not look: one such id ends vLLM's worker process, and the server with it.
     const { vocabularySize } = this.#options;
     const strange = tokenIds.find((id) => id >= vocabularySize);
-    if (strange === undefined) return this.#options.dialect.refusal?.(request, facts);
+    if (strange === undefined) return this.#options.dialect.refusal?.(request, facts, isWhole);
     return new DynamoError("invalid-field", `expected token ids below ${vocabularySize}, got ${strange}`, {
       param: "prompt",
     });
