@@ -22,7 +22,7 @@ import { SglangAnswerReader, sglangErrorOf } from "./sglang-answer.ts";
 import { isSglangNoise, readSglangArgs, sglangKvEndpoints, sglangLaunchPlan, sglangPhaseOf } from "./sglang-launch.ts";
 import { probeSglang } from "./sglang-probe.ts";
 import { sglangCall, type SglangFacts } from "./sglang-request.ts";
-import { SglangTransfer, transferBackendOf, wholeRefusal } from "./sglang-transfer.ts";
+import { SglangTransfer, canaryCall, isCanary, transferBackendOf, wholeRefusal } from "./sglang-transfer.ts";
 
 /**
  * An SGLang server as an engine: one that runs already (`config.url`), or one that this worker starts and ends. Loaded by
@@ -126,12 +126,13 @@ class SglangDialect implements EngineDialect {
     return { ...facts, life: this.#life };
   }
 
-  refusal(_request: PreprocessedRequest, _facts: SglangFacts, isWhole: boolean): DynamoError | undefined {
-    return isWhole && this.transfer !== undefined ? wholeRefusal(this.transfer.roles[0]!) : undefined;
+  refusal(request: PreprocessedRequest, _facts: SglangFacts, isWhole: boolean): DynamoError | undefined {
+    if (!isWhole || this.transfer === undefined || isCanary(request)) return undefined;
+    return wholeRefusal(this.transfer.roles[0]!);
   }
 
   call(request: PreprocessedRequest, facts: SglangFacts): DialectCall {
-    return sglangCall(request, facts);
+    return this.transfer === undefined ? sglangCall(request, facts) : canaryCall(request, facts);
   }
 
   read(request: PreprocessedRequest, facts: SglangFacts, sink: AnswerSink): AnswerReader {

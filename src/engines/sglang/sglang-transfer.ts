@@ -75,6 +75,20 @@ function withBootstrap(call: DialectCall, { host, port, room }: Readonly<Record<
   return { ...call, body: `{${triple},${call.body.slice(1)}` };
 }
 
+/**
+ * The worker's own question whether its engine answers: a token of a server for one of the two, from SGLang's own address for
+ * that, at which no blocks are fetched or waited for (`FAKE_BOOTSTRAP_HOST` in disaggregation/utils.py).
+ */
+export function canaryCall(request: PreprocessedRequest, facts: SglangFacts): DialectCall {
+  return sglangCall(request, facts, { bootstrap_host: FAKE_BOOTSTRAP_HOST, bootstrap_room: 0 });
+}
+
+const FAKE_BOOTSTRAP_HOST = "2.2.2.2";
+
+export function isCanary({ requestId, stop }: PreprocessedRequest): boolean {
+  return requestId === "canary" && stop.maxTokens === 1;
+}
+
 /** A server that was started for one of the two cannot do a whole request. */
 export function wholeRefusal(role: SglangRole): DynamoError {
   return new DynamoError(
