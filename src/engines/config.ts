@@ -72,6 +72,10 @@ export interface TrtllmEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, `kv_cache_config.kv_events_config` of the server: events are pushed. @default they are fetched */
   readonly kvEventsConfig?: string;
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** `cache_transceiver_config.backend` of a server that is started. @default "DEFAULT" */
+  readonly kvTransferConfig?: string;
 }
 
 export interface LlamaEngineConfig {
