@@ -156,4 +156,23 @@ export const ENGINE_OPTIONS = {
     commands: WORKERS,
     help: "vLLM's and SGLang's option of that name, JSON; TensorRT-LLM's kv_events_config. With --engine-url: what that server was started with, so that its events are found.",
   },
+  "kv-transfer-config": {
+    type: "text",
+    default: undefined,
+    defaultText: "NixlConnector, for a prefill or decode worker whose engine is started",
+    env: "DYN_KV_TRANSFER_CONFIG",
+    group: GROUP,
+    commands: WORKERS,
+    help: "How prefill and decode workers' engines move KV blocks: vLLM's option of that name, JSON, or only the connector's name (NixlConnector, NixlPullConnector, NixlPushConnector). With --engine-url: what that server was started with.",
+  },
+  "nixl-poll-pause-us": {
+    type: "integer",
+    default: 500,
+    min: 0,
+    max: 1_000_000,
+    env: "DYN_NIXL_POLL_PAUSE_US",
+    group: GROUP,
+    commands: WORKERS,
+    help: "How long NIXL's polling thread waits between two looks, in engines that are started: without a pause every idle one takes a core. 0 = leave it as it is.",
+  },
 } as const;

@@ -32,6 +32,7 @@ export async function tokenEngineConfig(
   const given = (name: "max-num-seqs" | "max-num-batched-tokens" | "kv-cache-block-size"): number =>
     sources[name] === "default" ? 0 : values[name];
   const [modelName, apiKey, kvEventsConfig] = [values["model-name"], values["engine-api-key"], values["kv-events-config"]];
+  const kvTransferConfig = values["kv-transfer-config"];
   // A server of ours has the name that clients use, where its name can be chosen.
   const engineModel = values["engine-model"] ?? (url === undefined && kind !== "trtllm" ? modelName : undefined);
   return {
@@ -44,6 +45,9 @@ export async function tokenEngineConfig(
     kvEvents: values["engine-kv-events"],
     ...(kvEventsConfig === undefined ? {} : { kvEventsConfig }),
     acceptKnownBad: acceptedIds(values["accept-known-bad"] ?? ""),
+    role: values["disaggregation-mode"],
+    ...(kvTransferConfig === undefined ? {} : { kvTransferConfig }),
+    nixlPauseUs: values["nixl-poll-pause-us"],
     startTimeoutMs: milliseconds(values["engine-start-timeout-secs"]),
     hangTimeoutMs: milliseconds(values["engine-hang-timeout-secs"]),
     metricsIntervalMs: milliseconds(values["engine-metrics-interval-secs"]),

@@ -35,6 +35,8 @@ export interface EngineInfo {
   readonly lacks?: ModelCard["lacks"];
   /** It answers in text, which its worker puts into tokens: the text is exact, the tokens are a guess. @default "exact" */
   readonly tokens?: "exact" | "estimated";
+  /** It moves blocks to another engine by itself (`Engine.transfer`): by which connector. @default it does not */
+  readonly kvConnector?: string;
 }
 
 export interface EngineSink {
@@ -100,6 +102,49 @@ export interface BlockPort {
   copyIn(blocks: SharedBlocks): Promise<number>;
 }
 
+/**
+ * What a prefill engine said of the prompt it computed, for the decode engine alone: whoever has it reads blocks of the
+ * first. Good once, and only within the engine's lease, neither of which engines check.
+ */
+export interface TransferTicket {
+  readonly parameters: Readonly<Record<string, unknown>>;
+  /** The id that the request had at the prefill engine; connectors that push pair the two requests by it. */
+  readonly requestId: string;
+  /** Of the prompt's KV memory, as the engine counts it. */
+  readonly blockCount: number;
+}
+
+/**
+ * Disaggregated serving by engines that move the blocks themselves: the worker only carries the ticket. A stream of either
+ * leg is one like any other (`abort`, entries, one final entry).
+ */
+export interface EngineTransfer {
+  /** `nixl-pull`, `nixl-push`, `example`: as cards, metrics and explanations name it. */
+  readonly connector: string;
+  /** The roles that the server was started for. */
+  readonly roles: readonly ("prefill" | "decode")[];
+  /** For how long the engine keeps a prompt's blocks. Infinity = until it is restarted. */
+  readonly leaseMs: number;
+  /** Bytes of a block as far as was seen; 0 = not known yet. */
+  readonly blockBytes: number;
+  /**
+   * Whether the decode engine can go on behind a first token of the prefill engine, and give what it would have given had it
+   * computed both; else it computes the first token itself, and that of the prefill engine must not go out.
+   */
+  takesFirstToken(request: PreprocessedRequest): boolean;
+  /** The connector cannot move this prompt: it is computed where it is decoded. Undefined = it can. */
+  refusal?(request: PreprocessedRequest): string | undefined;
+  /**
+   * Computes the prompt and one token, as `submit`; the blocks are kept if it ends with `length`. Returns the ticket where the
+   * decode engine has to come for the blocks while the prompt is being computed; its first token is not used then.
+   */
+  submitPrefill(streamId: number, request: PreprocessedRequest): TransferTicket | undefined;
+  /** Within the `onStep` that has the final entry of a prefill leg, once; undefined = nothing was kept. */
+  takeTicket(streamId: number): TransferTicket | undefined;
+  /** Goes on from another engine's blocks. `request` holds the first token, or not, as `takesFirstToken` said. */
+  submitDecode(streamId: number, request: PreprocessedRequest, ticket: TransferTicket): void;
+}
+
 /** How an engine's server is; for metrics. */
 export interface EngineProcessState {
   readonly isUp: boolean;
@@ -139,6 +184,8 @@ export interface Engine {
   importBlocks(blocks: ImportedBlocks): Promise<number>;
   /** Undefined when the engine cannot export blocks. */
   readonly blockPort?: BlockPort | undefined;
+  /** Of an engine that moves KV blocks to another one by itself. Known once it has started. */
+  readonly transfer?: EngineTransfer | undefined;
   /** Of an engine that is a process of its own. */
   processState?(): EngineProcessState;
   /** Of an engine that is a process of its own: what an operator wants to know, for `/health` of the worker. */

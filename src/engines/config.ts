@@ -48,6 +48,12 @@ export interface VllmEngineConfig extends ForeignEngineConfig {
   readonly kvEventsConfig?: string;
   /** Ids of known-bad combinations (`docs/engines/known-bad.md`) that are started all the same. */
   readonly acceptKnownBad?: readonly string[];
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** JSON, vLLM's `--kv-transfer-config`, or a connector's name; of a server that runs already, what it was started with. */
+  readonly kvTransferConfig?: string;
+  /** Pause of NIXL's polling thread in a server that is started, microseconds; 0 = as NIXL has it: none. @default 500 */
+  readonly nixlPauseUs?: number;
 }
 
 /** An SGLang server: `url` of one that runs already, or `launch` for one of this worker's. */
@@ -56,6 +62,10 @@ export interface SglangEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, SGLang's `--kv-events-config`. */
   readonly kvEventsConfig?: string;
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** SGLang's `--disaggregation-transfer-backend`. @default "mooncake" */
+  readonly kvTransferConfig?: string;
 }
 
 /** A `trtllm-serve` of TensorRT-LLM: `url` of one that runs already, or `launch` for one of this worker's. */
@@ -64,6 +74,10 @@ export interface TrtllmEngineConfig extends ForeignEngineConfig {
   readonly kvEvents: boolean;
   /** JSON, `kv_cache_config.kv_events_config` of the server: events are pushed. @default they are fetched */
   readonly kvEventsConfig?: string;
+  /** Of disaggregated serving. @default "agg" */
+  readonly role?: "agg" | "prefill" | "decode";
+  /** `cache_transceiver_config.backend` of a server that is started. @default "DEFAULT" */
+  readonly kvTransferConfig?: string;
 }
 
 export interface LlamaEngineConfig {

@@ -86,6 +86,13 @@ export class EngineRecorder implements EngineSink {
     return streamId;
   }
 
+  /** Submits in another way, such as a leg of a split request. */
+  submitBy<T>(how: (streamId: number) => T): { readonly id: number; readonly result: T } {
+    const id = this.#nextStreamId++;
+    this.streams.set(id, newRecord());
+    return { id, result: this.#call(() => how(id)) };
+  }
+
   abort(streamId: number): void {
     this.#call(() => this.engine.abort(streamId));
   }

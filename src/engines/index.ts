@@ -4,9 +4,11 @@ export type {
   EngineInfo,
   EngineProcessState,
   EngineSink,
+  EngineTransfer,
   ExportedBlocks,
   ImportedBlocks,
   SharedBlocks,
+  TransferTicket,
 } from "./base.ts";
 export type {
   EchoEngineConfig,

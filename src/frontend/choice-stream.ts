@@ -356,10 +356,13 @@ export class ChoiceStream implements AttemptOwner {
     if (this.#split?.isPrefillOnly === true) {
       return { ...this.#request, prefillOnly: true, stop: { ...this.#request.stop, maxTokens: 1 } };
     }
-    // Let in before it lost its worker: the next one takes it as such, into the room that it keeps for those.
-    if (this.#count === 0) return this.#hasLostWorker ? { ...this.#request, resumedTokens: 0 } : this.#request;
     // Step 6: transfer.
     const handoff = this.#split?.handoff;
+    if (this.#count === 0) {
+      // Let in before it lost its worker: the next one takes it as such, into the room that it keeps for those.
+      const request = this.#hasLostWorker ? { ...this.#request, resumedTokens: 0 } : this.#request;
+      return handoff === undefined ? request : { ...request, handoff };
+    }
     const all = new Uint32Array(tokenIds.length + this.#count);
     all.set(tokenIds);
     all.set(this.#tokens.subarray(0, this.#count), tokenIds.length);
@@ -390,6 +393,7 @@ export class ChoiceStream implements AttemptOwner {
       return { ...this.#promptRoute, tokenIds, resumedTokens, hashes: undefined, ...stage };
     }
     if (this.#sibling?.hashes !== undefined) this.#promptRoute.hashes ??= this.#sibling.hashes;
+    if (handoff !== undefined) return { ...this.#promptRoute, stage: "decode", overrides: DECODE_STAGE_OVERRIDES };
     if (prefillOnly !== true) return this.#promptRoute;
     return { ...this.#promptRoute, stage: "prefill" };
   }
@@ -596,7 +600,7 @@ export class ChoiceStream implements AttemptOwner {
     const { advisor, prefill, metrics } = this.#run.model;
     if (prefill === undefined) return;
     const split = this.#split;
-    if (this.#count === 0) {
+    if (split?.pull === undefined && this.#count === 0) {
       const pool = this.#isWithPrefillWorker ? "prefill" : "decode";
       advisor.sawPrefill(pool, this.instanceId, this.#request.tokenIds.length - OUTPUT.cachedTokens, OUTPUT.prefillMs);
     } else if (split?.pull?.outcome === "pulled" && split.gapMs < 0) {
@@ -633,6 +637,12 @@ export class ChoiceStream implements AttemptOwner {
     if (offered.isDraft && split?.phase === "prefill") {
       this.#beginEarly(split, offered.bytes.toString("base64"));
       return;
+    }
+    // Some engines' first token is the decode engine's to tell: the handoff is all that comes from the other one.
+    if (!offered.isDraft && split?.phase === "prefill" && this.#count === 0 && attempt !== undefined) {
+      split.phase = "handoff";
+      split.firstTokenMs = this.#run.planes.clock.monotonicMs();
+      attempt.release("finished");
     }
     if (offered.isDraft || split?.phase !== "handoff" || attempt === undefined) {
       this.#end(new DynamoError("engine-failed", "the worker handed blocks over that nobody asked for"));

@@ -39,6 +39,46 @@ export interface Handoff {
   readonly metadata: Uint8Array;
 }
 
+/**
+ * The second kind: blocks that engines which are processes of their own move between themselves, each by its connector
+ * (vLLM's NIXL, for one). Nothing of what the prefill engine said travels through the frontend, only where to claim it:
+ *
+ *     "DHOE" | u16 version | id | peer | address | endpoint | fingerprint | connector | u32 blocks | u32 bytes of a block, 0 = not known
+ *     | u32 lease left, ms
+ *
+ * The claim (`HandoffAsk`) is granted once and within the lease, by the prefill worker's own clock, and its answer carries the
+ * engine's parameters (`EngineClaim`). Engines themselves refuse neither a second use nor a late one: they would answer from
+ * whatever is in those blocks by then.
+ */
+export interface EngineHandoff {
+  /** 16 hex digits, of this handoff alone. */
+  readonly id: string;
+  /** The prefill worker, `namespace.component.instance`; for people. */
+  readonly peer: string;
+  /** Where it is on the request plane. */
+  readonly address: string;
+  /** `namespace.component.handoff` */
+  readonly endpoint: string;
+  /** What both sides must agree on, see `kvFingerprint`. */
+  readonly fingerprint: string;
+  /** `nixl-pull`, `nixl-push`, `example`, ...: how the engines do it. */
+  readonly connector: string;
+  /** That hold the prompt, the last one perhaps in part. */
+  readonly blockCount: number;
+  /** 0 = not known. */
+  readonly blockBytes: number;
+  /** When it was sent; for whoever wants to know, the prefill worker decides. */
+  readonly leaseMs: number;
+}
+
+/** The answer to the claim of an `EngineHandoff`. */
+export interface EngineClaim {
+  /** What the decode worker's engine is given, as it is. */
+  readonly parameters: Readonly<Record<string, unknown>>;
+  /** Of the prefill worker's request to its engine: some connectors pair the two by it. */
+  readonly requestId: string;
+}
+
 /** What a handoff can be asked for, as JSON to the endpoint `handoff`. */
 export type HandoffAsk = { readonly claim: string } | { readonly release: string } | { readonly watch: string };
 
@@ -62,6 +102,8 @@ export interface PullResult {
 
 const MAGIC = 0x464f4844;
 const VERSION = 2;
+const ENGINE_MAGIC = 0x454f4844;
+const ENGINE_VERSION = 1;
 const MAX_TEXT_BYTES = 512;
 /** As base64 it must fit the JSON part of a request. 512 KiB hold a table of 60,000 runs. */
 export const MAX_HANDOFF_BYTES = 512 * 1024;
@@ -117,6 +159,70 @@ export function decodeHandoff(bytes: Uint8Array): Handoff {
     return { ...what, address, endpoint, fingerprint, blockBytes, blockSizeTokens, regionId, metadata };
   } catch (cause) {
     throw new DynamoError("malformed-frame", "the handoff could not be decoded", { diagnostic: String(cause), cause });
+  }
+}
+
+export function encodeEngineHandoff(handoff: EngineHandoff): Buffer {
+  const out = new ByteWriter(512);
+  out.u32(ENGINE_MAGIC);
+  out.u16(ENGINE_VERSION);
+  out.text(handoff.id);
+  out.text(handoff.peer);
+  out.text(handoff.address);
+  out.text(handoff.endpoint);
+  out.text(handoff.fingerprint);
+  out.text(handoff.connector);
+  out.u32(handoff.blockCount);
+  out.u32(handoff.blockBytes);
+  out.u32(Math.max(0, Math.floor(handoff.leaseMs)));
+  return out.copy();
+}
+
+/** Throws `malformed-frame`. */
+export function decodeEngineHandoff(bytes: Uint8Array): EngineHandoff {
+  try {
+    const reader = new ByteReader(bytes);
+    if (reader.u32() !== ENGINE_MAGIC) throw new Error("wrong magic");
+    const version = reader.u16();
+    if (version !== ENGINE_VERSION) throw new Error(`version ${version}, we know ${ENGINE_VERSION}`);
+    const id = reader.text(MAX_TEXT_BYTES);
+    checkId(id);
+    const peer = reader.text(MAX_TEXT_BYTES);
+    const address = reader.text(MAX_TEXT_BYTES);
+    const endpoint = reader.text(MAX_TEXT_BYTES);
+    const fingerprint = reader.text(MAX_TEXT_BYTES);
+    const connector = reader.text(MAX_TEXT_BYTES);
+    const [blockCount, blockBytes, leaseMs] = [reader.u32(), reader.u32(), reader.u32()];
+    if (reader.remaining > 0) throw new Error(`${reader.remaining} bytes behind the end`);
+    return { id, peer, address, endpoint, fingerprint, connector, blockCount, blockBytes, leaseMs };
+  } catch (cause) {
+    throw new DynamoError("malformed-frame", "the engine's handoff could not be decoded", {
+      diagnostic: String(cause),
+      cause,
+    });
+  }
+}
+
+export function encodeEngineClaim({ parameters, requestId }: EngineClaim): Buffer {
+  return Buffer.from(JSON.stringify({ requestId, parameters }));
+}
+
+/** Throws `malformed-frame`. */
+export function decodeEngineClaim(bytes: Uint8Array): EngineClaim {
+  try {
+    if (bytes.length > MAX_HANDOFF_BYTES) throw new Error(`${bytes.length} bytes are more than ${MAX_HANDOFF_BYTES}`);
+    const { parameters, requestId } = JSON.parse(
+      Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString("utf8"),
+    ) as Record<string, unknown>;
+    if (typeof requestId !== "string" || typeof parameters !== "object" || parameters === null) {
+      throw new Error("a claim has a request's id and the engine's parameters");
+    }
+    return { requestId, parameters: parameters as EngineClaim["parameters"] };
+  } catch (cause) {
+    throw new DynamoError("malformed-frame", "the answer to a claim could not be read", {
+      diagnostic: String(cause),
+      cause,
+    });
   }
 }
 

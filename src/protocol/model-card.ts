@@ -44,6 +44,8 @@ export interface ModelCard {
   readonly role: WorkerRole;
   /** Bytes of one KV block as it is handed over; 0 = the engine cannot export blocks. */
   readonly blockBytes: number;
+  /** Of an engine that moves blocks to another engine by itself: by which connector (`nixl-pull`). @default none */
+  readonly kvConnector?: string;
   /** It can hold an answer to a form (`response_format`). @default false */
   readonly answerForms?: boolean;
   /** Where its KV events come from: the engine, or a guess of its worker's. @default "exact" */
@@ -78,8 +80,9 @@ export function lackOf(
 
 /** What workers must agree on to use each other's KV blocks, as a text that is compared. */
 export function kvFingerprint(card: ModelCard): string {
-  const { engine, engineVersion, modelFingerprint, tokenizerSha256, blockSizeTokens, blockBytes } = card;
-  return [engine, engineVersion, modelFingerprint, tokenizerSha256.slice(0, 16), blockSizeTokens, blockBytes].join("/");
+  const { engine, engineVersion, modelFingerprint, tokenizerSha256, blockSizeTokens, blockBytes, kvConnector } = card;
+  const moved = kvConnector ?? blockBytes;
+  return [engine, engineVersion, modelFingerprint, tokenizerSha256.slice(0, 16), blockSizeTokens, moved].join("/");
 }
 
 /**
@@ -88,7 +91,11 @@ export function kvFingerprint(card: ModelCard): string {
  */
 export function handoffConflict(known: ModelCard, card: ModelCard): string | undefined {
   for (const each of [card, known]) {
-    if (each.blockBytes === 0) return `the ${each.engine} engine cannot export KV blocks`;
+    if (each.blockBytes === 0 && each.kvConnector === undefined) {
+      return each === card || known.kvConnector === undefined
+        ? `the ${each.engine} engine cannot export KV blocks`
+        : `the model's ${each.role} worker has no connector for KV blocks`;
+    }
   }
   const fields = [
     ["tokenizerSha256", "tokenizer (SHA-256)"],
@@ -96,6 +103,7 @@ export function handoffConflict(known: ModelCard, card: ModelCard): string | und
     ["blockBytes", "KV block in bytes, which follows from data type and layout,"],
     ["engine", "engine"],
     ["engineVersion", "engine version"],
+    ["kvConnector", "connector for KV blocks"],
     // Last: it also holds what stands above.
     ["modelFingerprint", "model file (fingerprint)"],
   ] as const satisfies readonly (readonly [keyof ModelCard, string])[];
@@ -130,6 +138,7 @@ export function isModelCard(value: unknown): value is ModelCard {
     (WORKER_ROLES as readonly unknown[]).includes(card["role"]) &&
     card["name"] !== "" &&
     NUMBERS.every((field) => Number.isSafeInteger(card[field]) && (card[field] as number) >= 0) &&
+    ["string", "undefined"].includes(typeof card["kvConnector"]) &&
     Array.isArray(card["types"]) &&
     (card["lacks"] === undefined || Array.isArray(card["lacks"]))
   );

@@ -17,7 +17,9 @@ export async function checkRole(
   namespace: string,
 ): Promise<void> {
   if (role === "agg") return;
-  if (info.blockBytes === 0) throw refused(role, `the ${info.engine} engine cannot export or import KV blocks`);
+  if (info.blockBytes === 0 && info.kvConnector === undefined) {
+    throw refused(role, `the ${info.engine} engine cannot export or import KV blocks`);
+  }
   for (const other of await cardsOf(card.name, discovery, namespace)) {
     if (other.role === "agg" && role === "decode") continue;
     const conflict = handoffConflict(other, card);

@@ -1,14 +1,18 @@
 import { MAX_REPORTED_PAIRS, type TransferPairReport, type TransferReport } from "../protocol/index.ts";
 import type { EventPublisher } from "../runtime/event-plane/index.ts";
 import type { Clock, TimerHandle } from "../std/index.ts";
-import type { TransferAgent } from "../transfer/index.ts";
 
 const INTERVAL_MS = 2_000;
+
+/** A transfer agent, or an engine that moves blocks itself. */
+export interface TransferTeller {
+  telemetry(): readonly TransferPairReport[];
+}
 
 /** Publishes what an agent has moved, at once and then every two seconds if it changed. Returns its stop. */
 export function publishTransfers(
   publisher: EventPublisher,
-  agent: Pick<TransferAgent, "telemetry">,
+  agent: TransferTeller,
   instanceId: string,
   clock: Clock,
 ): () => void {
@@ -25,7 +29,7 @@ export function publishTransfers(
   return () => timer.cancel();
 }
 
-function pairsOf(agent: Pick<TransferAgent, "telemetry">): TransferPairReport[] {
+function pairsOf(agent: TransferTeller): TransferPairReport[] {
   return agent
     .telemetry()
     .toSorted((a, b) => b.byteCount - a.byteCount)

@@ -16,6 +16,8 @@ import type {
   ServerStreamHandler,
 } from "../runtime/request-plane/index.ts";
 import { ServiceRate, type Clock } from "../std/index.ts";
+import { EngineLeg } from "./engine-leg.ts";
+import type { EngineHandoffs } from "./engine-handoffs.ts";
 import type { HandoffDraft } from "./handoff-draft.ts";
 import type { WorkerHandoffs } from "./handoffs.ts";
 import type { WorkerMetrics } from "./worker-metrics.ts";
@@ -32,6 +34,8 @@ interface ActiveStream {
   readonly stream: ServerStream;
   /** Of one that prefills for another worker: its blocks on their way out. */
   readonly draft: HandoffDraft | undefined;
+  /** A part of a request whose blocks its engine moves itself. */
+  leg: EngineLeg | undefined;
   /** For its caller's cancel. */
   cancel: () => void;
   readonly startMs: number;
@@ -66,6 +70,8 @@ export class GenerateService {
   maxStreams = 0;
   /** Set when this worker has, or gets, a role in handoffs. */
   handoffs: WorkerHandoffs | undefined = undefined;
+  /** The same of an engine that moves the blocks itself. */
+  engineHandoffs: EngineHandoffs | undefined = undefined;
 
   constructor(options: GenerateServiceOptions) {
     this.#options = options;
@@ -101,12 +107,15 @@ export class GenerateService {
       sawOutput: false,
       span,
       draft: request.prefillOnly === true ? this.handoffs?.draft(request, stream) : undefined,
+      leg: undefined,
       cancel: () => engine.abort(id),
     };
     this.#active.set(id, active);
     metrics.inflight.add(1);
     logger.debug({ x_request_id: stream.requestId, prompt_tokens: request.tokenIds.length }, "request accepted");
-    if (request.handoff === undefined || this.handoffs === undefined) engine.submit(id, request);
+    if (this.engineHandoffs !== undefined && (request.prefillOnly === true || request.handoff !== undefined)) {
+      this.#beginLeg(id, active, request, this.engineHandoffs);
+    } else if (request.handoff === undefined || this.handoffs === undefined) engine.submit(id, request);
     else void this.#pull(id, active, request, this.handoffs);
     return {
       onCancel: (error) => {
@@ -145,13 +154,36 @@ export class GenerateService {
     }
   }
 
+  /** Its engine moves the blocks itself. */
+  #beginLeg(id: number, active: ActiveStream, request: PreprocessedRequest, handoffs: EngineHandoffs): void {
+    const { engine, server, clock } = this.#options;
+    const leg = new EngineLeg({
+      id,
+      request,
+      stream: active.stream,
+      engine,
+      handoffs,
+      clock,
+      flush: () => server.flush(),
+      isActive: () => this.#active.get(id) === active,
+      left: () => this.#left(id, active),
+    });
+    active.leg = leg;
+    active.cancel = () => leg.cancel();
+    leg.begin();
+  }
+
   /** One engine step: an item per entry, then one flush. */
   onStep(step: Uint8Array): void {
     forEachStepEntry(step, (id, start, end, final) => {
       const active = this.#active.get(id);
       if (active === undefined) return;
       const { metrics, clock } = this.#options;
-      active.stream.write(step.subarray(start, end));
+      // What is kept back, told elsewhere, or submitted anew.
+      if (active.leg?.takes(step, start, end, final) === true) return;
+      if (active.leg === undefined || !final || !active.leg.hides(step, start, end)) {
+        active.stream.write(step.subarray(start, end));
+      }
       metrics.responseBytes.add(end - start);
       if (!active.sawOutput) {
         active.sawOutput = true;
@@ -159,7 +191,9 @@ export class GenerateService {
       }
       if (final) {
         this.#left(id, active);
-        if (active.draft !== undefined && isPrefilled(step, start, end)) {
+        if (active.leg?.ends(step, start, end) === true) {
+          // Its stream stays open for the handoff.
+        } else if (active.draft !== undefined && isPrefilled(step, start, end)) {
           void this.#offer(active, active.draft, this.handoffs!);
         } else {
           this.#abandon(active);
@@ -225,7 +259,8 @@ export class GenerateService {
   async settle(timeoutMs: number): Promise<void> {
     const { clock } = this.#options;
     const deadlineMs = clock.monotonicMs() + timeoutMs;
-    while (this.#active.size > 0 || (this.handoffs?.heldBlocks ?? 0) > 0) {
+    const held = (): number => (this.handoffs?.heldBlocks ?? 0) + (this.engineHandoffs?.heldBlocks ?? 0);
+    while (this.#active.size > 0 || held() > 0) {
       if (clock.monotonicMs() >= deadlineMs) break;
       await new Promise<void>((resolve) => void clock.setTimer(SETTLE_LOOK_MS, resolve));
     }

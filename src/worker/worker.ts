@@ -1,5 +1,5 @@
 import { hostname } from "node:os";
-import { loadEngine, type Engine, type EngineInfo, type EngineSink } from "../engines/index.ts";
+import { loadEngine, type Engine, type EngineInfo, type EngineSink, type EngineTransfer } from "../engines/index.ts";
 import { DynamoError, toDynamoError } from "../errors/index.ts";
 import { startSystemServer } from "../observability/index.ts";
 import {
@@ -36,6 +36,7 @@ import { runCanary } from "./canary.ts";
 import { checkRole, sequencesThatFit } from "./check-pair.ts";
 import type { WorkerConfig } from "./config.ts";
 import { EngineAbsence } from "./engine-absence.ts";
+import { EngineHandoffs } from "./engine-handoffs.ts";
 import { watchEngine } from "./engine-watch.ts";
 import { DEFAULT_HANDOFF, WorkerHandoffs } from "./handoffs.ts";
 import { KvPublisher } from "./kv-publisher/index.ts";
@@ -59,6 +60,10 @@ export interface RunningWorker extends RunningRole {
   readonly role: WorkerRole;
   /** Its end of handoffs, once it has, or had, a part in disaggregated serving; for tests and the simulator. */
   readonly handoffs: WorkerHandoffs | undefined;
+  /** The same where its engine moves the blocks itself. */
+  readonly engineHandoffs: EngineHandoffs | undefined;
+  /** What its engine tells of itself. */
+  describe(): Readonly<Record<string, unknown>>;
 }
 
 /** What a worker makes by itself unless it is given. */
@@ -175,6 +180,7 @@ async function start(
   const prepareRole = async (role: WorkerRole): Promise<void> => {
     await checkRole(role, { ...card, role }, info, discovery, config.namespace);
     if (role === "agg") return;
+    if (engine.transfer !== undefined) return prepareEngineRole(role, engine.transfer);
     if (service.handoffs !== undefined) return giveRole(role, service.handoffs, info);
     const handoffs = await WorkerHandoffs.start({
       config: config.handoff ?? DEFAULT_HANDOFF,
@@ -199,6 +205,39 @@ async function start(
     lifecycle.defer("transfer timer", publishTransfers(publisher, handoffs.agent, instanceId, clock));
     await giveRole(role, handoffs, info);
   };
+  /** Its engine moves the blocks itself. */
+  const prepareEngineRole = async (role: "prefill" | "decode", transfer: EngineTransfer): Promise<void> => {
+    if (!transfer.roles.includes(role)) {
+      throw new DynamoError(
+        "invalid-config",
+        `--disaggregation-mode ${role}: the engine was started for ${transfer.roles.join(" and ")}; start it anew, or with a connector for both (kv_role kv_both)`,
+      );
+    }
+    if (service.engineHandoffs !== undefined) return;
+    const { leaseMs, pullTimeoutMs } = config.handoff ?? DEFAULT_HANDOFF;
+    const name = `${config.namespace}.${config.component}.${instanceId}`;
+    const handoffs = new EngineHandoffs({
+      transfer,
+      name,
+      client: planes.request.client,
+      address: server.address,
+      endpoint: address(HANDOFF_ENDPOINT),
+      fingerprint: kvFingerprint(card),
+      blockSizeTokens: info.blockSizeTokens,
+      leaseMs,
+      timeoutMs: pullTimeoutMs,
+      clock,
+      random: planes.random,
+      logger,
+      metrics: planes.metrics,
+      labels,
+    });
+    service.engineHandoffs = handoffs;
+    lifecycle.defer("engine handoffs", () => handoffs.close());
+    const publisher = await planes.events.publish(TRANSFERS_TOPIC, { publisherId: instanceId, ringSize: 1 });
+    lifecycle.defer("transfer publisher", () => publisher.close());
+    lifecycle.defer("transfer timer", publishTransfers(publisher, handoffs, instanceId, clock));
+  };
   const giveRole = async (role: WorkerRole, handoffs: WorkerHandoffs, info: EngineInfo): Promise<void> => {
     if (role === "prefill") await handoffs.canOffer();
     if (role === "decode") logger.info({ sequences: sequencesThatFit(info) }, "whole sequences fit the KV memory");
@@ -209,7 +248,8 @@ async function start(
   server.serve(address(TOKENIZER_ENDPOINT), serveBytes(tokenizer.bytes));
   server.serve(address(CLEAR_BLOCKS_ENDPOINT), clearBlocks(engine));
   server.serve(address(HANDOFF_ENDPOINT), (stream, payload) => {
-    if (service.handoffs !== undefined) return service.handoffs.handle(stream, payload);
+    const handoffs = service.handoffs ?? service.engineHandoffs;
+    if (handoffs !== undefined) return handoffs.handle(stream, payload);
     throw new DynamoError("handoff-gone", "this worker has handed no blocks over");
   });
   server.serve(address(EARLY_PULL_ENDPOINT), (stream, payload) => {
@@ -337,6 +377,10 @@ async function start(
     get handoffs() {
       return service.handoffs;
     },
+    get engineHandoffs() {
+      return service.engineHandoffs;
+    },
+    describe: () => engine.describe?.() ?? {},
   };
 }
 
@@ -371,6 +415,7 @@ async function modelCard(
     ...(info.kvEvents === undefined ? {} : { kvEvents: info.kvEvents }),
     ...(info.lacks === undefined ? {} : { lacks: info.lacks }),
     ...(info.tokens === undefined ? {} : { tokens: info.tokens }),
+    ...(info.kvConnector === undefined ? {} : { kvConnector: info.kvConnector }),
     modelFingerprint: fingerprint?.map((half) => half.toString(16).padStart(8, "0")).join("") ?? "",
   };
 }

@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { after, before, describe, test } from "node:test";
 import OpenAI from "openai";
-import { byteArtifact } from "../../src/model/index.ts";
+import { byteModelFolder } from "../helpers/byte-model.ts";
 import { until } from "../helpers/in-process-cluster.ts";
 import { checkPredictedReuse } from "../helpers/reuse.ts";
 import { startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
@@ -15,17 +15,6 @@ import { startProcessCluster, type ProcessCluster } from "../helpers/process-clu
  */
 const FAKE = resolve(import.meta.dirname, "../../src/engines/vllm/fixtures/fake-vllm-main.ts");
 const LIMIT = { timeout: 120_000 };
-
-/** A model folder of which only the tokenizer is there: bytes are tokens. */
-function modelFolder(root: string): string {
-  const folder = join(root, "bytes-model");
-  const { tokenizerJson, chatTemplate } = byteArtifact();
-  mkdirSync(folder);
-  writeFileSync(join(folder, "tokenizer.json"), JSON.stringify(tokenizerJson));
-  const config = { bos_token: "<|endoftext|>", eos_token: "<|im_end|>", chat_template: chatTemplate };
-  writeFileSync(join(folder, "tokenizer_config.json"), JSON.stringify(config));
-  return folder;
-}
 
 describe("dynamo local --engine vllm (fake server)", LIMIT, () => {
   let root: string;
@@ -39,7 +28,7 @@ describe("dynamo local --engine vllm (fake server)", LIMIT, () => {
       [
         "--engine=vllm",
         `--engine-command=${process.execPath} ${FAKE}`,
-        `--model=${modelFolder(root)}`,
+        `--model=${byteModelFolder(root)}`,
         `--model-name=${model}`,
         "--workers=2",
         "--engine-metrics-interval-secs=0.1",

@@ -1,5 +1,6 @@
 import type { DynamoError } from "../../errors/index.ts";
 import type { KvEvent, ModelCard, PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
+import type { TransferTicket } from "../base.ts";
 import type { AnswerHeaders, EngineHttp, HttpCall } from "./engine-http.ts";
 
 /** What a foreign engine's server is, as far as a worker needs it; found out at each of its starts. */
@@ -38,6 +39,8 @@ export interface AnswerSink {
   cached(tokens: number): void;
   /** Of an engine with slots for sequences: which one holds this one from now on. */
   slot(id: number): void;
+  /** What the decode engine is to be told, of a prefill leg; before `finish`. */
+  transfer(parameters: Readonly<Record<string, unknown>>): void;
   finish(reason: "stop" | "length"): void;
   fail(error: DynamoError): void;
 }
@@ -79,6 +82,24 @@ export type DialectCall = HttpCall & {
   readonly abortCall?: HttpCall;
 };
 
+/** How an engine hands KV blocks to another one by itself: see `EngineTransfer` for what stands here without words. */
+export interface TransferDialect {
+  readonly connector: string;
+  readonly roles: readonly ("prefill" | "decode")[];
+  readonly leaseMs: number;
+  takesFirstToken(request: PreprocessedRequest, facts: EngineFacts): boolean;
+  refusal?(request: PreprocessedRequest, facts: EngineFacts): string | undefined;
+  /** Of a prompt. @default the blocks of its tokens */
+  blockCount?(request: PreprocessedRequest, facts: EngineFacts): number;
+  /** `requestId` is new for every leg: clients use theirs twice, and connectors pair requests by it. */
+  prefillCall(request: PreprocessedRequest, facts: EngineFacts, requestId: string): DialectCall;
+  /** Parameters that are known before the engine answers, see `submitPrefill`. @default they come with the answer */
+  earlyParameters?(request: PreprocessedRequest, requestId: string): Readonly<Record<string, unknown>>;
+  decodeCall(request: PreprocessedRequest, facts: EngineFacts, ticket: TransferTicket): DialectCall;
+  /** What this engine has fetched since its start, by its own metrics; undefined = not told. */
+  fetchedBytes?(metricsText: string): number | undefined;
+}
+
 /** What differs between engines; everything else is `ForeignEngine`. */
 export interface EngineDialect {
   /** `vllm`: the engine's name in cards and messages. */
@@ -96,14 +117,17 @@ export interface EngineDialect {
   probe(http: EngineHttp, signal: AbortSignal): Promise<EngineFacts>;
   /** `request` fits the engine: its length and its token ids were checked. */
   call(request: PreprocessedRequest, facts: EngineFacts): DialectCall;
-  read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink): AnswerReader;
-  /** Why this one cannot be served; asked before `call`. @default nothing is refused */
-  refusal?(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined;
+  /** `isPrefill`: of a prefill leg, which says what the decode engine is to be told. */
+  read(request: PreprocessedRequest, facts: EngineFacts, sink: AnswerSink, isPrefill: boolean): AnswerReader;
+  /** Why this one cannot be served; asked before `call`. `isWhole`: no leg of a split one. @default nothing is refused */
+  refusal?(request: PreprocessedRequest, facts: EngineFacts, isWhole: boolean): DynamoError | undefined;
   /** An answer with another status than 200. */
   errorOf(status: number, text: string, headers: AnswerHeaders): DynamoError;
   loadOf(metricsText: string, loadText?: string): ScrapedLoad;
   /** Of a rank, in place of KV events. @default whatever went there, least recently used out first */
   estimate?(facts: EngineFacts, dpRank: number): CacheEstimate;
+  /** Undefined: the server was started for aggregated serving. */
+  readonly transfer?: TransferDialect | undefined;
   /** Empties its cache; false when it could not, now. Throws `unsupported-operation`. */
   clearCache(http: EngineHttp): Promise<boolean>;
 }

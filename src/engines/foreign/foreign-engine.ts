@@ -4,13 +4,22 @@ import type { Logger } from "../../observability/index.ts";
 import { StepWriter, type KvEvent, type LoadSnapshot, type PreprocessedRequest } from "../../protocol/index.ts";
 import type { Clock } from "../../std/index.ts";
 import { blockHashSeed, hashBlocks } from "../../tokens/index.ts";
-import type { Engine, EngineInfo, EngineProcessState, EngineSink, ExportedBlocks, ImportedBlocks } from "../base.ts";
-import type { CacheEstimate, EngineDialect, EngineFacts } from "./answer.ts";
+import type {
+  Engine,
+  EngineInfo,
+  EngineProcessState,
+  EngineSink,
+  EngineTransfer,
+  ExportedBlocks,
+  ImportedBlocks,
+} from "../base.ts";
+import type { CacheEstimate, DialectCall, EngineDialect, EngineFacts } from "./answer.ts";
 import type { AnswerHeaders, EngineHttp, HttpCall, OpenCall } from "./engine-http.ts";
 import type { EngineExit } from "./engine-process.ts";
 import type { EngineServer } from "./engine-server.ts";
 import { EstimatedCache } from "./estimated-cache.ts";
-import { ForeignStream } from "./foreign-stream.ts";
+import { ForeignStream, type TransferLeg } from "./foreign-stream.ts";
+import { ForeignTransfer } from "./foreign-transfer.ts";
 import type { KvFeed } from "./kv-feed.ts";
 import { LoadPoller } from "./load-poller.ts";
 import { MirroredBlocks } from "./mirrored-blocks.ts";
@@ -89,10 +98,19 @@ export class ForeignEngine implements Engine {
   #peakStreams = 0;
   #othersStreams = 0;
   #othersBlocks = 0;
+  readonly #transfer: ForeignTransfer | undefined;
   readonly counts = { unpredicted: 0, restarts: 0, downs: 0, hangs: 0 };
 
   constructor(options: ForeignEngineOptions) {
     this.#options = options;
+    this.#transfer =
+      options.dialect.transfer === undefined
+        ? undefined
+        : new ForeignTransfer({
+            dialect: options.dialect.transfer,
+            facts: () => this.#facts!,
+            submit: (id, request, leg) => this.#submit(id, request, leg),
+          });
     const { dialect, http, clock, logger, metricsIntervalMs = METRICS_INTERVAL_MS } = options;
     this.#poller = new LoadPoller({
       dialect,
@@ -139,7 +157,15 @@ export class ForeignEngine implements Engine {
     );
   }
 
+  get transfer(): EngineTransfer | undefined {
+    return this.#transfer;
+  }
+
   submit(streamId: number, request: PreprocessedRequest): void {
+    this.#submit(streamId, request, undefined);
+  }
+
+  #submit(streamId: number, request: PreprocessedRequest, leg: TransferLeg | undefined): void {
     if (this.#state === "new" || this.#state === "starting" || this.#state === "stopped") {
       throw new DynamoError("engine-stopped", "the engine is not running");
     }
@@ -153,11 +179,12 @@ export class ForeignEngine implements Engine {
       predictedCachedTokens: this.#predict(request, facts),
       isText: facts.tokens === "estimated",
       keepsTokens: this.#estimates.length > 0,
+      leg,
       onDirty: (dirty) => this.#onDirty(dirty),
     });
     this.#streams.set(streamId, stream);
     this.#peakStreams = Math.max(this.#peakStreams, this.#streams.size);
-    const refusal = this.#refusal(request, facts);
+    const refusal = this.#refusal(request, facts, leg === undefined);
     if (refusal !== undefined) stream.fail(refusal);
     else this.#open(stream, facts);
   }
@@ -364,6 +391,7 @@ export class ForeignEngine implements Engine {
       kvEvents: feed === undefined ? "estimated" : "exact",
       ...(facts.lacks === undefined ? {} : { lacks: facts.lacks }),
       ...(facts.tokens === undefined ? {} : { tokens: facts.tokens }),
+      ...(dialect.transfer === undefined ? {} : { kvConnector: dialect.transfer.connector }),
     };
     this.#poller.start();
     return this.#info;
@@ -453,6 +481,7 @@ export class ForeignEngine implements Engine {
     const scraped = this.#poller.load;
     this.#lastAnswerMs = clock.monotonicMs();
     if (scraped === undefined) return;
+    this.#transfer?.onScrape(this.#poller.text);
     // Quicker than we look: its port was never seen closed.
     const isOther = this.#life !== undefined && scraped.life !== this.#life;
     if (isOther || (dialect.isLifeInEvents === true && feed?.lives !== this.#feedLives)) {
@@ -480,7 +509,7 @@ export class ForeignEngine implements Engine {
 
   // ---- Streams ----
 
-  #refusal(request: PreprocessedRequest, facts: EngineFacts): DynamoError | undefined {
+  #refusal(request: PreprocessedRequest, facts: EngineFacts, isWhole: boolean): DynamoError | undefined {
     if (this.#isDraining) return new DynamoError("draining", "the engine is shutting down");
     if (this.#state !== "up") {
       return new DynamoError("engine-stopped", `the engine ${this.#downReason ?? "is not there"} and is coming back`);
@@ -499,7 +528,7 @@ export class ForeignEngine implements Engine {
     // Some engines do not look: one such id ends vLLM's worker process, and the server with it.
     const { vocabularySize } = this.#options;
     const strange = tokenIds.find((id) => id >= vocabularySize);
-    if (strange === undefined) return this.#options.dialect.refusal?.(request, facts);
+    if (strange === undefined) return this.#options.dialect.refusal?.(request, facts, isWhole);
     return new DynamoError("invalid-field", `expected token ids below ${vocabularySize}, got ${strange}`, {
       param: "prompt",
     });
@@ -508,8 +537,9 @@ export class ForeignEngine implements Engine {
   #open(stream: ForeignStream, facts: EngineFacts): void {
     const { dialect, http } = this.#options;
     const { request } = stream;
-    const reader = dialect.read(request, facts, stream);
-    const call = dialect.call(request, facts);
+    const { leg } = stream;
+    const reader = dialect.read(request, facts, stream, leg?.kind === "prefill");
+    const call = this.#callOf(request, facts, leg);
     this.#promptTokens += stream.promptTokens;
     let status = 0;
     let headers: AnswerHeaders = {};
@@ -546,7 +576,8 @@ export class ForeignEngine implements Engine {
           }),
         onError: (error) => {
           // A kept connection that the server closed just then: the request has not been seen, or not been answered.
-          if (status === 0 && !isRetry && this.#state === "up") return send(true);
+          // What another engine holds for it must not be asked for twice.
+          if (status === 0 && !isRetry && leg === undefined && this.#state === "up") return send(true);
           stream.fail(
             new DynamoError("engine-stopped", "the connection to the engine broke", {
               diagnostic: error.message,
@@ -559,6 +590,14 @@ export class ForeignEngine implements Engine {
       stream.call = call.abortCall === undefined ? open : abortedTwice(open, http, call.abortCall);
     };
     send(false);
+  }
+
+  #callOf(request: PreprocessedRequest, facts: EngineFacts, leg: TransferLeg | undefined): DialectCall {
+    const { dialect } = this.#options;
+    if (leg === undefined) return dialect.call(request, facts);
+    return leg.kind === "prefill"
+      ? dialect.transfer!.prefillCall(request, facts, leg.requestId)
+      : dialect.transfer!.decodeCall(request, facts, leg.ticket);
   }
 
   #onDirty(stream: ForeignStream): void {
@@ -580,6 +619,7 @@ export class ForeignEngine implements Engine {
     if (this.#writer.entryCount > 0) {
       this.#steps++;
       sink.onStep(this.#writer.view());
+      this.#transfer?.dropTickets();
     }
     this.#settleIdle();
   }
@@ -596,9 +636,11 @@ export class ForeignEngine implements Engine {
       if (!stream.isEnded) continue;
       this.#estimate(stream);
       this.#streams.delete(stream.id);
+      this.#transfer?.ended(stream);
       this.#generatedTokens += stream.newTokens;
       this.#cachedPromptTokens += stream.cachedTokens;
-      if (stream.cachedTokens !== stream.predictedCachedTokens) this.counts.unpredicted++;
+      if (stream.leg?.kind !== "decode" && stream.cachedTokens !== stream.predictedCachedTokens)
+        this.counts.unpredicted++;
     }
   }
 

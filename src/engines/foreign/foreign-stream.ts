@@ -1,5 +1,6 @@
 import { DynamoError } from "../../errors/index.ts";
 import { promptLengthOf, type PreprocessedRequest, type StepWriter, type TokenLogprob } from "../../protocol/index.ts";
+import type { TransferTicket } from "../base.ts";
 import type { AnswerSink } from "./answer.ts";
 import type { OpenCall } from "./engine-http.ts";
 
@@ -17,9 +18,16 @@ export interface ForeignStreamOptions {
   readonly keepsTokens: boolean;
   /** Its tokens are made here from its text: the engine counts its own, and no byte of what it says may be lost to our count. */
   readonly isText: boolean;
+  /** Of disaggregated serving. @default the whole request */
+  readonly leg?: TransferLeg | undefined;
   /** Something is there to be told. */
   readonly onDirty: (stream: ForeignStream) => void;
 }
+
+/** The first part of a request, or the second one, for which another engine has the prompt's blocks. */
+export type TransferLeg =
+  | { readonly kind: "prefill"; readonly requestId: string }
+  | { readonly kind: "decode"; readonly ticket: TransferTicket };
 
 type Finish = "stop" | "length" | "cancelled";
 
@@ -28,6 +36,9 @@ export class ForeignStream implements AnswerSink {
   readonly request: PreprocessedRequest;
   readonly promptTokens: number;
   readonly predictedCachedTokens: number;
+  readonly leg: TransferLeg | undefined;
+  /** Of a prefill leg: what its engine said for the decode engine. */
+  transferred: Readonly<Record<string, unknown>> | undefined = undefined;
   /** Tokens that may still come. */
   readonly maxNewTokens: number;
   /** Of the rest, that must come before a stop token counts. */
@@ -58,8 +69,9 @@ export class ForeignStream implements AnswerSink {
   #isOver = false;
 
   constructor(options: ForeignStreamOptions) {
-    const { id, request, nowMs, contextLength, predictedCachedTokens, keepsTokens, isText, onDirty } = options;
+    const { id, request, nowMs, contextLength, predictedCachedTokens, keepsTokens, isText, leg, onDirty } = options;
     this.id = id;
+    this.leg = leg;
     this.request = request;
     this.#isText = isText;
     this.#onDirty = onDirty;
@@ -117,12 +129,18 @@ export class ForeignStream implements AnswerSink {
   }
 
   cached(tokens: number): void {
+    // Blocks of another engine count as cached there; here they were computed for this very request.
+    if (this.leg?.kind === "decode") return;
     this.#reported = Math.min(tokens, this.promptTokens);
     this.cachedTokens = this.#reported;
   }
 
   slot(id: number): void {
     this.slotId = id;
+  }
+
+  transfer(parameters: Readonly<Record<string, unknown>>): void {
+    this.transferred = parameters;
   }
 
   finish(reason: "stop" | "length"): void {

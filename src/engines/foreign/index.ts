@@ -6,6 +6,7 @@ export type {
   EngineDialect,
   EngineFacts,
   ScrapedLoad,
+  TransferDialect,
 } from "./answer.ts";
 export { flagJson, flagValue, hasFlag, kvEndpointsOf, reachableHost } from "./engine-flags.ts";
 export {

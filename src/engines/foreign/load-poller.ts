@@ -67,6 +67,11 @@ export class LoadPoller {
     return this.ageMs <= this.#options.maxAgeMs ? this.#load : undefined;
   }
 
+  /** Of the newest scrape, whatever its age. */
+  get text(): string {
+    return this.#text;
+  }
+
   get ageMs(): number {
     return this.#options.clock.monotonicMs() - this.#scrapedMs;
   }

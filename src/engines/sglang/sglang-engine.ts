@@ -22,6 +22,7 @@ import { SglangAnswerReader, sglangErrorOf } from "./sglang-answer.ts";
 import { isSglangNoise, readSglangArgs, sglangKvEndpoints, sglangLaunchPlan, sglangPhaseOf } from "./sglang-launch.ts";
 import { probeSglang } from "./sglang-probe.ts";
 import { sglangCall, type SglangFacts } from "./sglang-request.ts";
+import { SglangTransfer, canaryCall, isCanary, transferBackendOf, wholeRefusal } from "./sglang-transfer.ts";
 
 /**
  * An SGLang server as an engine: one that runs already (`config.url`), or one that this worker starts and ends. Loaded by
@@ -34,7 +35,12 @@ export async function createSglangEngine(config: SglangEngineConfig, options: En
     return attachEngine(config, options, (url, host) => {
       const given = config.kvEvents ? config.kvEventsConfig : undefined;
       const kv = given === undefined ? undefined : sglangKvEndpoints(given, host);
-      return { dialect: new SglangDialect(config, kv !== undefined), url, apiKey: config.apiKey, feed: feedOf(kv) };
+      return {
+        dialect: new SglangDialect(config, kv !== undefined, host),
+        url,
+        apiKey: config.apiKey,
+        feed: feedOf(kv),
+      };
     });
   }
   const args = readSglangArgs(launch.args, config.kvEvents);
@@ -42,11 +48,12 @@ export async function createSglangEngine(config: SglangEngineConfig, options: En
     const http = await ports.http(args.port ?? launch.port, args.port === undefined ? "--engine-port" : "--port");
     const ranks = args.dataParallelSize;
     const topic = `dynamo-${randomId64().toString(16)}`;
-    const all = { http, events: await ports.free(ranks), replay: await ports.free(ranks) };
+    const bootstrap = config.role === "prefill" ? await ports.free(1) : 0;
+    const all = { http, bootstrap, events: await ports.free(ranks), replay: await ports.free(ranks) };
     const { command, url, apiKey, kv } = sglangLaunchPlan(config, args, all, process.env, topic);
     return {
       name: "SGLang",
-      dialect: new SglangDialect(config, kv !== undefined),
+      dialect: new SglangDialect(config, kv !== undefined, new URL(url).hostname),
       command,
       url,
       apiKey,
@@ -92,7 +99,14 @@ class SglangDialect implements EngineDialect {
   #life = 0;
   #counted = 0;
 
-  constructor(config: SglangEngineConfig, wantsKvEvents: boolean) {
+  readonly transfer: SglangTransfer | undefined;
+  /** Where decode servers reach this one. */
+  readonly #host: string;
+
+  constructor(config: SglangEngineConfig, wantsKvEvents: boolean, host: string) {
+    const { role = "agg", kvTransferConfig } = config;
+    this.#host = host;
+    this.transfer = role === "agg" ? undefined : new SglangTransfer(role, transferBackendOf(kvTransferConfig));
     this.#config = config;
     this.#wantsKvEvents = wantsKvEvents;
   }
@@ -106,13 +120,19 @@ class SglangDialect implements EngineDialect {
   async probe(http: EngineHttp, signal: AbortSignal): Promise<SglangFacts> {
     const facts = await probeSglang({ config: this.#config, http, signal, wantsKvEvents: this.#wantsKvEvents });
     this.loadPath = facts.loadPath;
+    if (this.transfer !== undefined) this.transfer.bootstrap = { host: this.#host, port: facts.bootstrapPort };
     this.#totalTokens = facts.totalBlocks * facts.blockSizeTokens;
     this.#counted = 0;
     return { ...facts, life: this.#life };
   }
 
+  refusal(request: PreprocessedRequest, _facts: SglangFacts, isWhole: boolean): DynamoError | undefined {
+    if (!isWhole || this.transfer === undefined || isCanary(request)) return undefined;
+    return wholeRefusal(this.transfer.roles[0]!);
+  }
+
   call(request: PreprocessedRequest, facts: SglangFacts): DialectCall {
-    return sglangCall(request, facts);
+    return this.transfer === undefined ? sglangCall(request, facts) : canaryCall(request, facts);
   }
 
   read(request: PreprocessedRequest, facts: SglangFacts, sink: AnswerSink): AnswerReader {

@@ -9,6 +9,8 @@ import {
   type KvEndpoints,
 } from "../foreign/index.ts";
 
+import { transferBackendOf } from "./sglang-transfer.ts";
+
 /** The command line of an SGLang server that a worker starts: what we need in front, what the user wrote behind it, which wins. */
 export interface SglangArgs {
   readonly port: number | undefined;
@@ -20,6 +22,8 @@ export interface SglangArgs {
 
 export interface SglangPorts {
   readonly http: number;
+  /** Of a prefill server: where decode servers ask for its blocks. 0 = none */
+  readonly bootstrap: number;
   /** One for each rank from there on. */
   readonly events: number;
   readonly replay: number;
@@ -99,6 +103,7 @@ export function sglangLaunchPlan(
         ...sizes.flatMap(([flag, size]) => (size === 0 ? [] : [flag, String(size)])),
         "--enable-metrics",
         "--enable-cache-report",
+        ...disaggregation(config, ports),
         // Else each token comes with all tokens before it.
         "--incremental-streaming-output",
         ...(hasOrder ? [] : ["--enable-priority-scheduling"]),
@@ -111,6 +116,18 @@ export function sglangLaunchPlan(
     apiKey: args.apiKey ?? config.apiKey,
     kv: kv.endpoints,
   };
+}
+
+function disaggregation({ role = "agg", kvTransferConfig }: SglangEngineConfig, { bootstrap }: SglangPorts): string[] {
+  if (role === "agg") return [];
+  const backend = transferBackendOf(kvTransferConfig);
+  return [
+    "--disaggregation-mode",
+    role,
+    "--disaggregation-transfer-backend",
+    backend,
+    ...(bootstrap === 0 ? [] : ["--disaggregation-bootstrap-port", String(bootstrap)]),
+  ];
 }
 
 /** Ours: as for vLLM, the server connects to a socket of the worker's, under a topic that only the two know. */

@@ -27,11 +27,13 @@ interface ServerInfo {
   readonly stream_output?: boolean;
   readonly enable_deterministic_inference?: boolean;
   readonly disaggregation_mode?: string;
+  readonly disaggregation_bootstrap_port?: number;
   readonly internal_states?: readonly { readonly effective_max_running_requests_per_dp?: number }[];
 }
 
 /** Before it, KV events named a block by its tokens alone, wherever it stood: two blocks under one name. */
 const OLDEST = [0, 5, 6];
+const DEFAULT_BOOTSTRAP_PORT = 8_998;
 const DEFAULT_MAX_SEQUENCES = 256;
 const DEFAULT_MAX_BATCHED_TOKENS = 16_384;
 
@@ -40,6 +42,18 @@ export interface SglangProbeOptions {
   readonly http: EngineHttp;
   readonly signal: AbortSignal;
   readonly wantsKvEvents: boolean;
+}
+
+/** What the server was started for must be what its worker is for. */
+function checkRole(questions: EngineQuestions, info: ServerInfo, { role = "agg" }: SglangEngineConfig): void {
+  const there = info.disaggregation_mode ?? "null";
+  const here = role === "agg" ? "null" : role;
+  if (there === here) return;
+  throw questions.refused(
+    there === "null"
+      ? `was started for whole requests; start it with --disaggregation-mode ${role}, or this worker without`
+      : `was started with --disaggregation-mode ${there}; start this worker with the same`,
+  );
 }
 
 export async function probeSglang(options: SglangProbeOptions): Promise<SglangFacts> {
@@ -52,6 +66,7 @@ export async function probeSglang(options: SglangProbeOptions): Promise<SglangFa
       `is of version ${version}, which is too old: ${OLDEST.join(".")} is the first whose KV events can be told apart; install a newer one`,
     );
   }
+  checkRole(questions, info, config);
   if (info.is_embedding === true) throw questions.refused("serves embeddings (--is-embedding), not answers");
   const model = await servedModel(questions, config);
   const pageSize = pageSizeOf(questions, info, config, wantsKvEvents);
@@ -86,6 +101,7 @@ export async function probeSglang(options: SglangProbeOptions): Promise<SglangFa
     prioritySign: info.enable_priority_scheduling !== true ? 0 : info.schedule_low_priority_values_first === true ? -1 : 1,
     hasTokenizer,
     loadPath,
+    bootstrapPort: info.disaggregation_bootstrap_port ?? DEFAULT_BOOTSTRAP_PORT,
   };
 } // prettier-ignore
 

@@ -10,6 +10,7 @@ export interface SglangFacts extends EngineFacts {
   readonly prioritySign: 0 | 1 | -1;
   readonly hasTokenizer: boolean;
   readonly loadPath: string;
+  readonly bootstrapPort: number;
 }
 
 /**

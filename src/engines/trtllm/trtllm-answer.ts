@@ -2,6 +2,8 @@ import { DynamoError } from "../../errors/index.ts";
 import type { PreprocessedRequest, TokenLogprob } from "../../protocol/index.ts";
 import { errorMessageOf, firstLine, type AnswerReader, type AnswerSink } from "../foreign/index.ts";
 
+import { rawObject } from "./trtllm-transfer.ts";
+
 /** Answers of `trtllm-serve` on `/v1/completions` with `detokenize` off. A missing field that counts throws. */
 interface Choice {
   readonly token_ids?: readonly number[] | null;
@@ -22,7 +24,11 @@ export class TrtllmAnswerReader implements AnswerReader {
   readonly #request: PreprocessedRequest;
   readonly #sink: AnswerSink;
 
-  constructor(request: PreprocessedRequest, sink: AnswerSink) {
+  /** Of a context server: what the generation server has to be told is in it. */
+  readonly #isPrefill: boolean;
+
+  constructor(request: PreprocessedRequest, sink: AnswerSink, isPrefill = false) {
+    this.#isPrefill = isPrefill;
     this.#request = request;
     this.#sink = sink;
   }
@@ -47,12 +53,17 @@ export class TrtllmAnswerReader implements AnswerReader {
     if (tokenIds === undefined || tokenIds === null) {
       throw new Error("an answer without token ids: the server does not know detokenize");
     }
+    if (this.#isPrefill) {
+      const json = rawObject(text, "disaggregated_params");
+      if (json !== undefined) sink.transfer({ json });
+    }
     if (tokenIds.length > 0) sink.tokens(tokenIds, this.#records(choice, tokenIds));
     if (finish !== undefined && finish !== null) this.#finish(finish);
   }
 
   #finish(reason: string): void {
-    if (reason === "length") this.#sink.finish("length");
+    // A context server stops where the other one is to go on.
+    if (reason === "length" || (this.#isPrefill && reason === "not_finished")) this.#sink.finish("length");
     else if (reason === "stop") this.#sink.finish("stop");
     else if (reason === "cancelled") {
       this.#sink.fail(new DynamoError("engine-stopped", "TensorRT-LLM cancelled the request"));

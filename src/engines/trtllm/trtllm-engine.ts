@@ -24,6 +24,7 @@ import { TrtllmAnswerReader, trtllmErrorOf } from "./trtllm-answer.ts";
 import { isTrtllmNoise, readTrtllmArgs, trtllmLaunchPlan, trtllmPhaseOf } from "./trtllm-launch.ts";
 import { probeTrtllm } from "./trtllm-probe.ts";
 import { trtllmCall, trtllmRefusal, type TrtllmFacts } from "./trtllm-request.ts";
+import { TrtllmTransfer } from "./trtllm-transfer.ts";
 
 /**
  * A `trtllm-serve` as an engine: one that runs already (`config.url`), or one that this worker starts and ends. Loaded by
@@ -92,7 +93,11 @@ class TrtllmDialect implements EngineDialect {
   #emptyScrapes = 0;
   #life = 0;
 
+  readonly transfer: TrtllmTransfer | undefined;
+
   constructor(config: TrtllmEngineConfig, feed: KvFeed | undefined) {
+    const { role = "agg" } = config;
+    this.transfer = role === "agg" ? undefined : new TrtllmTransfer(role);
     this.#config = config;
     this.#feed = feed;
   }
@@ -122,8 +127,8 @@ class TrtllmDialect implements EngineDialect {
     return trtllmCall(request, facts);
   }
 
-  read(request: PreprocessedRequest, _facts: TrtllmFacts, sink: AnswerSink): AnswerReader {
-    return new TrtllmAnswerReader(request, sink);
+  read(request: PreprocessedRequest, _facts: TrtllmFacts, sink: AnswerSink, isPrefill: boolean): AnswerReader {
+    return new TrtllmAnswerReader(request, sink, isPrefill);
   }
 
   errorOf(status: number, text: string): DynamoError {

@@ -86,7 +86,12 @@ export function trtllmLaunchPlan(
   };
 }
 
-function optionsOf({ kvEvents, blockSizeTokens }: TrtllmEngineConfig): string {
+function optionsOf({
+  kvEvents,
+  blockSizeTokens,
+  role = "agg",
+  kvTransferConfig = "DEFAULT",
+}: TrtllmEngineConfig): string {
   const cache = {
     enable_block_reuse: true,
     // Half a block that is copied is reuse that no event tells of.
@@ -99,6 +104,7 @@ function optionsOf({ kvEvents, blockSizeTokens }: TrtllmEngineConfig): string {
     enable_iter_perf_stats: true,
     return_perf_metrics: true,
     guided_decoding_backend: "xgrammar",
+    ...(role === "agg" ? {} : { cache_transceiver_config: { backend: kvTransferConfig } }),
   });
 }
 

@@ -37,6 +37,7 @@ interface Answer {
   readonly choices?: readonly Choice[];
   readonly usage?: Usage | null;
   readonly prompt_logprobs?: PromptLogprobs | null;
+  readonly kv_transfer_params?: Readonly<Record<string, unknown>> | null;
   readonly error?: VllmError | null;
 }
 
@@ -73,6 +74,8 @@ export class VllmAnswerReader implements AnswerReader {
     }
     const cached = answer.usage?.prompt_tokens_details?.cached_tokens;
     if (typeof cached === "number") sink.cached(cached);
+    const { kv_transfer_params: transfer } = answer;
+    if (transfer !== undefined && transfer !== null) sink.transfer(transfer);
     const choice = answer.choices?.[0];
     if (choice === undefined) return;
     const promptLogprobs = answer.prompt_logprobs ?? choice.prompt_logprobs;

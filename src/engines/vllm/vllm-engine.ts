@@ -28,6 +28,7 @@ import { isVllmNoise, readVllmArgs, vllmLaunchPlan, vllmPhaseOf, type VllmArgs }
 import { judgeVllm, situationOfLaunch, situationOfRunning } from "./vllm-known-bad.ts";
 import { probeVllm, type VllmFacts } from "./vllm-probe.ts";
 import { vllmCall } from "./vllm-request.ts";
+import { VllmTransfer, readKvTransfer, type VllmKvTransfer } from "./vllm-transfer.ts";
 
 /**
  * A vLLM server as an engine: one that runs already (`config.url`), or one that this worker starts and ends. Loaded by
@@ -68,7 +69,8 @@ async function supervisedEngine(
     http = wanted;
   } else if (args.socketPath === undefined) http = await claim(1);
   const ranks = args.dataParallelSize;
-  const ports = { http, events: await claim(ranks), replay: await claim(ranks) };
+  const sideChannel = config.role === undefined || config.role === "agg" ? 0 : await claim(ranks);
+  const ports = { http, events: await claim(ranks), replay: await claim(ranks), sideChannel };
   const topic = `dynamo-${randomId64().toString(16)}`;
   const plan = vllmLaunchPlan(config, args, ports, process.env, topic);
   judgeVllm(await situationOfLaunch(config, plan.command), config, logger);
@@ -89,7 +91,7 @@ async function supervisedEngine(
   const engine: ForeignEngine = vllmEngine(
     { ...config, ...sizes },
     { clock, logger },
-    { url: plan.url, apiKey: plan.apiKey, kv: plan.kv, server, onStopped: release },
+    { url: plan.url, apiKey: plan.apiKey, kv: plan.kv, kvTransfer: plan.kvTransfer, server, onStopped: release },
   );
   return engine;
 }
@@ -109,13 +111,27 @@ function attachedEngine(config: VllmEngineConfig, options: EngineOptions): Forei
       `process ${claim} is a worker of the engine at ${url} already; a second one would count its load and its cache twice`,
     );
   }
-  return vllmEngine(config, options, { url, apiKey, kv, onStopped: claim });
+  const kvTransfer = attachedTransfer(config);
+  return vllmEngine(config, options, { url, apiKey, kv, kvTransfer, onStopped: claim });
+}
+
+/** What connector a server has, it does not tell: whoever started it does. */
+function attachedTransfer({ role, kvTransferConfig }: VllmEngineConfig): VllmKvTransfer | undefined {
+  if (role === undefined || role === "agg") return undefined;
+  if (kvTransferConfig === undefined) {
+    throw new DynamoError(
+      "invalid-config",
+      `--disaggregation-mode ${role} with --engine-url: give --kv-transfer-config as that server was started with (JSON), or start it by this worker`,
+    );
+  }
+  return readKvTransfer({ role, given: kvTransferConfig, isCpu: false });
 }
 
 interface Place {
   readonly url: string;
   readonly apiKey: string | undefined;
   readonly kv: KvEndpoints | undefined;
+  readonly kvTransfer: VllmKvTransfer | undefined;
   readonly server?: EngineServer;
   readonly onStopped?: () => void;
 }
@@ -123,10 +139,10 @@ interface Place {
 function vllmEngine(
   config: VllmEngineConfig,
   { clock, logger }: EngineOptions,
-  { url, apiKey, kv, server, onStopped }: Place,
+  { url, apiKey, kv, kvTransfer, server, onStopped }: Place,
 ): ForeignEngine {
   return new ForeignEngine({
-    dialect: new VllmDialect(config, kv !== undefined, logger),
+    dialect: new VllmDialect(config, kv !== undefined, kvTransfer, logger),
     http: new EngineHttp({ url, ...(apiKey === undefined ? {} : { apiKey }) }),
     feed: kv === undefined ? undefined : new ZmqKvFeed(kv, { clock, logger }),
     ...(server === undefined ? {} : { server }),
@@ -157,11 +173,18 @@ class VllmDialect implements EngineDialect {
   readonly name = "vllm";
   readonly metricsPrefix = "vllm:";
   readonly metricsPath = "/metrics";
+  readonly transfer: VllmTransfer | undefined;
   readonly #config: VllmEngineConfig;
   readonly #wantsKvEvents: boolean;
   readonly #logger: Logger;
 
-  constructor(config: VllmEngineConfig, wantsKvEvents: boolean, logger: Logger) {
+  constructor(
+    config: VllmEngineConfig,
+    wantsKvEvents: boolean,
+    kvTransfer: VllmKvTransfer | undefined,
+    logger: Logger,
+  ) {
+    this.transfer = kvTransfer === undefined ? undefined : new VllmTransfer(kvTransfer, config.modelPath);
     this.#config = config;
     this.#logger = logger;
     this.#wantsKvEvents = wantsKvEvents;
@@ -183,6 +206,7 @@ class VllmDialect implements EngineDialect {
       blockSizeTokens,
       vocabularySize,
       tokenizerSamples,
+      kvTransfer: this.#config.role === "prefill" ? this.transfer?.connector : undefined,
     });
     if (this.#config.launch === undefined) {
       const { engineVersion: version, blockSizeTokens, hasPrefixCache } = facts;
@@ -196,7 +220,9 @@ class VllmDialect implements EngineDialect {
     return vllmCall(request, facts, { route: facts.route, takesPriority: facts.takesPriority });
   }
 
-  read(request: PreprocessedRequest, facts: VllmFacts, sink: AnswerSink): AnswerReader {
+  read(request: PreprocessedRequest, facts: VllmFacts, sink: AnswerSink, isPrefill: boolean): AnswerReader {
+    // Its files are there when the answer is; it says nothing.
+    if (isPrefill && this.transfer?.connector === "example") sink.transfer({});
     return new VllmAnswerReader(request, facts.route, sink);
   }
 

@@ -1,3 +1,4 @@
+import { delimiter } from "node:path";
 import { DynamoError } from "../../errors/index.ts";
 import {
   flagValue,
@@ -8,6 +9,8 @@ import {
   type KvEndpoints,
 } from "../foreign/index.ts";
 import type { VllmEngineConfig } from "../config.ts";
+import { NIXL_PAUSE_VARIABLE, quietNixlFolder } from "./quiet-nixl.ts";
+import { readKvTransfer, type VllmKvTransfer } from "./vllm-transfer.ts";
 
 /**
  * The command line of a `vllm serve` that a worker starts. What we need goes in front, what the user wrote behind `--` comes
@@ -18,6 +21,7 @@ export interface VllmLaunchPlan {
   readonly url: string;
   readonly apiKey: string | undefined;
   readonly kv: KvEndpoints | undefined;
+  readonly kvTransfer: VllmKvTransfer | undefined;
 }
 
 export interface VllmPorts {
@@ -25,6 +29,8 @@ export interface VllmPorts {
   /** One for each rank from there on. */
   readonly events: number;
   readonly replay: number;
+  /** Where decode servers ask for the connector's metadata; 0 = the server has no part in that. */
+  readonly sideChannel: number;
 }
 
 /** What the user's own arguments say about things that are our business too. */
@@ -37,6 +43,8 @@ export interface VllmArgs {
   readonly maxSequences: number;
   readonly maxBatchedTokens: number;
   readonly kvEventsConfig: string | undefined;
+  readonly kvTransferConfig: string | undefined;
+  readonly device: string | undefined;
 }
 
 /** Throws `invalid-config` for arguments with which the worker could not work, all of them in one message. */
@@ -67,6 +75,8 @@ export function readVllmArgs(args: readonly string[]): VllmArgs {
     maxSequences: number("--max-num-seqs", 1) ?? 0,
     maxBatchedTokens: number("--max-num-batched-tokens", 1) ?? 0,
     kvEventsConfig: flagValue(args, "--kv-events-config"),
+    kvTransferConfig: flagValue(args, "--kv-transfer-config"),
+    device: flagValue(args, "--device"),
   };
   if (problems.length > 0) throw new DynamoError("invalid-config", problems.join("\n"));
   return read;
@@ -90,6 +100,7 @@ export function vllmLaunchPlan(
   const launch = config.launch!;
   const [command, ...before] = launch.command;
   const kv = kvPlan(config, args, ports, topic);
+  const moves = transferPlan(config, args, ports, env);
   const sizes: readonly (readonly [string, number])[] = [
     ["--max-model-len", config.contextLength],
     ["--max-num-seqs", config.maxSequences],
@@ -110,15 +121,66 @@ export function vllmLaunchPlan(
         "--scheduling-policy",
         "priority",
         ...(kv.config === undefined ? [] : ["--kv-events-config", kv.config]),
+        ...moves.args,
         ...launch.args,
       ],
       // Equal block hashes on all workers, for whoever compares them.
-      env: { PYTHONHASHSEED: "0", ...env, ...launch.env },
+      env: { PYTHONHASHSEED: "0", ...moves.env, ...env, ...moves.forcedEnv, ...launch.env },
     },
     url: args.socketPath === undefined ? `http://${reachableHost(args.host)}:${ports.http}` : `unix:${args.socketPath}`,
     apiKey: args.apiKey ?? config.apiKey,
     kv: kv.endpoints,
+    kvTransfer: moves.transfer,
   };
+}
+
+const LOOPBACK = "127.0.0.1";
+/** 5 % of a core of an idle server, and some tenths of a millisecond to a transfer. */
+const NIXL_PAUSE_US = 500;
+
+/**
+ * The connector's flag and environment. `env` gives way to what the user has set; `forcedEnv` does not: two servers of one
+ * host cannot have the same side channel, and a path is put in front of the user's, not in its place.
+ */
+function transferPlan(
+  { role = "agg", kvTransferConfig, nixlPauseUs = NIXL_PAUSE_US }: VllmEngineConfig,
+  args: VllmArgs,
+  { sideChannel }: VllmPorts,
+  env: NodeJS.ProcessEnv,
+): {
+  readonly args: readonly string[];
+  readonly env: NodeJS.ProcessEnv;
+  readonly forcedEnv: NodeJS.ProcessEnv;
+  readonly transfer: VllmKvTransfer | undefined;
+} {
+  if (role === "agg") {
+    // Some connector of its own, to a tier below its cache, that is nothing of ours.
+    const own =
+      args.kvTransferConfig === undefined && kvTransferConfig !== undefined
+        ? ["--kv-transfer-config", kvTransferConfig]
+        : [];
+    return { args: own, env: {}, forcedEnv: {}, transfer: undefined };
+  }
+  const isCpu = isCpuServer(args.device, env);
+  const transfer = readKvTransfer({ role, given: args.kvTransferConfig ?? kvTransferConfig, isCpu });
+  const flags = args.kvTransferConfig === undefined ? ["--kv-transfer-config", transfer.json] : [];
+  if (transfer.kind === "example") return { args: flags, env: {}, forcedEnv: {}, transfer };
+  const isQuiet = nixlPauseUs > 0;
+  const path = [quietNixlFolder(), env.PYTHONPATH ?? ""].filter((part) => part !== "").join(delimiter);
+  return {
+    args: flags,
+    env: { VLLM_NIXL_SIDE_CHANNEL_HOST: LOOPBACK },
+    forcedEnv: {
+      VLLM_NIXL_SIDE_CHANNEL_PORT: String(sideChannel),
+      ...(isQuiet ? { PYTHONPATH: path, [NIXL_PAUSE_VARIABLE]: String(nixlPauseUs) } : {}),
+    },
+    transfer,
+  };
+}
+
+/** vLLM's builds for CPUs are told nothing about it; what they are started with tells. */
+function isCpuServer(device: string | undefined, env: NodeJS.ProcessEnv): boolean {
+  return device === "cpu" || Object.keys(env).some((name) => name.startsWith("VLLM_CPU_"));
 }
 
 /**

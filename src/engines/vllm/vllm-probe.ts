@@ -1,6 +1,7 @@
 import { DynamoError } from "../../errors/index.ts";
 import { parsePrometheus, sumOf, type EngineFacts, type EngineHttp, type TokenizerSample } from "../foreign/index.ts";
 import type { VllmRoute } from "./vllm-request.ts";
+import type { VllmConnectorKind } from "./vllm-transfer.ts";
 import { checkVllmVersion, generateStreams } from "./vllm-versions.ts";
 
 /**
@@ -19,6 +20,8 @@ export interface VllmProbeOptions {
   readonly blockSizeTokens: number;
   readonly vocabularySize: number;
   readonly tokenizerSamples?: readonly TokenizerSample[] | undefined;
+  /** It is to hand blocks over by this connector. */
+  readonly kvTransfer?: VllmConnectorKind | undefined;
 }
 
 export interface VllmFacts extends EngineFacts {
@@ -47,6 +50,7 @@ export async function probeVllm(options: VllmProbeOptions): Promise<VllmFacts> {
   const route: VllmRoute = hasGenerate && generateStreams(parsed) ? "generate" : "completions";
   await checkTokenizer(options, model.id, paths);
   const first = await firstAnswer(options, model.id, route);
+  if (options.kvTransfer !== undefined) await checkTransfer(options, options.kvTransfer, model.id, route);
   const server = await serverInfo(http, signal, paths);
   const maxSequences = options.maxSequences || server.maxSequences || DEFAULT_MAX_SEQUENCES;
   const notes = [
@@ -199,6 +203,40 @@ function generateOne(http: EngineHttp, signal: AbortSignal, model: string, route
       : { ...common, prompt: [1], ...sampling, return_token_ids: true };
   const path = route === "generate" ? "/inference/v1/generate" : "/v1/completions";
   return ask(http, "POST", path, signal, JSON.stringify(body), FIRST_ANSWER_MS);
+}
+
+/** It keeps one block for that, until its lease is over. */
+async function checkTransfer(
+  { http, signal }: VllmProbeOptions,
+  kind: VllmConnectorKind,
+  model: string,
+  route: VllmRoute,
+): Promise<void> {
+  if (kind === "example") return;
+  const kv_transfer_params = { do_remote_decode: true, do_remote_prefill: false };
+  const sampling = { max_tokens: 1, temperature: 0, ignore_eos: true };
+  const common = { model, request_id: "dynamo-probe-transfer", kv_transfer_params };
+  const body =
+    route === "generate"
+      ? { ...common, token_ids: [1], sampling_params: { ...sampling, extra_args: { kv_transfer_params } } }
+      : { ...common, prompt: [1], ...sampling };
+  const path = route === "generate" ? "/inference/v1/generate" : "/v1/completions";
+  const { status, text } = await ask(http, "POST", path, signal, JSON.stringify(body), FIRST_ANSWER_MS);
+  if (status !== 200) throw broken(http, "a prompt to hand over", `status ${status}: ${text.slice(0, 500)}`);
+  const told = parseJson<{ kv_transfer_params?: { transfer_mode?: string } | null }>(http, path, text);
+  const found = told.kv_transfer_params;
+  if (found === undefined || found === null) {
+    throw new DynamoError(
+      "invalid-config",
+      `the vLLM server at ${http.url} hands no blocks over; start it with --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer"}' (it needs the nixl package)`,
+    );
+  }
+  const mode = found.transfer_mode ?? "pull";
+  if (`nixl-${mode}` === kind) return;
+  throw new DynamoError(
+    "invalid-config",
+    `--kv-transfer-config: the vLLM server at ${http.url} has NIXL's ${mode} connector, not ${kind}; say the same here`,
+  );
 }
 
 function tellsCached(text: string): boolean {

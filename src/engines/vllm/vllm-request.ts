@@ -1,5 +1,5 @@
 import type { PreprocessedRequest } from "../../protocol/index.ts";
-import type { EngineFacts, HttpCall } from "../foreign/index.ts";
+import type { DialectCall, EngineFacts } from "../foreign/index.ts";
 
 /**
  * A request as vLLM takes it. Two routes mean the same: `/inference/v1/generate`, tokens only, where the server streams it,
@@ -11,6 +11,18 @@ export interface VllmRequestOptions {
   readonly route: VllmRoute;
   /** The server's scheduler takes priorities; any but 0 is an error otherwise. */
   readonly takesPriority: boolean;
+  /** Of disaggregated serving. @default the whole request */
+  readonly leg?: VllmLeg;
+}
+
+/** What the engine is told besides the request when it does a part of it. */
+export interface VllmLeg {
+  readonly requestId: string;
+  readonly parameters: Readonly<Record<string, unknown>> | undefined;
+  /** Of a prefill leg: tokens to compute, of which one is used; the answer is not streamed, a stream has no parameters. */
+  readonly prefillTokens?: number;
+  /** Of a prefill leg: its token goes out, so it is sampled, and ends the answer, as the request says. */
+  readonly isTokenUsed?: boolean;
 }
 
 /** Tells KV event readers which part of a salt is a namespace of ours (engine-events/vllm-event-mapper.ts). */
@@ -21,13 +33,21 @@ const MAX_LOGPROBS = 20;
 export function vllmCall(
   request: PreprocessedRequest,
   facts: EngineFacts,
-  { route, takesPriority }: VllmRequestOptions,
-): HttpCall & { readonly isStream: boolean } {
+  { route, takesPriority, leg }: VllmRequestOptions,
+): DialectCall {
   // A stream has no place for the prompt's logprobs.
-  const isStream = !request.output.promptLogprobs;
-  const sampling = samplingOf(request, facts);
+  const isStream = !request.output.promptLogprobs && leg?.prefillTokens === undefined;
+  const requestId = leg?.requestId ?? request.requestId;
+  const transfer = leg?.parameters === undefined ? {} : { kv_transfer_params: leg.parameters };
+  const sampling = {
+    ...samplingOf(request, facts),
+    ...(leg?.prefillTokens === undefined ? {} : prefillSampling(request, leg)),
+    // Servers differ in which of the two places they read.
+    ...(route === "generate" && leg?.parameters !== undefined ? { extra_args: transfer } : {}),
+  };
   const common = {
-    request_id: request.requestId,
+    request_id: requestId,
+    ...transfer,
     // Adapters are models of their own to it.
     model: request.loraName ?? facts.servedModel,
     ...(request.cacheNamespace === "" ? {} : { cache_salt: SALT_PREFIX + request.cacheNamespace }),
@@ -44,7 +64,7 @@ export function vllmCall(
     path: route === "generate" ? "/inference/v1/generate" : "/v1/completions",
     body: `{${tokens},${JSON.stringify(body).slice(1)}`,
     headers: {
-      "x-request-id": request.requestId,
+      "x-request-id": requestId,
       ...(request.dpRank === undefined || facts.dataParallelSize === 1
         ? {}
         : { "x-data-parallel-rank": String(request.dpRank) }),
@@ -52,6 +72,17 @@ export function vllmCall(
     isStream,
   };
 }
+
+/** In place of what `samplingOf` says. `undefined` leaves a field out. */
+function prefillSampling({ stop }: PreprocessedRequest, { prefillTokens = 1, isTokenUsed }: VllmLeg): Record<string, unknown> {
+  const minTokens = Math.min(stop.minTokens, prefillTokens);
+  return {
+    max_tokens: prefillTokens,
+    min_tokens: minTokens > 0 && isTokenUsed === true ? minTokens : undefined,
+    // Nobody sees it: the blocks must be kept whatever it is, and a grammar is not worth compiling.
+    ...(isTokenUsed === true ? {} : { stop_token_ids: undefined, structured_outputs: undefined, logprobs: undefined }),
+  };
+} // prettier-ignore
 
 function samplingOf(request: PreprocessedRequest, facts: EngineFacts): Record<string, unknown> {
   const { sampling, stop, output, resumedTokens = 0, tokenIds } = request;
