@@ -75,20 +75,27 @@ export class VllmFrames {
 function storedEvent(hashes: readonly bigint[], parent: bigint | undefined, tokenIds: readonly number[], blockSize: number): Buffer {
   return Buffer.concat([
     Buffer.of(0x8b),
-    ...[text("type"), text("BlockStored"), text("block_hashes"), arrayHead(hashes.length), ...hashes.map(hash64)],
-    ...[text("parent_block_hash"), parent === undefined ? NIL : hash64(parent)],
-    ...[text("token_ids"), arrayHead(tokenIds.length), ...tokenIds.map(unsigned), text("block_size"), unsigned(blockSize)],
-    ...[text("lora_id"), NIL, text("medium"), text("GPU"), text("lora_name"), NIL],
-    ...[text("extra_keys"), arrayHead(hashes.length), Buffer.alloc(hashes.length, 0xc0)],
-    ...[text("group_idx"), unsigned(0), text("kv_cache_spec_kind"), text("full_attention")],
+    text("type"), text("BlockStored"), text("block_hashes"), arrayHead(hashes.length), ...hashes.map(hash64),
+    text("parent_block_hash"), parent === undefined ? NIL : hash64(parent),
+    text("token_ids"), arrayHead(tokenIds.length), ...tokenIds.map(unsigned), text("block_size"), unsigned(blockSize),
+    text("lora_id"), NIL, text("medium"), text("GPU"), text("lora_name"), NIL,
+    text("extra_keys"), arrayHead(hashes.length), Buffer.alloc(hashes.length, 0xc0),
+    text("group_idx"), unsigned(0), text("kv_cache_spec_kind"), text("full_attention"),
   ]);
 } // prettier-ignore
 
 function removedEvent(hash: bigint): Buffer {
   return Buffer.concat([
     Buffer.of(0x84),
-    ...[text("type"), text("BlockRemoved"), text("block_hashes"), arrayHead(1), hash64(hash)],
-    ...[text("medium"), text("GPU"), text("group_idx"), unsigned(0)],
+    text("type"),
+    text("BlockRemoved"),
+    text("block_hashes"),
+    arrayHead(1),
+    hash64(hash),
+    text("medium"),
+    text("GPU"),
+    text("group_idx"),
+    unsigned(0),
   ]);
 }
 

@@ -15,7 +15,7 @@ const utf8 = new TextDecoder("utf-8", { fatal: true });
 
 /** Words read lately, by a hash of their bytes. A few dozen are in use; whatever else comes only replaces them. */
 const WORD_SLOTS = 256;
-const words: string[] = new Array<string>(WORD_SLOTS).fill("");
+const words: string[] = Array.from({ length: WORD_SLOTS }, () => "");
 
 function isWordAt(word: string, bytes: Uint8Array, from: number, length: number): boolean {
   if (word.length !== length) return false;

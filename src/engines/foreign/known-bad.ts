@@ -124,7 +124,7 @@ function isRecurrent({ model }: Situation): boolean {
   if (kinds.some((kind) => /mamba|linear|ssm|recurrent/i.test(kind))) return true;
   const pattern = config["hybrid_override_pattern"];
   if (typeof pattern === "string" && pattern.includes("M")) return true;
-  return RECURRENT_TYPES.test(String(config["model_type"] ?? ""));
+  return RECURRENT_TYPES.test(textIn(model, "model_type"));
 } // prettier-ignore
 
 /** Several kinds of KV cache in one model, recurrent or sliding windows. */
@@ -134,7 +134,7 @@ function isHybrid(situation: Situation): boolean {
 }
 
 function isMamba1({ model }: Situation): boolean {
-  return /^(?:mamba|falcon_mamba|jamba)$/.test(String(model?.config["model_type"] ?? ""));
+  return /^(?:mamba|falcon_mamba|jamba)$/.test(textIn(model, "model_type"));
 }
 
 /** Keys and values as one latent vector, as DeepSeek has it. */
@@ -227,6 +227,15 @@ function contextOf({ args, model }: Situation): number {
   return numberIn(model, "max_position_embeddings");
 } // prettier-ignore
 
+function textIn(model: ModelFacts | undefined, name: string): string {
+  const value = model?.config[name];
+  return typeof value === "string" ? value : "";
+}
+
+function isText(value: unknown, pattern: RegExp): boolean {
+  return typeof value === "string" && pattern.test(value);
+}
+
 function numberIn(model: ModelFacts | undefined, name: string): number {
   const value = model?.config[name];
   return typeof value === "number" ? value : 0;
@@ -238,7 +247,7 @@ function kvBytesPerToken(situation: Situation): number {
   if (model === undefined || isRecurrent(situation)) return 0;
   const layers = numberIn(model, "num_hidden_layers");
   const asked = flagValue(args, "--dtype");
-  const dtype = asked === undefined || asked === "auto" ? String(model.config["torch_dtype"] ?? model.config["dtype"] ?? "auto") : asked;
+  const dtype = asked === undefined || asked === "auto" ? (textIn(model, "torch_dtype") || textIn(model, "dtype") || "auto") : asked;
   const bytes = usesFp8Kv(situation) ? 1 : (DTYPE_BYTES[dtype] ?? 2);
   if (hasLatentAttention(situation)) return layers * (numberIn(model, "kv_lora_rank") + numberIn(model, "qk_rope_head_dim")) * bytes;
   const heads = numberIn(model, "num_attention_heads");
@@ -474,7 +483,7 @@ export const KNOWN_BAD: readonly KnownBad[] = [
     what: "KV events over ipc:// do not work with several data-parallel ranks",
     why: "the engine counts a port up for each rank, and a path has none",
     fix: "give a tcp:// endpoint in --kv-events-config",
-    applies: (situation) => ranksOf(situation) > 1 && /^ipc:/.test(String(kvEventsConfig(situation)["endpoint"] ?? "")),
+    applies: (situation) => ranksOf(situation) > 1 && isText(kvEventsConfig(situation)["endpoint"], /^ipc:/),
   },
   {
     id: "kv-events-without-replay",
