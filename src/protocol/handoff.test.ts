@@ -4,9 +4,13 @@ import fc from "fast-check";
 import { DynamoError } from "../errors/index.ts";
 import {
   MAX_HANDOFF_BYTES,
+  decodeEngineClaim,
+  decodeEngineHandoff,
   decodeHandoff,
   decodeHandoffAsk,
   decodeHandoffPart,
+  encodeEngineClaim,
+  encodeEngineHandoff,
   encodeHandoff,
   encodeHandoffPart,
   type Handoff,
@@ -93,5 +97,31 @@ test("handoff: a question is a claim, a release or a watch", () => {
   assert.deepEqual(decodeHandoffAsk(Buffer.from('{"watch":"a"}')), { watch: "a" });
   for (const text of ["", "null", "{}", '{"claim":1}', "[]"]) {
     assert.throws(() => decodeHandoffAsk(Buffer.from(text)), isMalformed, text);
+  }
+});
+
+test("an engine's handoff: round trip, and nothing foreign is taken for one", () => {
+  const handoff = {
+    id: "0123456789abcdef",
+    peer: "dynamo.backend.1",
+    address: "tcp://10.0.0.1:7",
+    endpoint: "dynamo.backend.handoff",
+    fingerprint: "vllm/0.29.0//aa/16/nixl-pull",
+    connector: "nixl-pull",
+    blockCount: 7,
+    blockBytes: 0,
+    leaseMs: 28_000,
+  };
+  const bytes = encodeEngineHandoff(handoff);
+  assert.deepEqual(decodeEngineHandoff(bytes), handoff);
+  for (let end = 0; end < bytes.length; end++) {
+    assert.throws(() => decodeEngineHandoff(bytes.subarray(0, end)), { reason: "malformed-frame" });
+  }
+  assert.throws(() => decodeEngineHandoff(Buffer.concat([bytes, Buffer.of(0)])), { reason: "malformed-frame" });
+  assert.throws(() => decodeHandoff(bytes), { reason: "malformed-frame" });
+  const claim = { requestId: "r.1", parameters: { remote_block_ids: [[1, 2]], do_remote_prefill: true } };
+  assert.deepEqual(decodeEngineClaim(encodeEngineClaim(claim)), claim);
+  for (const text of ["", "[]", "null", '{"requestId":1,"parameters":{}}', '{"requestId":"r","parameters":null}']) {
+    assert.throws(() => decodeEngineClaim(Buffer.from(text)), { reason: "malformed-frame" });
   }
 });

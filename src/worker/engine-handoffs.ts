@@ -73,7 +73,11 @@ export interface OpenOffer {
   cancel(): void;
 }
 
-type Pair = { -readonly [Field in keyof TransferPairReport]: TransferPairReport[Field] } & { milliseconds: number };
+interface Pair {
+  readonly report: { -readonly [Field in keyof TransferPairReport]: TransferPairReport[Field] };
+  /** Of all its handoffs that went well. */
+  milliseconds: number;
+}
 
 export class EngineHandoffs {
   readonly #options: EngineHandoffsOptions;
@@ -232,34 +236,37 @@ export class EngineHandoffs {
   #count(peer: string, { outcome, byteCount, milliseconds }: PullResult): void {
     const { connector } = this.#options.transfer;
     const pair: Pair = this.#pairs.get(peer) ?? {
-      peer,
-      backend: connector,
-      operation: "read",
-      reason: "the engine's own connector; times are to the first token",
-      isSlowPath: false,
-      isSlow: false,
-      transferCount: 0,
-      byteCount: 0,
-      errorCount: 0,
-      lastGigabytesPerSecond: 0,
-      meanGigabytesPerSecond: 0,
       milliseconds: 0,
+      report: {
+        peer,
+        backend: connector,
+        operation: "read",
+        reason: "the engine's own connector; times are to the first token",
+        isSlowPath: false,
+        isSlow: false,
+        transferCount: 0,
+        byteCount: 0,
+        errorCount: 0,
+        lastGigabytesPerSecond: 0,
+        meanGigabytesPerSecond: 0,
+      },
     };
     this.#pairs.set(peer, pair);
+    const { report } = pair;
     if (outcome !== "pulled") {
-      if (outcome !== "cancelled") pair.errorCount++;
+      if (outcome !== "cancelled") report.errorCount++;
       return;
     }
-    pair.transferCount++;
-    pair.byteCount += byteCount;
+    report.transferCount++;
+    report.byteCount += byteCount;
     pair.milliseconds += milliseconds;
-    pair.lastGigabytesPerSecond = milliseconds > 0 ? byteCount / milliseconds / 1e6 : 0;
-    pair.meanGigabytesPerSecond = pair.milliseconds > 0 ? pair.byteCount / pair.milliseconds / 1e6 : 0;
+    report.lastGigabytesPerSecond = milliseconds > 0 ? byteCount / milliseconds / 1e6 : 0;
+    report.meanGigabytesPerSecond = pair.milliseconds > 0 ? report.byteCount / pair.milliseconds / 1e6 : 0;
   }
 
   /** As `TransferAgent` tells it. */
   telemetry(): TransferPairReport[] {
-    return [...this.#pairs.values()].map(({ milliseconds: _, ...pair }) => pair);
+    return [...this.#pairs.values()].map(({ report }) => report);
   }
 
   close(): void {

@@ -223,6 +223,7 @@ export class EngineLeg {
 }
 
 /** As an engine takes it that knows nothing of handoffs. */
-function plain({ handoff: _, ...request }: PreprocessedRequest): PreprocessedRequest {
-  return request;
+function plain(request: PreprocessedRequest): PreprocessedRequest {
+  const { handoff, ...rest } = request;
+  return handoff === undefined ? request : rest;
 }

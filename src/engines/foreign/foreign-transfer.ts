@@ -23,6 +23,8 @@ export class ForeignTransfer implements EngineTransfer {
   /** At the first scrape: what the engine had fetched for others. */
   #earlierBytes: number | undefined = undefined;
   #blockBytes = 0;
+  /** Decode legs that have not ended. */
+  #legsUnderWay = 0;
 
   constructor(options: ForeignTransferOptions) {
     this.#options = options;
@@ -67,6 +69,7 @@ export class ForeignTransfer implements EngineTransfer {
   }
 
   submitDecode(streamId: number, request: PreprocessedRequest, ticket: TransferTicket): void {
+    this.#legsUnderWay++;
     this.#options.submit(streamId, request, { kind: "decode", ticket });
   }
 
@@ -78,6 +81,7 @@ export class ForeignTransfer implements EngineTransfer {
       const { requestId } = leg;
       this.#tickets.set(id, { parameters: transferred, requestId, blockCount: this.#blocksOf(request) });
     }
+    if (leg?.kind === "decode") this.#legsUnderWay--;
     if (leg?.kind === "decode" && newTokens > 0) {
       const held = Math.floor(predictedCachedTokens / this.#options.facts().blockSizeTokens);
       this.#fetchedBlocks += Math.max(0, leg.ticket.blockCount - held);
@@ -98,7 +102,10 @@ export class ForeignTransfer implements EngineTransfer {
       this.#fetchedBlocks = 0;
     }
     const own = bytes - this.#earlierBytes;
-    if (own > 0 && this.#fetchedBlocks > 0) this.#blockBytes = Math.round(own / this.#fetchedBlocks);
+    if (own <= 0 || this.#fetchedBlocks === 0) return;
+    const perBlock = Math.round(own / this.#fetchedBlocks);
+    // The engine counts bytes before a leg's end counts its blocks: with legs under way it is too much, never too little.
+    if (this.#legsUnderWay === 0 || perBlock < this.#blockBytes) this.#blockBytes = perBlock;
   }
 
   #blocksOf(request: PreprocessedRequest): number {
