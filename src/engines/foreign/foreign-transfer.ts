@@ -69,8 +69,8 @@ export class ForeignTransfer implements EngineTransfer {
   }
 
   submitDecode(streamId: number, request: PreprocessedRequest, ticket: TransferTicket): void {
-    this.#legsUnderWay++;
     this.#options.submit(streamId, request, { kind: "decode", ticket });
+    this.#legsUnderWay++;
   }
 
   // ---- From the engine ----
