@@ -1,6 +1,5 @@
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { after, before, describe, test } from "node:test";
@@ -154,9 +153,7 @@ describe("dynamo local --engine openai (a real llama.cpp server, as any other se
     try {
       const port = /--port (\d+) --metrics/.exec(engine.output())![1]!;
       const cluster = await startProcessCluster(
-        ["--engine=openai", `--engine-url=http://127.0.0.1:${port}`, `--model=${REAL_LLAMA_MODEL}`, "--model-name=outer"],
-        { DYN_FILE_KV: mkdtempSync(join(tmpdir(), "openai-e2e-")) },
-      );
+        ["--engine=openai", `--engine-url=http://127.0.0.1:${port}`, `--model=${REAL_LLAMA_MODEL}`, "--model-name=outer"]);
       try {
         assert.match(cluster.output(), /prompts as token ids, answers as text: tokens of answers are estimated; its tokenizer is ours/);
         const direct = new OpenAI({ baseURL: `http://127.0.0.1:${port}/v1`, apiKey: "none" });
