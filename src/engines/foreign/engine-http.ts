@@ -87,16 +87,24 @@ export class EngineHttp {
     const chunks: Buffer[] = [];
     let status = 0;
     let total = 0;
-    const call = this.#dispatch(method, { path, body: body ?? "" }, {
-      onStatus: (code) => (status = code),
-      onBytes: (bytes) => {
-        total += bytes.length;
-        if (total <= maxBytes) chunks.push(bytes);
-        else fail(new DynamoError("malformed-frame", `${path} of the engine at ${this.url} answers too much`));
-      },
-      onEnd: () => settle(() => resolve({ status, text: Buffer.concat(chunks).toString("utf8") })),
-      onError: (error) => settle(() => reject(unreachable(this.url, path, error))),
-    }); // prettier-ignore
+    let call: OpenCall;
+    const send = (isRetry: boolean): void => {
+      call = this.#dispatch(method, { path, body: body ?? "" }, {
+        onStatus: (code) => (status = code),
+        onBytes: (bytes) => {
+          total += bytes.length;
+          if (total <= maxBytes) chunks.push(bytes);
+          else fail(new DynamoError("malformed-frame", `${path} of the engine at ${this.url} answers too much`));
+        },
+        onEnd: () => settle(() => resolve({ status, text: Buffer.concat(chunks).toString("utf8") })),
+        onError: (error) => {
+          // A kept connection that the server closed just then is no sign that it is gone; a refused one is.
+          if (status === 0 && !isRetry && (error as NodeJS.ErrnoException).code !== "ECONNREFUSED") return send(true);
+          settle(() => reject(unreachable(this.url, path, error)));
+        },
+      }); // prettier-ignore
+    };
+    send(false);
     const fail = (error: DynamoError): void => {
       call.abort();
       settle(() => reject(error));
