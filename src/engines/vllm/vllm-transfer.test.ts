@@ -24,7 +24,7 @@ const CONFIG: VllmEngineConfig = {
 };
 const planOf = (config: Partial<VllmEngineConfig>, args: readonly string[] = [], env: NodeJS.ProcessEnv = {}) => {
   const all = { ...CONFIG, ...config, launch: { ...CONFIG.launch!, args } };
-  return vllmLaunchPlan(all, readVllmArgs(args, false), PORTS, env, "topic");
+  return vllmLaunchPlan(all, readVllmArgs(args), PORTS, env, "topic");
 };
 
 test("vLLM's connector: by name, as JSON without a role, as JSON that the user gives the engine", () => {
