@@ -70,7 +70,7 @@ function aHundredWorkers(seed: number, calls: number, cardMsPerBlock: number): R
 }
 
 async function play(calls: number, cardMsPerBlock: number): Promise<RunResult> {
-  const result = await runSeed(aHundredWorkers(5, calls, cardMsPerBlock));
+  const result = await runSeed(aHundredWorkers(7, calls, cardMsPerBlock));
   assert.equal(result.violations.length, 0, failureReport(result));
   return result;
 }
