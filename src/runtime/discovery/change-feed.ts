@@ -53,7 +53,9 @@ export class ChangeFeed implements Watch {
   resume(table: ReadonlyMap<string, StoredEntry>): void {
     if (!this.#paused) return;
     this.#paused = false;
-    for (const key of this.#told.keys()) if (!table.has(key)) this.changed(key, undefined, true);
+    // What waits to be told may be gone again, too.
+    const known = new Set([...this.#told.keys(), ...this.#pending.map(({ key }) => key)]);
+    for (const key of known) if (!table.has(key)) this.changed(key, undefined, true);
     for (const stored of entriesUnder(this.#options.prefix, table)) this.changed(stored.entry.key, stored);
   }
 

@@ -97,6 +97,26 @@ describe("memory discovery", () => {
     await Promise.all([far.close(), near.close()]);
   });
 
+  it("what came and went while a holder was out of reach, and was not told yet, is not told as there", async () => {
+    const store = new MemoryStore();
+    const later: (() => void)[] = [];
+    const [far, near] = [
+      new MemoryDiscovery({ store, schedule: (run) => later.push(run) }),
+      new MemoryDiscovery({ store }),
+    ];
+    const seen = new ChangeRecorder();
+    await far.watch("", seen.listener);
+    const lease = await near.openLease();
+    // Heard of, and the process stands still before it can look.
+    await lease.put("v1/a", 1);
+    far.isReachable = false;
+    await lease.close();
+    far.isReachable = true;
+    for (const run of later.splice(0)) run();
+    assert.deepEqual(seen.values, {});
+    await Promise.all([far.close(), near.close()]);
+  });
+
   it("a holder out of reach for longer than its lease loses it; a shorter time harms nothing", async () => {
     const clock = new ManualClock();
     const store = new MemoryStore({ clock });
