@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import OpenAI from "openai";
+import { until } from "../helpers/in-process-cluster.ts";
 import { startProcessCluster, type ProcessCluster } from "../helpers/process-cluster.ts";
 import { REAL_VLLM, REAL_VLLM_ARGS, REAL_VLLM_ENV, REAL_VLLM_MODEL, whyNoVllm } from "../helpers/real-vllm.ts";
 
@@ -21,6 +22,9 @@ describe("vLLM over NIXL, two real servers", { skip: whyNoVllm(true), timeout: 6
     const flags = ["--engine=vllm", `--engine-command=${REAL_VLLM}`, `--model=${REAL_VLLM_MODEL}`, `--model-name=${model}`, "--prefill=1", "--decode=1", "--disagg=always", "--handoff-timeout-secs=90", "--kv-cache-block-size=32"]; // prettier-ignore
     const args = ["--dtype=bfloat16", "--max-model-len=1024", "--kv-cache-memory-bytes=128M", ...REAL_VLLM_ARGS];
     cluster = await startProcessCluster([...flags, "--", ...args], { ...REAL_VLLM_ENV, UCX_TLS: "tcp,self" }, 240_000);
+    // The decode worker alone makes a model listed.
+    const joined = (mode: string): boolean => new RegExp(`worker joined .*mode=${mode}`).test(cluster.output());
+    await until(() => joined("prefill") && joined("decode"), "both workers to join", 240_000);
     client = new OpenAI({ baseURL: `${cluster.baseUrl}/v1`, apiKey: "none", maxRetries: 0 });
   });
   after(async () => {
