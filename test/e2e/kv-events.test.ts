@@ -214,7 +214,10 @@ describe("KV events of a whole cluster", () => {
         problem = health.instances.find((one) => one.instance_id === odd.instanceId)?.problem;
         return problem !== undefined && problem !== "no model card yet";
       }, "the worker to be refused");
-      assert.match(problem ?? "", /^its KV blocks have 32 tokens, those of most of the model's workers 16; start it with /);
+      assert.match(
+        problem ?? "",
+        /^its KV blocks have 32 tokens, those of most of the model's workers 16; start it with /,
+      );
       assert.equal(lines.filter((line) => line.includes(`worker left out: ${problem}`)).length, 1);
       assert.equal((await preview(cluster.baseUrl, "abc")).candidates.length, 2);
       // While there is nothing in the index, that is marked in each explanation, counted, and said once.
