@@ -42,15 +42,19 @@ test("a text comes back from its tokens, whole and split at every place", async 
 
 test("no push ends in half a character", () => {
   fc.assert(
-    fc.property(fc.string({ unit: "grapheme", maxLength: 20 }), (text) => {
-      const ids = [...Buffer.from(text)];
-      const pushes = detokenize(
-        bytesTokenizer,
-        ids.map((id) => [id]),
-      );
-      assert.equal(pushes.join(""), text);
-      for (const push of pushes) assert.ok(push.isWellFormed() && !push.includes("\uFFFD"), JSON.stringify(push));
-    }),
+    // The mark of what cannot be read is a character that may stand in a text, too.
+    fc.property(
+      fc.string({ unit: "grapheme", maxLength: 20 }).filter((text) => !text.includes("\uFFFD")),
+      (text) => {
+        const ids = [...Buffer.from(text)];
+        const pushes = detokenize(
+          bytesTokenizer,
+          ids.map((id) => [id]),
+        );
+        assert.equal(pushes.join(""), text);
+        for (const push of pushes) assert.ok(push.isWellFormed() && !push.includes("\uFFFD"), JSON.stringify(push));
+      },
+    ),
     { numRuns: 300 },
   );
 });
