@@ -5,26 +5,22 @@ import { randomId64 } from "../../std/index.ts";
 import type { VllmEngineConfig } from "../config.ts";
 import type { EngineOptions } from "../load-engine.ts";
 import {
-  EngineHttp,
-  EngineServer,
-  ForeignEngine,
   ZmqKvFeed,
-  claimFreePorts,
-  claimName,
-  claimPort,
+  attachEngine,
   kvEndpointsOf,
-  parseEngineUrl,
+  launchEngine,
   parsePrometheus,
   sumOf,
   type AnswerReader,
   type AnswerSink,
   type EngineDialect,
+  type EngineHttp,
+  type ForeignEngine,
   type KvEndpoints,
-  type PortClaim,
   type ScrapedLoad,
 } from "../foreign/index.ts";
 import { VllmAnswerReader, vllmErrorOf } from "./vllm-answer.ts";
-import { isVllmNoise, readVllmArgs, vllmLaunchPlan, vllmPhaseOf, type VllmArgs } from "./vllm-launch.ts";
+import { isVllmNoise, readVllmArgs, vllmLaunchPlan, vllmPhaseOf } from "./vllm-launch.ts";
 import { judgeVllm, situationOfLaunch, situationOfRunning } from "./vllm-known-bad.ts";
 import { probeVllm, type VllmFacts } from "./vllm-probe.ts";
 import { vllmCall } from "./vllm-request.ts";
@@ -35,84 +31,47 @@ import { VllmTransfer, readKvTransfer, type VllmKvTransfer } from "./vllm-transf
  * `loadEngine`; not started.
  */
 export async function createVllmEngine(config: VllmEngineConfig, options: EngineOptions): Promise<ForeignEngine> {
-  if (config.launch === undefined) return attachedEngine(config, options);
-  const args = readVllmArgs(config.launch.args);
-  const claims: PortClaim[] = [];
-  const release = (): void => {
-    for (const claim of claims.splice(0)) claim.release();
-  };
-  try {
-    return await supervisedEngine(config, config.launch, args, options, claims, release);
-  } catch (thrown) {
-    release();
-    throw thrown;
+  const { logger } = options;
+  const feedOf = (kv: KvEndpoints | undefined) => (kv === undefined ? undefined : new ZmqKvFeed(kv, options));
+  const { launch } = config;
+  if (launch === undefined) {
+    return attachEngine(config, options, (url, host) => {
+      const given = config.kvEvents ? config.kvEventsConfig : undefined;
+      const kv = given === undefined ? undefined : kvEndpointsOf(given, host);
+      return {
+        dialect: new VllmDialect(config, kv !== undefined, attachedTransfer(config), logger),
+        url,
+        apiKey: config.apiKey,
+        feed: feedOf(kv),
+      };
+    });
   }
-}
-
-async function supervisedEngine(
-  config: VllmEngineConfig,
-  launch: NonNullable<VllmEngineConfig["launch"]>,
-  args: VllmArgs,
-  { clock, logger }: EngineOptions,
-  claims: PortClaim[],
-  release: () => void,
-): Promise<ForeignEngine> {
-  const claim = async (count: number): Promise<number> => {
-    const taken = await claimFreePorts(HOST, count, Math.random);
-    claims.push(taken);
-    return taken.port;
-  };
-  const wanted = args.port ?? launch.port;
-  let http = 0;
-  if (args.socketPath === undefined && wanted !== 0) {
-    claims.push(await claimPort(HOST, wanted, args.port === undefined ? "--engine-port" : "--port"));
-    http = wanted;
-  } else if (args.socketPath === undefined) http = await claim(1);
-  const ranks = args.dataParallelSize;
-  const sideChannel = config.role === undefined || config.role === "agg" ? 0 : await claim(ranks);
-  const ports = { http, events: await claim(ranks), replay: await claim(ranks), sideChannel };
-  const topic = `dynamo-${randomId64().toString(16)}`;
-  const plan = vllmLaunchPlan(config, args, ports, process.env, topic);
-  judgeVllm(await situationOfLaunch(config, plan.command), config, logger);
-  const server = new EngineServer({
-    name: "vLLM",
-    launch: plan.command,
-    clock,
-    logger,
-    phaseOf: vllmPhaseOf,
-    isNoise: isVllmNoise,
-    ...(launch.logPath === undefined ? {} : { logPath: launch.logPath }),
-    onExit: (exit) => engine.onServerExit(exit),
+  const args = readVllmArgs(launch.args);
+  return launchEngine(config, options, async (ports) => {
+    const port = args.port ?? launch.port;
+    const http =
+      args.socketPath === undefined ? await ports.http(port, args.port === undefined ? "--engine-port" : "--port") : 0;
+    const ranks = args.dataParallelSize;
+    const sideChannel = config.role === undefined || config.role === "agg" ? 0 : await ports.free(ranks);
+    const all = { http, events: await ports.free(ranks), replay: await ports.free(ranks), sideChannel };
+    const topic = `dynamo-${randomId64().toString(16)}`;
+    const { command, url, apiKey, kv, kvTransfer } = vllmLaunchPlan(config, args, all, process.env, topic);
+    judgeVllm(await situationOfLaunch(config, command), config, logger);
+    const sizes = {
+      maxSequences: args.maxSequences || config.maxSequences,
+      maxBatchedTokens: args.maxBatchedTokens || config.maxBatchedTokens,
+    };
+    return {
+      name: "vLLM",
+      dialect: new VllmDialect({ ...config, ...sizes }, kv !== undefined, kvTransfer, logger),
+      command,
+      url,
+      apiKey,
+      feed: feedOf(kv),
+      phaseOf: vllmPhaseOf,
+      isNoise: isVllmNoise,
+    };
   });
-  const sizes = {
-    maxSequences: args.maxSequences || config.maxSequences,
-    maxBatchedTokens: args.maxBatchedTokens || config.maxBatchedTokens,
-  };
-  const engine: ForeignEngine = vllmEngine(
-    { ...config, ...sizes },
-    { clock, logger },
-    { url: plan.url, apiKey: plan.apiKey, kv: plan.kv, kvTransfer: plan.kvTransfer, server, onStopped: release },
-  );
-  return engine;
-}
-
-const HOST = "127.0.0.1";
-
-function attachedEngine(config: VllmEngineConfig, options: EngineOptions): ForeignEngine {
-  const { url, kvEventsConfig, apiKey } = config;
-  if (url === undefined) throw new DynamoError("internal", "a vLLM engine has an address or a command");
-  const { origin, socketPath } = parseEngineUrl(url);
-  const host = socketPath === undefined ? new URL(origin).hostname : HOST;
-  const kv = config.kvEvents && kvEventsConfig !== undefined ? kvEndpointsOf(kvEventsConfig, host) : undefined;
-  const claim = claimName(`attached-${url}`);
-  if (typeof claim === "number") {
-    throw new DynamoError(
-      "address-in-use",
-      `process ${claim} is a worker of the engine at ${url} already; a second one would count its load and its cache twice`,
-    );
-  }
-  const kvTransfer = attachedTransfer(config);
-  return vllmEngine(config, options, { url, apiKey, kv, kvTransfer, onStopped: claim });
 }
 
 /** What connector a server has, it does not tell: whoever started it does. */
@@ -125,36 +84,6 @@ function attachedTransfer({ role, kvTransferConfig }: VllmEngineConfig): VllmKvT
     );
   }
   return readKvTransfer({ role, given: kvTransferConfig, isCpu: false });
-}
-
-interface Place {
-  readonly url: string;
-  readonly apiKey: string | undefined;
-  readonly kv: KvEndpoints | undefined;
-  readonly kvTransfer: VllmKvTransfer | undefined;
-  readonly server?: EngineServer;
-  readonly onStopped?: () => void;
-}
-
-function vllmEngine(
-  config: VllmEngineConfig,
-  { clock, logger }: EngineOptions,
-  { url, apiKey, kv, kvTransfer, server, onStopped }: Place,
-): ForeignEngine {
-  return new ForeignEngine({
-    dialect: new VllmDialect(config, kv !== undefined, kvTransfer, logger),
-    http: new EngineHttp({ url, ...(apiKey === undefined ? {} : { apiKey }) }),
-    feed: kv === undefined ? undefined : new ZmqKvFeed(kv, { clock, logger }),
-    ...(server === undefined ? {} : { server }),
-    ...(onStopped === undefined ? {} : { onStopped }),
-    clock,
-    logger,
-    vocabularySize: config.vocabularySize,
-    startTimeoutMs: config.startTimeoutMs,
-    metricsIntervalMs: config.metricsIntervalMs,
-    metricsMaxAgeMs: config.metricsMaxAgeMs,
-    hangTimeoutMs: config.hangTimeoutMs,
-  });
 }
 
 const HEALTH_TIMEOUT_MS = 5_000;
